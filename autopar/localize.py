@@ -1,0 +1,294 @@
+"""The program of one rank: a graph, split over one mesh axis.
+
+`localize` takes a graph and a strategy for every op on one axis and returns the graph that each rank of the axis runs:
+local shapes, size arguments rewritten, and an explicit conversion wherever a tensor is needed in another state than
+the one it was made in. The result is an ordinary `OpGraph`, so axes compose: localize over the data axis, decide the
+tensor axis on what is left, localize again.
+
+A conversion is an op `autopar.<name>` with the tensor, the dimension(s) and sections as arguments and the axis as a
+keyword; `autopar.strategies.conversion` says which one stands between two states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autopar.placements import RR, Partial, Shard, State
+from autopar.strategies import Conversion, Strategy, conversion, settle
+from graphs.ir import Op, OpGraph, Ref, Tensor, map_refs
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What every op does on one mesh axis, and how what it starts from lies there.
+
+    `choice` has one strategy per op of the graph; `sources` the state of every input, parameter and buffer.
+    """
+
+    axis: str
+    size: int
+    choice: tuple[Strategy, ...]
+    sources: Mapping[str, State]
+
+    def state_of(self, graph: OpGraph, tensor: str) -> State:
+        """The state in which a tensor is made, before any conversion."""
+        index = graph.producer.get(tensor)
+        if index is None:
+            return self.sources.get(tensor, RR)
+        return self.choice[index].results[graph.ops[index].outputs.index(tensor)]
+
+
+@dataclass(frozen=True)
+class Localized:
+    """A local graph, and for each of its tensors the state it has on each axis localized so far."""
+
+    graph: OpGraph
+    states: Mapping[str, Mapping[str, State]]
+
+    @staticmethod
+    def of(graph: OpGraph) -> Localized:
+        """The whole program on one device."""
+        return Localized(graph, {})
+
+
+def localize(whole: Localized, assignment: Assignment) -> Localized:
+    """What one rank of `assignment.axis` runs."""
+    return _Localizer(whole, assignment).run()
+
+
+class _Localizer:
+    def __init__(self, whole: Localized, assignment: Assignment) -> None:
+        self.graph = whole.graph
+        self.outer_states = whole.states
+        self.assignment = assignment
+        self.axis, self.size = assignment.axis, assignment.size
+        self.tensors: dict[str, Tensor] = {}
+        self.states: dict[str, dict[str, State]] = {}
+        self.ops: list[list[Op]] = [[] for _ in self.graph.ops]
+        self.version: dict[tuple[str, State], str] = {}
+
+    def run(self) -> Localized:
+        for name, tensor in self.graph.tensors.items():
+            if name not in self.graph.producer:
+                self._define(tensor, settle(self.assignment.sources.get(name, RR), tensor.requires_grad))
+        for index, (op, strategy) in enumerate(zip(self.graph.ops, self.assignment.choice, strict=True)):
+            versions = {
+                name: self._in_state(name, needed, index)
+                for name, needed in zip(op.inputs, strategy.operands, strict=True)
+            }
+            for name, state in zip(op.outputs, strategy.results, strict=True):
+                self._define(self.graph.tensors[name], state)
+            for local in self._local_ops(op, strategy, versions):
+                self.ops[index].append(local)
+                for name in local.outputs:
+                    if name not in self.tensors:  # a step on the way to the op's result
+                        self._define(self.graph.tensors[op.output], strategy.results[0], name)
+        ops = tuple(op for group in self.ops for op in group)
+        return Localized(replace(self.graph, tensors=self.tensors, ops=ops, blocks=()), self.states)
+
+    def _define(self, tensor: Tensor, state: State, name: str | None = None) -> None:
+        """Add the local tensor of `tensor` in `state`, as the version that needs no conversion unless named."""
+        local = name or tensor.name
+        shape = local_shape(tensor.shape, state, self.size)
+        storage = tensor.storage if name is None else local
+        self.tensors[local] = replace(tensor, name=local, shape=shape, storage=storage)
+        self.states[local] = {**self.outer_states.get(tensor.name, {}), self.axis: state}
+        self.version.setdefault((tensor.name, state), local)
+
+    def _in_state(self, name: str, needed: State, consumer: int) -> str:
+        """The name of the version of a tensor that is in state `needed`, converting it on first need.
+
+        A partial sum is reduced where it is made; everything else is converted before its first consumer. Either way
+        the conversion belongs to a block of its own and repeated blocks stay alike.
+        """
+        tensor = self.graph.tensors[name]
+        needed = settle(needed, tensor.requires_grad)
+        if (name, needed) in self.version:
+            return self.version[name, needed]
+        made = settle(self.assignment.state_of(self.graph, name), tensor.requires_grad)
+        how = conversion(made, needed, tensor.requires_grad)
+        assert how is not None, f"{self.graph.ops[consumer].name} needs {name} as {needed}, made as {made}"
+        local = f"{name}__{self.axis}_{sum(key[0] == name for key in self.version)}"
+        self._define(tensor, needed, local)
+        beside = self.graph.producer[name] if isinstance(made.value, Partial) else consumer
+        self.ops[beside].append(
+            Op(
+                name=local,
+                target=f"autopar.{how.name}",
+                args=(Ref(self.version[name, made]), *conversion_dims(how, made, needed)),
+                kwargs={"axis": self.axis},
+                outputs=(local,),
+                module=self.graph.ops[beside].module,
+            )
+        )
+        return local
+
+    def _local_ops(self, op: Op, strategy: Strategy, versions: Mapping[str, str]) -> Iterator[Op]:
+        divided = strategy.factor is not None
+        args, kwargs = map_refs((op.args, dict(op.kwargs)), lambda name: Ref(versions[name]))
+        local = replace(
+            op,
+            args=args,
+            kwargs=kwargs,
+            flops=op.flops // self.size if divided else op.flops,
+            saved=tuple(self._saved_version(op, strategy, versions, name) for name in op.saved),
+            saved_internal_bytes=op.saved_internal_bytes // (self.size if divided else 1),
+        )
+        if strategy.implementation is not None:
+            yield from IMPLEMENTATIONS[strategy.implementation](local, self.axis, self.size)
+            return
+        resize = SIZE_ARGUMENTS.get(op.target)
+        if resize is not None:
+            operand_states = dict(zip(op.inputs, strategy.operands, strict=True))
+            local = resize(local, _Sizes(op, strategy, operand_states, self.tensors, self.size))
+        yield local
+
+    def _saved_version(self, op: Op, strategy: Strategy, versions: Mapping[str, str], storage: str) -> str:
+        """The local tensor behind a saved storage: the converted version where the op reads one."""
+        for name, local in versions.items():
+            if self.graph.tensors[name].storage == storage:
+                return self.tensors[local].storage
+        return storage
+
+
+def local_shape(shape: tuple[int, ...], state: State, size: int) -> tuple[int, ...]:
+    """The shape of one rank's part of a tensor."""
+    if not isinstance(state.value, Shard):
+        return shape
+    dim = state.value.dim
+    assert shape[dim] % size == 0, f"dimension {dim} of {shape} does not divide by {size}"
+    return (*shape[:dim], shape[dim] // size, *shape[dim + 1 :])
+
+
+def conversion_dims(how: Conversion, made: State, needed: State) -> tuple[Any, ...]:
+    """The arguments of a conversion after the tensor: the dimension that is gathered or cut, and its sections."""
+    source, target = made.value, needed.value
+    if isinstance(source, Shard) and isinstance(target, Shard):
+        return (source.dim, target.dim)
+    for shard in (source, target):
+        if isinstance(shard, Shard):
+            return (shard.dim,) if shard.sections is None else (shard.dim, shard.sections)
+    return ()
+
+
+# --- ops whose arguments name sizes -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a size argument may be computed from."""
+
+    op: Op
+    strategy: Strategy
+    operand_states: Mapping[str, State]
+    tensors: Mapping[str, Tensor]
+    axis_size: int
+
+    def result_shape(self) -> list[int]:
+        return list(self.tensors[self.op.outputs[0]].shape)
+
+    def cut(self, dim: int) -> bool:
+        """Whether dimension `dim` of the first operand is split."""
+        value = self.strategy.operands[0].value
+        return isinstance(value, Shard) and value.dim == dim % max(1, len(self.tensors[self.op.inputs[0]].shape))
+
+
+def _with_arg(op: Op, index: int, value: Any) -> Op:
+    return replace(op, args=(*op.args[:index], value, *op.args[index + 1 :]))
+
+
+def _shape_argument(index: int) -> Callable[[Op, _Sizes], Op]:
+    return lambda op, sizes: _with_arg(op, index, sizes.result_shape())
+
+
+def _split(op: Op, sizes: _Sizes) -> Op:
+    dim = op.args[2] if len(op.args) > 2 else 0
+    if not sizes.cut(dim):
+        return op
+    if isinstance(op.args[1], int):
+        return _with_arg(op, 1, op.args[1] // sizes.axis_size)
+    return _with_arg(op, 1, [part // sizes.axis_size for part in op.args[1]])
+
+
+def _slice(op: Op, sizes: _Sizes) -> Op:
+    dim, start, end = (*op.args[1:4], *(0, 0, None)[len(op.args) - 1 :])[:3]
+    if not sizes.cut(dim):
+        return op
+    start = (start or 0) // sizes.axis_size
+    return replace(op, args=(op.args[0], dim, start, start + sizes.result_shape()[dim], *op.args[4:]))
+
+
+def _narrow(op: Op, sizes: _Sizes) -> Op:
+    _, dim, start, length = op.args
+    if not sizes.cut(dim):
+        return op
+    return replace(op, args=(op.args[0], dim, start // sizes.axis_size, length // sizes.axis_size))
+
+
+def _repeat(op: Op, sizes: _Sizes) -> Op:
+    local_in = sizes.tensors[op.inputs[0]].shape
+    result = sizes.result_shape()
+    padded = [1] * (len(result) - len(local_in)) + list(local_in)
+    return _with_arg(op, 1, [out // size for out, size in zip(result, padded, strict=True)])
+
+
+def _groups(index: int) -> Callable[[Op, _Sizes], Op]:
+    def resize(op: Op, sizes: _Sizes) -> Op:
+        if sizes.cut(1) and op.args[index] > 1:
+            return _with_arg(op, index, op.args[index] // sizes.axis_size)
+        return op
+
+    return resize
+
+
+SIZE_ARGUMENTS: Mapping[str, Callable[[Op, _Sizes], Op]] = {
+    "aten.reshape.default": _shape_argument(1),
+    "aten.expand.default": _shape_argument(1),
+    "aten.full.default": _shape_argument(0),
+    "aten.zeros.default": _shape_argument(0),
+    "aten.ones.default": _shape_argument(0),
+    "aten.empty.memory_format": _shape_argument(0),
+    "aten.rand.default": _shape_argument(0),
+    "aten.randn.default": _shape_argument(0),
+    "aten.new_zeros.default": _shape_argument(1),
+    "aten.new_ones.default": _shape_argument(1),
+    "aten.new_full.default": _shape_argument(1),
+    "aten.new_empty.default": _shape_argument(1),
+    "aten.split.Tensor": _split,
+    "aten.split_with_sizes.default": _split,
+    "aten.slice.Tensor": _slice,
+    "aten.narrow.default": _narrow,
+    "aten.repeat.default": _repeat,
+    "aten.group_norm.default": _groups(1),
+    "aten.conv1d.default": _groups(6),
+    "aten.conv2d.default": _groups(6),
+}
+
+
+# --- factors that need a special local form -----------------------------------------------------------------------
+
+
+def _mean(op: Op, axis: str, size: int) -> Iterator[Op]:
+    """A mean over a split dimension: the local mean, divided by the number of shards, is this rank's term."""
+    inner = f"{op.output}__local"
+    yield replace(op, name=inner, outputs=(inner,))
+    yield Op(op.name, "aten.div.Tensor", (Ref(inner), size), {}, op.outputs, op.module)
+
+
+def _on_axis(target: str, keyword: str) -> Callable[[Op, str, int], Iterator[Op]]:
+    """The same op as a function of the runtime that is told on which axis it is split."""
+
+    def rewrite(op: Op, axis: str, size: int) -> Iterator[Op]:
+        yield replace(op, target=target, kwargs={**op.kwargs, keyword: axis})
+
+    return rewrite
+
+
+IMPLEMENTATIONS: Mapping[str, Callable[[Op, str, int], Iterator[Op]]] = {
+    "mean": _mean,
+    "vocab_parallel_embedding": _on_axis("autopar.embedding", "vocab_axis"),
+    "cross_entropy_rows": _on_axis("autopar.cross_entropy", "row_axis"),
+    "vocab_parallel_cross_entropy": _on_axis("autopar.cross_entropy", "class_axis"),
+}

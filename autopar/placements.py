@@ -1,0 +1,66 @@
+"""How one tensor lies on one mesh axis, forward and backward.
+
+The state of a tensor on an axis is a pair: how its value lies on the ranks, and how its gradient does. Four kinds of
+pair are enough to express data, tensor, sequence, context and expert parallelism, and keeping the two halves together
+is what makes plain autograd over local shards correct: every change of state is a collective forward and the conjugate
+one backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Each rank holds an equal slice of dimension `dim`.
+
+    With `sections` the dimension is a concatenation of parts of these sizes (a fused q, k, v projection) and each
+    rank holds its slice of every part, concatenated.
+    """
+
+    dim: int
+    sections: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return f"S({self.dim})" if self.sections is None else f"S({self.dim}, {len(self.sections)} sections)"
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Every rank holds the whole value."""
+
+    def __str__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Every rank holds a term; the value is their sum."""
+
+    def __str__(self) -> str:
+        return "P"
+
+
+Placement = Shard | Replicate | Partial
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A tensor on one mesh axis: placement of its value and of its gradient."""
+
+    value: Placement
+    grad: Placement
+
+    def __str__(self) -> str:
+        return f"{self.value}" if isinstance(self.value, Shard) else f"{self.value}/{self.grad}"
+
+
+RR = State(Replicate(), Replicate())
+RP = State(Replicate(), Partial())
+PR = State(Partial(), Replicate())
+
+
+def sharded(dim: int, sections: tuple[int, ...] | None = None) -> State:
+    """The state of a tensor split along `dim`: value and gradient lie alike."""
+    return State(Shard(dim, sections), Shard(dim, sections))

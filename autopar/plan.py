@@ -1,0 +1,191 @@
+"""The plan: everything that was decided about how to train a model, and what it is predicted to cost.
+
+A `Plan` is a frozen value with a deterministic JSON form. The rewriter, the report and the launchers read it and
+nothing else; it does not refer to the search that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PLAN_VERSION = 1
+
+Recompute = Literal["none", "selective", "full"]
+ScheduleName = Literal["GPipe", "1F1B", "Interleaved1F1B"]
+
+
+class Frozen(BaseModel):
+    """A value: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Parallelism(Frozen):
+    """The degrees of every kind of parallelism, and the knobs that go with them.
+
+    Ranks are laid out row-major over the mesh `(pp, dp_replicate, dp_shard, cp, tp)`, so `tp` is innermost. The
+    global batch is `microbatch_size * num_microbatches * dp`. `ep` divides the data-parallel ranks among experts.
+    """
+
+    dp_replicate: int = Field(default=1, ge=1)
+    dp_shard: int = Field(default=1, ge=1)
+    cp: int = Field(default=1, ge=1)
+    tp: int = Field(default=1, ge=1)
+    ep: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    num_virtual_stages: int = Field(default=1, ge=1, description="stages per pipeline rank")
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    microbatch_size: int = Field(default=1, ge=1, description="samples of one replica in one microbatch")
+    num_microbatches: int = Field(default=1, ge=1)
+    schedule: ScheduleName = "1F1B"
+    recompute: Recompute = "none"
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def global_batch(self) -> int:
+        return self.microbatch_size * self.num_microbatches * self.dp
+
+    @property
+    def mesh(self) -> Mapping[str, int]:
+        """Axes of the device mesh with more than one rank, outermost first."""
+        sizes = {
+            "pp": self.pp,
+            "dp_replicate": self.dp_replicate,
+            "dp_shard": self.dp_shard,
+            "cp": self.cp,
+            "tp": self.tp,
+        }
+        return {axis: size for axis, size in sizes.items() if size > 1}
+
+    def __str__(self) -> str:
+        """A short name, such as `dp8 tp8 pp2 zero1 mb1x16 1F1B full-recompute`."""
+        parts = [f"dp{self.dp}" if self.dp_replicate == 1 or self.dp_shard == 1 else f"dp{self.dp_replicate}x{self.dp_shard}"]
+        parts += [f"{axis}{size}" for axis, size in (("cp", self.cp), ("tp", self.tp), ("ep", self.ep)) if size > 1]
+        if self.pp > 1:
+            virtual = f"x{self.num_virtual_stages}" if self.num_virtual_stages > 1 else ""
+            parts.append(f"pp{self.pp}{virtual} {self.schedule}")
+        if self.zero_stage:
+            parts.append(f"zero{self.zero_stage}")
+        parts.append(f"mb{self.microbatch_size}x{self.num_microbatches}")
+        if self.recompute != "none":
+            parts.append(f"{self.recompute}-recompute")
+        return " ".join(parts)
+
+
+class ModelSummary(Frozen):
+    """What was planned: enough to recognise the model again, and to print."""
+
+    name: str
+    fingerprint: str = Field(description="SHA-256 of the captured graph")
+    num_parameters: int
+    dtype: str
+    input_shapes: Mapping[str, tuple[int, ...]] = Field(description="of one sample batch of size 1")
+    tokens_per_sample: int
+    num_ops: int
+    flops_per_sample: float = Field(description="forward, by torch's FlopCounterMode")
+
+
+class ClusterSummary(Frozen):
+    """Where it runs."""
+
+    id: str
+    name: str
+    device: str
+    num_devices: int
+    devices_per_node: int
+    memory_bytes: float
+    peak_flops_per_s: float
+    price_usd_per_device_hour: float | None = None
+
+
+class StagePlan(Frozen):
+    """One pipeline stage: the ops from `first_op` up to the next stage's, in the order of the graph."""
+
+    index: int
+    first_op: str
+    modules: tuple[str, ...] = Field(description="the blocks and other modules it holds, ranges abbreviated")
+    forward_s: float
+    backward_s: float
+    memory_bytes: Mapping[str, float] = Field(description="ledger at the peak: parameters, gradients, optimizer, ...")
+
+    @property
+    def peak_memory_bytes(self) -> float:
+        return sum(self.memory_bytes.values())
+
+
+class Prediction(Frozen):
+    """Predicted cost of one training step; `terms_s` add up to `step_s`."""
+
+    step_s: float
+    terms_s: Mapping[str, float]
+    tokens_per_s: float
+    model_flops_per_s_per_device: float
+    mfu: float
+    peak_memory_bytes: float
+    single_device_step_s: float | None = Field(
+        default=None, description="the same global batch on one device, were its memory unlimited"
+    )
+
+
+class Alternative(Frozen):
+    """A runner-up: what it was, what it would cost, and why it lost."""
+
+    label: str
+    parallelism: Parallelism
+    step_s: float | None
+    peak_memory_bytes: float | None
+    reason: str
+
+
+class Certificate(Frozen):
+    """How far the plan can be from the best one under this cost model, and what was looked at."""
+
+    status: Literal["optimal", "feasible", "evaluated"]
+    objective_s: float
+    bound_s: float
+    num_candidates: int
+    num_solved: int
+    pruned: Mapping[str, int]
+    solve_s: float | None = Field(default=None, exclude=True, description="left out of the JSON: it is not deterministic")
+
+    @property
+    def gap(self) -> float:
+        return 0.0 if self.objective_s == 0 else max(0.0, 1 - self.bound_s / self.objective_s)
+
+
+class Plan(Frozen):
+    """How to train one model on one cluster.
+
+    `strategies` maps a mesh axis (`dp` stands for both data axes together) to the strategy key of every op, by the
+    name of the op's representative: the same op of the first instance of its block.
+    """
+
+    version: Literal[1] = PLAN_VERSION
+    model: ModelSummary
+    cluster: ClusterSummary
+    parallelism: Parallelism
+    strategies: Mapping[str, Mapping[str, str]]
+    stages: tuple[StagePlan, ...]
+    prediction: Prediction
+    certificate: Certificate
+    alternatives: tuple[Alternative, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The plan as indented JSON, the same bytes for the same plan."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")

@@ -1,0 +1,90 @@
+"""Cut a local graph into pipeline stages.
+
+A stage has the ops from its first one up to the next stage's. What it needs of earlier stages it receives, and passes
+on what later ones need, so a skip connection may jump over any number of stages. Values without a gradient (masks,
+rotary angles, positions) are not sent: every stage that needs them computes them again from the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from autopar.errors import RewriteError
+from graphs.ir import Op, OpGraph
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The ops of one stage, and its borders.
+
+    `receives` and `sends` are activations from the stage before and to the stage after, in order; `batch` the model
+    inputs it reads. The last stage sends what the program returns: the loss.
+    """
+
+    index: int
+    num_stages: int
+    ops: tuple[Op, ...]
+    receives: tuple[str, ...]
+    sends: tuple[str, ...]
+    batch: tuple[str, ...]
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.num_stages - 1
+
+
+def cut(graph: OpGraph, first_ops: Sequence[str], results: Sequence[str]) -> tuple[Stage, ...]:
+    """Cut `graph` before each op named in `first_ops` but the first; `results` are what the last stage returns."""
+    position = {op.name: index for index, op in enumerate(graph.ops)}
+    starts = [0, *(position[name] for name in first_ops[1:]), len(graph.ops)]
+    borders: list[tuple[str, ...]] = [()]
+    for start in starts[1:-1]:
+        borders.append(_live(graph, start, results))
+    borders.append(tuple(results))
+    stages = []
+    num_stages = len(starts) - 1
+    for index in range(num_stages):
+        receives, sends = borders[index], borders[index + 1]
+        ops = _needed(graph, starts[index], starts[index + 1], receives, sends)
+        read = dict.fromkeys(name for op in ops for name in op.inputs)
+        batch = tuple(name for name in graph.inputs if name in read)
+        stages.append(Stage(index, num_stages, ops, receives, sends, batch))
+    return tuple(stages)
+
+
+def _live(graph: OpGraph, start: int, results: Iterable[str]) -> tuple[str, ...]:
+    """Values with a gradient made before op `start` and needed from there on, in the order they are made."""
+    wanted = set(results)
+    live = []
+    for op in graph.ops[:start]:
+        for name in op.outputs:
+            if not graph.tensors[name].requires_grad:
+                continue
+            if name in wanted or any(reader >= start for reader in graph.consumers[name]):
+                live.append(name)
+    return tuple(live)
+
+
+def _needed(
+    graph: OpGraph, start: int, stop: int, receives: Sequence[str], sends: Sequence[str]
+) -> tuple[Op, ...]:
+    """Ops `[start, stop)` that lead to what the stage sends, and the gradient-free ones before them that they need."""
+    wanted = set(sends) - set(receives)
+    needed: list[Op] = []
+    for index in range(stop - 1, -1, -1):
+        op = graph.ops[index]
+        if not wanted.intersection(op.outputs):
+            continue
+        if index < start and any(graph.tensors[name].requires_grad for name in op.inputs):
+            raise RewriteError(
+                f"{op.name} ({op.target}, module {op.module or 'root'}) makes a value without gradient from one that "
+                f"has one, and a later pipeline stage needs it; cut the model elsewhere or use pp=1"
+            )
+        needed.append(op)
+        wanted.update(name for name in op.inputs if name not in receives)
+    return tuple(reversed(needed))

@@ -1,0 +1,1 @@
+"""The search for the best plan: op strategies, stages, and everything around them."""

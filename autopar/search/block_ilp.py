@@ -1,0 +1,393 @@
+"""The operator layer: the cheapest strategy of every op on one mesh axis, as a mixed-integer program.
+
+Sets and data. v are ops, k ∈ K(v) their strategies (`autopar.strategies`), t tensors; p, q states of a tensor on the
+axis. A strategy fixes the state it asks of every operand and the state of every result. Ops at the same place of
+isomorphic blocks share their choice, so v runs over representatives, with n_v instances; tensors made by the same
+representative and read by the same representatives are one t, with n_t instances. Every cost below is a true price of
+the local graph (`autopar.pricing`), forward and backward, for one microbatch.
+
+    minimise   Σ n_v (a_vk + λ m_vk) x_vk  +  Σ n_t c_tpq z_tpq  +  Σ n_t (r_tp / M + λ' b_tp) y_tp
+
+    x_vk ∈ {0,1}    op v uses strategy k                                                    `_choose`
+    y_tp ∈ {0,1}    parameter t is stored in state p                                         `_store`
+    Σ_k x_vk = 1,   Σ_p y_tp = 1
+    give_tp = Σ_{k makes t in p} x_vk, or y_tp;   ask_tuq = Σ_{k of consumer u asks t in q} x_uk
+    f_tupq ≥ 0      consumer u gets t in q from p                                            `_carry`
+    Σ_q f_tupq = give_tp,   Σ_p f_tupq = ask_tuq      for every consumer u
+    z_tpq ≥ f_tupq  for every u: one conversion serves all who need it                       `_carry`
+    f_tupq = 0      where no conversion leads from p to q
+
+a is the time of the op, c of a conversion, r of summing a partial parameter gradient over the axis, once in M
+microbatches; m are the bytes that autograd saves, b those of parameter, gradient and optimizer states, λ and λ' what a
+byte costs. With λ = λ' = 0 the objective is time; raising them walks the frontier of time and memory. The flow rows are
+those of a transport problem, so the relaxation is integral but for tensors with several consumers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Literal
+
+from autopar.localize import Assignment, Localized, localize
+from autopar.placements import PR, RP, RR, Shard, State
+from autopar.pricing import Pricer, Traffic, total
+from autopar.search.solver import LinearModel, solve
+from autopar.strategies import Strategy, conversion, natural_sections, settle, strategies
+from graphs.ir import Op, OpGraph
+
+LOSS_STATES = (RR, PR)
+"""What the loss may be: known to all, or a sum of terms. Either way its gradient is one on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPrice:
+    """What a byte costs, in seconds: a saved activation's, and a stored parameter's (with what trains it)."""
+
+    activation_s_per_byte: float = 0.0
+    parameter_s_per_byte: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A representative op that reads a tensor, and at which operand."""
+
+    op: int
+    position: int
+
+
+@dataclass(frozen=True)
+class TensorClass:
+    """Tensors that are made and read alike.
+
+    `name` is one of them; `producer` is the representative op and result that make it, None for what the graph starts
+    from.
+    """
+
+    name: str
+    producer: tuple[int, int] | None
+    readers: tuple[Reader, ...]
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AxisSolution:
+    """The best assignment found.
+
+    `time_s` is its price for one microbatch, parameter reductions spread over the microbatches included; `objective_s`
+    adds what memory was priced at, and nothing can cost less than `bound_s`.
+    """
+
+    assignment: Assignment
+    time_s: float
+    objective_s: float
+    bound_s: float
+    status: Literal["optimal", "feasible"]
+
+
+class AxisProblem:
+    """The choice of strategies on one axis for one graph; strategies and prices are worked out once.
+
+    `graph` is local on all outer axes and knows its blocks; `pricer` knows the axis' group.
+    """
+
+    def __init__(self, graph: OpGraph, axis: str, pricer: Pricer) -> None:
+        self.graph = graph
+        self.axis = axis
+        self.pricer = pricer
+        self.size = pricer.groups[axis].size
+        self.instances = _instances(graph)
+        sections = natural_sections(graph, self.size)
+        self.offered = {index: self._offered(index, sections) for index in self.instances}
+
+    def _offered(self, index: int, sections: Mapping[int, tuple[tuple[int, ...], ...]]) -> tuple[Strategy, ...]:
+        op = self.graph.ops[index]
+        found = strategies(op, self.graph, self.size, sections)
+        if self.graph.loss in op.outputs:
+            position = op.outputs.index(self.graph.loss)
+            found = tuple(strategy for strategy in found if strategy.results[position] in LOSS_STATES)
+        return found
+
+    @cached_property
+    def tensor_classes(self) -> tuple[TensorClass, ...]:
+        """All tensors that some op reads, in order of first appearance."""
+        return _tensor_classes(self.graph)
+
+    @cached_property
+    def op_times_s(self) -> Mapping[int, tuple[float, ...]]:
+        """Per representative op, the time of one instance under each of its strategies."""
+        traffic = Traffic.of(self.graph)
+        return {
+            index: tuple(self._op_time_s(self.graph.ops[index], strategy, traffic) for strategy in offered)
+            for index, offered in self.offered.items()
+        }
+
+    def _op_time_s(self, op: Op, strategy: Strategy, traffic: Traffic) -> float:
+        local = self._local_op(op, strategy)
+        inside = traffic | Traffic.of(local)
+        return total(self.pricer.op(part, local.tensors, inside) for part in local.ops).total_s
+
+    def _local_op(self, op: Op, strategy: Strategy) -> OpGraph:
+        """The local form of one op alone, its operands already in the states that the strategy asks."""
+        names = dict.fromkeys((*op.inputs, *op.outputs))
+        alone = OpGraph(
+            name=op.name,
+            tensors={name: self.graph.tensors[name] for name in names},
+            ops=(op,),
+            parameters=(),
+            buffers=(),
+            inputs=tuple(dict.fromkeys(op.inputs)),
+            outputs=op.outputs,
+            output_names=op.outputs,
+            loss=None,
+            modules={},
+        )
+        sources = dict(zip(op.inputs, strategy.operands, strict=True))
+        return localize(Localized.of(alone), Assignment(self.axis, self.size, (strategy,), sources)).graph
+
+    @cached_property
+    def saved_bytes(self) -> Mapping[int, tuple[float, ...]]:
+        """Per representative op, the bytes that one instance saves for backward under each strategy.
+
+        A storage that several ops save is shared among them.
+        """
+        savers: dict[str, int] = {}
+        for op in self.graph.ops:
+            for storage in op.saved:
+                savers[storage] = savers.get(storage, 0) + 1
+        free = {*self.graph.parameter_tensors, *self.graph.inputs, *(b.tensor for b in self.graph.buffers)}
+
+        def saved(op: Op, strategy: Strategy) -> float:
+            states = dict(zip((*op.inputs, *op.outputs), (*strategy.operands, *strategy.results), strict=True))
+            num_bytes = op.saved_internal_bytes / (self.size if strategy.factor else 1)
+            for name, state in states.items():
+                tensor = self.graph.tensors[name]
+                if tensor.storage in op.saved and tensor.storage not in free:
+                    num_bytes += tensor.num_bytes / self._parts(state) / savers[tensor.storage]
+            return num_bytes
+
+        return {
+            index: tuple(saved(self.graph.ops[index], strategy) for strategy in offered)
+            for index, offered in self.offered.items()
+        }
+
+    def _parts(self, state: State) -> int:
+        return self.size if isinstance(state.value, Shard) else 1
+
+    def conversion_s(self, name: str, source: State, target: State) -> float | None:
+        """Time of the conversion of one tensor, None where there is none."""
+        if source == target:
+            return 0.0
+        tensor = self.graph.tensors[name]
+        how = conversion(source, target, tensor.requires_grad)
+        if how is None:
+            return None
+        cost = self.pricer.conversion(how.name, tensor.num_bytes, self.axis, backward=tensor.requires_grad)
+        return cost.total_s
+
+    def stored_states(self, tensors: TensorClass) -> tuple[State, ...]:
+        """In what states a tensor that the graph starts from may be stored: parameters as some reader asks."""
+        if tensors.name not in self.graph.parameter_tensors:
+            return (RR,)
+        asked = (
+            strategy.operands[reader.position] for reader in tensors.readers for strategy in self.offered[reader.op]
+        )
+        return tuple(dict.fromkeys(state for state in (RR, *asked) if state.value != PR.value))
+
+    def reduction_s(self, name: str, state: State) -> float:
+        """Time of summing a partial parameter gradient over the axis, once a step."""
+        if state != RP:
+            return 0.0
+        num_bytes = self.graph.tensors[name].num_bytes
+        return self.pricer.bucketed_s("all_reduce", num_bytes, self.pricer.groups[self.axis])
+
+    def solve(
+        self,
+        num_microbatches: int = 1,
+        price: MemoryPrice = MemoryPrice(),  # noqa: B008  (a frozen value)
+        time_limit_s: float | None = None,
+    ) -> AxisSolution:
+        """The cheapest assignment. Raises RuntimeError when the limit passes before the solver has any."""
+        return _Model(self, num_microbatches, price).solve(time_limit_s)
+
+    def time_s(self, assignment: Assignment, num_microbatches: int = 1) -> float:
+        """The price of an assignment, found independently of the program: localize the graph and price that."""
+        local = localize(Localized.of(self.graph), assignment).graph
+        sums = sum(
+            self.reduction_s(parameter.tensor, assignment.sources.get(parameter.tensor, RR))
+            for parameter in self.graph.parameters
+        )
+        return total(self.pricer.graph(local)).total_s + sums / num_microbatches
+
+
+class _Model:
+    """The program, built row by row, and its answer read back."""
+
+    def __init__(self, problem: AxisProblem, num_microbatches: int, price: MemoryPrice) -> None:
+        self.problem = problem
+        self.num_microbatches = num_microbatches
+        self.price = price
+        self.model = LinearModel()
+        self.x = {index: self._choose(index) for index in problem.instances}
+        self.y: dict[str, dict[State, int]] = {}
+        for tensors in problem.tensor_classes:
+            if tensors.producer is None and tensors.name in problem.graph.parameter_tensors:
+                self.y[tensors.name] = self._store(tensors)
+            self._carry(tensors)
+
+    def _choose(self, index: int) -> tuple[int, ...]:
+        problem = self.problem
+        count = problem.instances[index]
+        costs = zip(problem.op_times_s[index], problem.saved_bytes[index], strict=True)
+        found = tuple(
+            self.model.variable(count * (time_s + self.price.activation_s_per_byte * saved), integer=True)
+            for time_s, saved in costs
+        )
+        self.model.row(1, 1, [(variable, 1.0) for variable in found])
+        return found
+
+    def _store(self, tensors: TensorClass) -> dict[State, int]:
+        problem = self.problem
+        num_bytes = problem.graph.tensors[tensors.name].num_bytes
+        found = {}
+        for state in problem.stored_states(tensors):
+            cost = problem.reduction_s(tensors.name, state) / self.num_microbatches
+            cost += self.price.parameter_s_per_byte * num_bytes / problem._parts(state)
+            found[state] = self.model.variable(len(tensors.members) * cost, integer=True)
+        self.model.row(1, 1, [(variable, 1.0) for variable in found.values()])
+        return found
+
+    def _carry(self, tensors: TensorClass) -> None:
+        give = self._give(tensors)
+        asks = [self._ask(tensors, reader) for reader in tensors.readers]
+        wanted = dict.fromkeys(state for ask in asks for state in ask)
+        costs = {
+            (made, state): self.problem.conversion_s(tensors.name, made, state) for made, state in product(give, wanted)
+        }
+        if not any(cost is None or cost > 0 for cost in costs.values()):
+            return  # every state can be had for nothing
+        count = len(tensors.members)
+        shared: dict[tuple[State, State], int] = {}
+        if len(asks) > 1:
+            shared = {pair: self.model.variable(count * cost) for pair, cost in costs.items() if cost}
+        for ask in asks:
+            flows: dict[tuple[State, State], int] = {}
+            for pair in product(give, ask):
+                cost = costs[pair]
+                if cost is not None:
+                    flows[pair] = self.model.variable(0.0 if pair in shared else count * cost)
+            for pair in flows.keys() & shared.keys():
+                self.model.row(0, 1, [(shared[pair], 1.0), (flows[pair], -1.0)])
+            self._balance(give, flows, 0)
+            self._balance(ask, flows, 1)
+
+    def _balance(
+        self, sides: Mapping[State, Sequence[int]], flows: Mapping[tuple[State, State], int], side: int
+    ) -> None:
+        """What flows out of (or into) a state is what is made (or asked) in it."""
+        for state, variables in sides.items():
+            through = [(flow, 1.0) for pair, flow in flows.items() if pair[side] == state]
+            self.model.row(0, 0, [*through, *((variable, -1.0) for variable in variables)])
+
+    def _give(self, tensors: TensorClass) -> dict[State, Sequence[int]]:
+        if tensors.producer is None:
+            stored = self.y.get(tensors.name)
+            if stored is None:
+                always = self.model.variable(lower=1.0)
+                return {RR: (always,)}
+            return {state: (variable,) for state, variable in stored.items()}
+        index, result = tensors.producer
+        return _by_state(
+            (strategy.results[result], variable)
+            for strategy, variable in zip(self.problem.offered[index], self.x[index], strict=True)
+        )
+
+    def _ask(self, tensors: TensorClass, reader: Reader) -> dict[State, Sequence[int]]:
+        return _by_state(
+            (strategy.operands[reader.position], variable)
+            for strategy, variable in zip(self.problem.offered[reader.op], self.x[reader.op], strict=True)
+        )
+
+    def solve(self, time_limit_s: float | None) -> AxisSolution:
+        solution = solve(self.model, time_limit_s=time_limit_s)
+        if not solution.values:
+            raise RuntimeError(
+                f"the solver found no strategies for axis {self.problem.axis!r} ({solution.status}) "
+                f"within {time_limit_s} s; allow more time"
+            )
+        values = solution.values
+        chosen = {
+            index: max(range(len(variables)), key=lambda k: values[variables[k]])
+            for index, variables in self.x.items()
+        }
+        problem = self.problem
+        graph = problem.graph
+        sources = {name: RR for name in (*graph.inputs, *(b.tensor for b in graph.buffers), *graph.parameter_tensors)}
+        for tensors in problem.tensor_classes:
+            if tensors.name in self.y:
+                states = self.y[tensors.name]
+                stored = max(states, key=lambda state: values[states[state]])
+                sources.update(dict.fromkeys(tensors.members, stored))
+        choice = tuple(problem.offered[index][chosen[index]] for index in graph.representative)
+        penalty_s = sum(
+            problem.instances[index] * self.price.activation_s_per_byte * problem.saved_bytes[index][k]
+            for index, k in chosen.items()
+        )
+        penalty_s += self.price.parameter_s_per_byte * sum(
+            graph.tensors[name].num_bytes / problem._parts(sources[name])
+            for tensors in problem.tensor_classes
+            if tensors.name in self.y
+            for name in tensors.members
+        )
+        assignment = Assignment(problem.axis, problem.size, choice, sources)
+        return AxisSolution(
+            assignment,
+            solution.objective - penalty_s,
+            solution.objective,
+            solution.bound,
+            "optimal" if solution.status == "optimal" else "feasible",
+        )
+
+
+def _by_state(pairs: Iterable[tuple[State, int]]) -> dict[State, Sequence[int]]:
+    found: dict[State, list[int]] = {}
+    for state, variable in pairs:
+        found.setdefault(state, []).append(variable)
+    return dict(found)
+
+
+def _instances(graph: OpGraph) -> dict[int, int]:
+    """How many ops share the choice of each representative."""
+    counts: dict[int, int] = {}
+    for index in graph.representative:
+        counts[index] = counts.get(index, 0) + 1
+    return counts
+
+
+def _tensor_classes(graph: OpGraph) -> tuple[TensorClass, ...]:
+    representative = graph.representative
+    positions = {index: {name: at for at, name in reversed([*enumerate(graph.ops[index].inputs)])} for index in
+                 range(len(graph.ops))}
+    found: dict[object, list[str]] = {}
+    parts: dict[object, tuple[tuple[int, int] | None, tuple[Reader, ...]]] = {}
+    for name, consumers in graph.consumers.items():
+        if not consumers:
+            continue
+        readers = tuple(sorted({(representative[index], positions[index][name]) for index in consumers}))
+        producer = None
+        key: object = (name, readers)
+        if name in graph.producer:
+            op = graph.producer[name]
+            producer = (representative[op], graph.ops[op].outputs.index(name))
+            key = (producer, readers)
+        elif name in graph.parameter_tensors:
+            tensor = graph.tensors[name]
+            key = (tensor.shape, str(tensor.dtype), tensor.requires_grad, readers)
+        found.setdefault(key, []).append(name)
+        parts[key] = (producer, tuple(Reader(*reader) for reader in readers))
+    return tuple(TensorClass(names[0], *parts[key], tuple(names)) for key, names in found.items())
+
+
+_ = (settle, Literal)

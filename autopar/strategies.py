@@ -1,0 +1,248 @@
+"""What one op may do on one mesh axis, and what it costs to change a tensor's state between two ops.
+
+A `Strategy` is read off the op's sharding rule. To split a factor over the axis means
+
+* an operand or result that holds the factor is sharded along that dimension, value and gradient alike;
+* an operand that lacks it is replicated and receives a *partial* gradient: every rank saw only its part of the work;
+* a result that lacks it is a *partial* value with a replicated gradient.
+
+Besides splitting a factor an op may run whole on every rank, with replicated gradients (`replicate`) or with partial
+ones (`replicate_partial_grad`: the backward of any op is linear in the incoming gradient), or on partial values where
+it is linear in them (`partial`). Megatron's column and row parallelism, sequence parallelism, vocabulary parallelism
+and data parallelism are combinations of these, found by the search and not listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from autopar.placements import PR, RP, RR, Partial, Replicate, Shard, State, sharded
+from graphs import rules
+from graphs.ir import Op, OpGraph
+from graphs.rules.rule import Dim, Rule
+
+Sections = tuple[int, ...]
+
+REPLICATE = "replicate"
+REPLICATE_PARTIAL_GRAD = "replicate_partial_grad"
+PARTIAL = "partial"
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One way to run an op on one axis.
+
+    Attributes:
+        key: a stable name: the factor (`o`, or `o|768,768,768` where its dimension is split by sections), or one of
+            `replicate`, `replicate_partial_grad`, `partial:0,1`.
+        operands, results: the state of every tensor operand (in the order of `Op.inputs`) and result.
+        factor: the factor that is split, so whose work is divided over the axis; None where every rank does it all.
+        implementation: name of the special local form that the factor needs, such as a vocabulary-parallel lookup.
+    """
+
+    key: str
+    operands: tuple[State, ...]
+    results: tuple[State, ...]
+    factor: str | None = None
+    implementation: str | None = None
+
+
+def strategies(op: Op, graph: OpGraph, axis_size: int, sections: Mapping[int, Iterable[Sections]]) -> tuple[Strategy, ...]:
+    """All strategies of `op` on an axis of `axis_size` ranks, `replicate` first.
+
+    `sections` (see `natural_sections`) tells into which parts a dimension of a given size may have to be cut. An op
+    without a rule can only be replicated.
+    """
+    operands = [graph.tensors[name] for name in op.inputs]
+    results = [graph.tensors[name] for name in op.outputs]
+    whole = Strategy(REPLICATE, (RR,) * len(operands), (RR,) * len(results))
+    found = [whole]
+    if any(tensor.requires_grad for tensor in results):
+        found.append(Strategy(REPLICATE_PARTIAL_GRAD, (RP,) * len(operands), (RP,) * len(results)))
+    rule = rules.rule_for(op, graph)
+    if rule is not None:
+        for factor in rule.sizes:
+            found.extend(_split(rule, factor, axis_size, sections))
+        found.extend(_linear(rule))
+    grads = [tensor.requires_grad for tensor in operands], [tensor.requires_grad for tensor in results]
+    unique: dict[tuple[tuple[State, ...], tuple[State, ...]], Strategy] = {}
+    for strategy in found:
+        settled = Strategy(
+            strategy.key,
+            tuple(settle(state, grad) for state, grad in zip(strategy.operands, grads[0], strict=True)),
+            tuple(settle(state, grad) for state, grad in zip(strategy.results, grads[1], strict=True)),
+            strategy.factor,
+            strategy.implementation,
+        )
+        if _agrees_on_repeated_operands(op, settled):
+            unique.setdefault((settled.operands, settled.results), settled)
+    return tuple(unique.values())
+
+
+def settle(state: State, requires_grad: bool) -> State:
+    """The state, with the gradient half made canonical where the tensor has no gradient."""
+    return RR if state == RP and not requires_grad else state
+
+
+def natural_sections(graph: OpGraph, axis_size: int) -> Mapping[int, tuple[Sections, ...]]:
+    """The ways in which some op of the graph cuts a dimension into parts, by the size of the dimension.
+
+    A projection whose output is later split into q, k and v must shard each of the three. It cannot know that from its
+    own rule, so every op is offered the cuts that others of the graph need for dimensions of that size.
+    """
+    found: dict[int, dict[Sections, None]] = {}
+    for op in graph.ops:
+        rule = rules.rule_for(op, graph)
+        if rule is None:
+            continue
+        for factor in rule.sizes:
+            if factor in rule.unsplittable:
+                continue
+            for side, index, dim, names in _dims(rule):
+                if factor in names:
+                    cut = _own_sections(rule, factor, side, index, dim, names)
+                    if cut is not None and len(cut) > 1 and all(part % axis_size == 0 for part in cut):
+                        found.setdefault(sum(cut), {})[cut] = None
+    return {size: tuple(cuts) for size, cuts in found.items()}
+
+
+def _split(rule: Rule, factor: str, axis_size: int, sections: Mapping[int, Iterable[Sections]]) -> Iterator[Strategy]:
+    if factor in rule.unsplittable:
+        return
+    size = rule.sizes[factor]
+    natural = _states(rule, factor, axis_size, None)
+    if natural is not None:
+        yield Strategy(factor, *natural, factor=factor, implementation=rule.implemented.get(factor))
+    if factor in rule.implemented:
+        return  # a special local form knows contiguous shards only
+    for cut in sections.get(size, ()):
+        states = _states(rule, factor, axis_size, cut)
+        if states is not None:
+            yield Strategy(f"{factor}|{','.join(map(str, cut))}", *states, factor=factor)
+
+
+def _states(
+    rule: Rule, factor: str, axis_size: int, cut: Sections | None
+) -> tuple[tuple[State, ...], tuple[State, ...]] | None:
+    """States of operands and results when `factor` is split, or None where that is impossible."""
+    operands: list[State] = [RP] * len(rule.operands)
+    if factor in rule.reductions:
+        without = PR
+    elif factor in rule.whole:
+        without = RR
+    else:
+        without = None
+    results: list[State | None] = [without] * len(rule.results)
+    seen: set[tuple[str, int]] = set()
+    for side, index, dim, names in _dims(rule):
+        if factor not in names:
+            continue
+        if (side, index) in seen:
+            return None  # a diagonal: the factor stands twice in one tensor
+        seen.add((side, index))
+        if cut is not None:
+            if names != (factor,) or (side, index, dim) in rule.sections:
+                return None
+            parts: Sections | None = cut
+        else:
+            parts = _own_sections(rule, factor, side, index, dim, names)
+            divided = rule.sections.get((side, index, dim), (rule.sizes[factor],))
+            if any(part % axis_size for part in divided):
+                return None
+        state = sharded(dim, parts)
+        if side == "operand":
+            operands[index] = state
+        else:
+            results[index] = state
+    if any(state is None for state in results) or not seen:
+        return None
+    return tuple(operands), tuple(state for state in results if state is not None)
+
+
+def _own_sections(rule: Rule, factor: str, side: str, index: int, dim: int, names: Dim) -> Sections | None:
+    """The parts into which splitting `factor` cuts a dimension by the rule itself; None for one contiguous part."""
+    given = rule.sections.get((side, index, dim))
+    if given is not None:
+        return given
+    position = names.index(factor)
+    major = prod(rule.sizes[name] for name in names[:position])
+    minor = prod(rule.sizes[name] for name in names[position + 1 :])
+    return None if major == 1 else (rule.sizes[factor] * minor,) * major
+
+
+def _dims(rule: Rule) -> Iterator[tuple[str, int, int, Dim]]:
+    for side, tensors in (("operand", rule.operands), ("result", rule.results)):
+        for index, dims in enumerate(tensors):
+            for dim, names in enumerate(dims):
+                yield side, index, dim, names
+
+
+def _linear(rule: Rule) -> Iterator[Strategy]:
+    for members in rule.linear:
+        operands = tuple(PR if index in members else RP for index in range(len(rule.operands)))
+        key = f"{PARTIAL}:{','.join(map(str, sorted(members)))}"
+        yield Strategy(key, operands, (PR,) * len(rule.results))
+
+
+def _agrees_on_repeated_operands(op: Op, strategy: Strategy) -> bool:
+    """A tensor that stands twice among the operands can be in one state only."""
+    states: dict[str, State] = {}
+    return all(states.setdefault(name, state) == state for name, state in zip(op.inputs, strategy.operands, strict=True))
+
+
+# --- changes of state ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A change of state of one tensor on one axis: what moves forward, and what moves backward.
+
+    `name` is the function of the runtime that does it; `forward` and `backward` are the kinds of collective it costs
+    (None where only local memory moves).
+    """
+
+    name: str
+    forward: str | None
+    backward: str | None
+
+
+_REPLICATED_CONVERSIONS = {
+    (RR, RP): Conversion("copy", None, "all_reduce"),
+    (RP, RR): Conversion("first_grad", None, None),
+    (RR, PR): Conversion("first_only", None, None),
+    (PR, RR): Conversion("all_reduce", "all_reduce", None),
+    (PR, RP): Conversion("all_reduce_partial", "all_reduce", "all_reduce"),
+}
+
+
+def conversion(source: State, target: State, requires_grad: bool) -> Conversion | None:
+    """The runtime function that turns `source` into `target`, or None where there is no single one.
+
+    For a tensor without gradient the backward costs nothing.
+    """
+    found = _conversion(source, target)
+    if found is not None and not requires_grad:
+        return Conversion(found.name, found.forward, None)
+    return found
+
+
+def _conversion(source: State, target: State) -> Conversion | None:
+    match source.value, target.value:
+        case Shard(), Shard() as to:
+            if source.value.sections or to.sections or source.value.dim == to.dim:
+                return None
+            return Conversion("all_to_all", "all_to_all", "all_to_all")
+        case Shard(), Replicate():
+            if target == RP:
+                return Conversion("all_gather", "all_gather", "reduce_scatter")
+            return Conversion("all_gather_replicated", "all_gather", None)
+        case Replicate(), Shard():
+            if source == RR:
+                return Conversion("shard", None, "all_gather")
+            return Conversion("shard_partial", None, None)
+        case Partial(), Shard():
+            return Conversion("reduce_scatter", "reduce_scatter", "all_gather")
+        case _:
+            return _REPLICATED_CONVERSIONS.get((source, target))

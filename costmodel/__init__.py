@@ -1,0 +1,66 @@
+"""What work costs on a machine: roofline, collectives, memory, pipeline schedules, and whole training steps.
+
+Knows neither torch nor graphs: it is handed amounts of work (`Work`, `Collective`, `StageWork`) and machines
+from `hardware_db`, and answers in seconds and bytes. Every machine's number comes from there.
+"""
+
+from __future__ import annotations
+
+from costmodel.collectives import Algorithm, algorithms, collective_time_s
+from costmodel.errors import CostModelError
+from costmodel.goodput import end_to_end_training_s, model_flops_utilization, scale_factor
+from costmodel.memory import Ledger, OptimizerPolicy, model_state_ledger, optimizer_policies, optimizer_policy
+from costmodel.orders import SCHEDULES, ScheduleName, peak_activation_bytes, peak_in_flight, rank_orders
+from costmodel.roofline import work_time_s, work_times_s
+from costmodel.schedule import (
+    Event,
+    Timeline,
+    closed_form_step_s,
+    pipeline_lower_bound_s,
+    simulate,
+)
+from costmodel.steady import rank_finish_s
+from costmodel.step import IDEAL_OVERLAP, TERMS, Overlap, StageWork, StepCost, step_cost
+from costmodel.topology import Span, spans
+from costmodel.work import Collective, CollectiveKind, Group, Work, WorkKind
+
+__all__ = [
+    "IDEAL_OVERLAP",
+    "SCHEDULES",
+    "TERMS",
+    "Algorithm",
+    "Collective",
+    "CollectiveKind",
+    "CostModelError",
+    "Event",
+    "Group",
+    "Ledger",
+    "OptimizerPolicy",
+    "Overlap",
+    "ScheduleName",
+    "Span",
+    "StageWork",
+    "StepCost",
+    "Timeline",
+    "Work",
+    "WorkKind",
+    "algorithms",
+    "closed_form_step_s",
+    "collective_time_s",
+    "end_to_end_training_s",
+    "model_flops_utilization",
+    "model_state_ledger",
+    "optimizer_policies",
+    "optimizer_policy",
+    "peak_activation_bytes",
+    "peak_in_flight",
+    "pipeline_lower_bound_s",
+    "rank_finish_s",
+    "rank_orders",
+    "scale_factor",
+    "simulate",
+    "spans",
+    "step_cost",
+    "work_time_s",
+    "work_times_s",
+]

@@ -1,0 +1,172 @@
+"""What a training step costs, and why: the time of its slowest rank, split into terms that add up to it.
+
+A stage's forward takes compute, the tensor-parallel communication in it, and what the gathers of its sharded
+parameters leave exposed; its backward the same, with recomputation. The schedule (`steady.rank_finish_s`)
+says when each rank ends its last backward. Gradients are reduced once a step, behind the last microbatch's
+backward as far as they fit; then the optimizer runs. For an amount X of communication that may hide behind a
+time T,
+
+    exposed = max(X - overlap · T, X / num_units)
+
+because the first gather and the last reduction of a stage's `num_units` sharding units find nothing to hide
+behind. The step is the largest of: finish + exposed gradient synchronisation + optimizer. That rank, the
+bottleneck, is accounted for: its own work, how much later messages made it finish (send_recv), and what is
+left, the bubble.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from costmodel.errors import CostModelError
+from costmodel.steady import rank_finish_s
+
+TERMS = (
+    "compute",
+    "recompute",
+    "tensor_parallel",
+    "parameter_gather",
+    "send_recv",
+    "pipeline_bubble",
+    "gradient_sync",
+    "optimizer",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """What one (virtual) stage does on one of its ranks, in seconds; per microbatch unless said otherwise.
+
+    `recompute_s` is the part of the forward, communication in it included, that runs again before the
+    backward; `*_communication_s` is what runs in line with compute (tensor, sequence, context and expert
+    parallelism); `*_gather_s` gathers ZeRO-3 parameters and `gradient_sync_s`, once a step, reduces
+    gradients, in `num_units` roughly equal buckets (fully_shard units); `optimizer_s` is once a step.
+    """
+
+    forward_s: float
+    backward_s: float
+    recompute_s: float = 0.0
+    forward_communication_s: float = 0.0
+    backward_communication_s: float = 0.0
+    forward_gather_s: float = 0.0
+    backward_gather_s: float = 0.0
+    gradient_sync_s: float = 0.0
+    optimizer_s: float = 0.0
+    num_units: int = 1
+
+    def __post_init__(self) -> None:
+        for name in _SECONDS:
+            if getattr(self, name) < 0:
+                raise CostModelError(f"a stage cannot take negative time: {name} is {getattr(self, name):g}")
+        if self.num_units < 1:
+            raise CostModelError(f"a stage has at least one sharding unit, got {self.num_units}")
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Which share of a computation's time communication can run behind: 1 is ideal, 0 none.
+
+    The ideal is the default: it claims no measurement.
+    """
+
+    gradient_sync: float = 1.0
+    parameter_gather: float = 1.0
+
+
+IDEAL_OVERLAP = Overlap()
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Seconds of a step: `terms`, by the names in `TERMS`, of the bottleneck rank; `total_s` is their sum."""
+
+    terms: Mapping[str, float]
+    bottleneck_rank: int
+
+    @property
+    def total_s(self) -> float:
+        """The step's time."""
+        return sum(self.terms.values())
+
+
+def step_cost(
+    stages: Sequence[StageWork],
+    num_microbatches: int,
+    schedule_name: str = "1F1B",
+    num_virtual: int = 1,
+    send_s: float | Sequence[float] = 0.0,
+    overlap: Overlap = IDEAL_OVERLAP,
+) -> StepCost:
+    """The cost of one step over `stages`, in the order of the model, `num_virtual` of them on each rank.
+
+    `send_s` is the time of a message between neighbouring stages, one number or one per boundary. Without a
+    pipeline, pass one stage: every schedule is then plain gradient accumulation. Raises CostModelError when
+    the stages do not divide into ranks, or for a schedule that does not run them.
+    """
+    num_ranks, remainder = divmod(len(stages), num_virtual) if num_virtual > 0 else (0, 0)
+    if not num_ranks or remainder:
+        raise CostModelError(f"{len(stages)} stages do not divide into ranks of {num_virtual} virtual stages")
+    exposed = [_exposed(stage, overlap) for stage in stages]
+    forward_s = [
+        s.forward_s + s.forward_communication_s + e.forward_gather_s
+        for s, e in zip(stages, exposed, strict=True)
+    ]
+    backward_s = [
+        s.recompute_s + s.backward_s + s.backward_communication_s + e.backward_gather_s
+        for s, e in zip(stages, exposed, strict=True)
+    ]
+    shape = (schedule_name, num_ranks, num_microbatches, forward_s, backward_s)
+    finish_s = rank_finish_s(*shape, send_s, num_virtual)
+
+    once_s = [s.optimizer_s + e.gradient_sync_s for s, e in zip(stages, exposed, strict=True)]
+    ends_s = [finish_s[rank] + sum(once_s[rank::num_ranks]) for rank in range(num_ranks)]
+    slowest = ends_s.index(max(ends_s))
+    unhindered_s = finish_s[slowest]
+    if isinstance(send_s, Sequence) or send_s:
+        unhindered_s = rank_finish_s(*shape, 0.0, num_virtual)[slowest]
+    terms = _work_terms(stages[slowest::num_ranks], exposed[slowest::num_ranks], num_microbatches)
+    busy_s = num_microbatches * sum(forward_s[slowest::num_ranks] + backward_s[slowest::num_ranks])
+    terms["pipeline_bubble"] = max(0.0, unhindered_s - busy_s)
+    terms["send_recv"] = max(0.0, finish_s[slowest] - unhindered_s)
+    return StepCost({name: terms[name] for name in TERMS}, slowest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Exposed:
+    """Communication of a stage that nothing hides: gathers per microbatch, the synchronisation per step."""
+
+    forward_gather_s: float
+    backward_gather_s: float
+    gradient_sync_s: float
+
+
+def _exposed(stage: StageWork, overlap: Overlap) -> _Exposed:
+    def rest_s(communication_s: float, hiding_s: float) -> float:
+        return max(communication_s - hiding_s, communication_s / stage.num_units)
+
+    backward_s = stage.recompute_s + stage.backward_s
+    forward_gather_s = rest_s(stage.forward_gather_s, overlap.parameter_gather * stage.forward_s)
+    backward_gather_s = rest_s(stage.backward_gather_s, overlap.parameter_gather * backward_s)
+    # Both use the network: what a gather hides behind is taken.
+    taken_s = stage.backward_gather_s - backward_gather_s
+    gradient_sync_s = rest_s(stage.gradient_sync_s, max(0.0, overlap.gradient_sync * backward_s - taken_s))
+    return _Exposed(forward_gather_s, backward_gather_s, gradient_sync_s)
+
+
+def _work_terms(
+    stages: Sequence[StageWork], exposed: Sequence[_Exposed], num_microbatches: int
+) -> dict[str, float]:
+    """The terms of one rank, of the stages on it, that do not depend on the schedule."""
+    return {
+        "compute": num_microbatches * sum(s.forward_s + s.backward_s for s in stages),
+        "recompute": num_microbatches * sum(s.recompute_s for s in stages),
+        "tensor_parallel": num_microbatches
+        * sum(s.forward_communication_s + s.backward_communication_s for s in stages),
+        "parameter_gather": num_microbatches * sum(e.forward_gather_s + e.backward_gather_s for e in exposed),
+        "gradient_sync": sum(e.gradient_sync_s for e in exposed),
+        "optimizer": sum(s.optimizer_s for s in stages),
+    }
+
+
+_SECONDS = tuple(field.name for field in fields(StageWork) if field.name.endswith("_s"))

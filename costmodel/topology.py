@@ -1,0 +1,141 @@
+"""How a group of ranks lies on a cluster's levels, and what of their links it gets.
+
+A level with L devices holds m = gcd(size, L / stride) members of a group side by side (one, where the stride
+does not divide L). That is exact where sizes nest, which powers of two on usual machines do; where they do
+not, it is the largest unit that every group of the mesh axis falls into, so the worst placed group sets the
+price. m divides the next level's m, hence a group is a tree: `num_inside` members form a unit, and
+`num_peers` units meet on the links of a level. Every device owns its share of a level's bandwidth, so a unit
+talks through `num_inside` shares at once, and groups that run side by side on a switch do not slow each other
+down.
+
+What k peers out of n children of a level, `spacing` children apart, get of a device's bandwidth B there:
+
+    switch, fat_tree   B
+    mesh               B (k - 1) / (n - 1)    a link for every pair
+    ring, pcie         B / spacing            the groups between share the links
+    torus              B / spacing            the same, and half of it where k peers leave the ring open
+
+Adjacent torus levels that a group fills work at once: their bandwidths add ("How to Scale Your Model").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd
+from typing import TYPE_CHECKING
+
+from costmodel.errors import CostModelError
+from costmodel.work import Group
+
+if TYPE_CHECKING:
+    from hardware_db import Cluster, Level
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The part of a group that one level connects: `num_peers` units of `num_inside` members.
+
+    Bandwidths are per member and one direction: in a collective of the peers, and between two neighbours. A
+    collective's ring takes `num_steps` steps of `latency_s`; a message to a random peer passes `mean_hops`
+    links. Axes of a torus that the group fills are one span of several levels.
+    """
+
+    level_names: tuple[str, ...]
+    num_peers: int
+    num_inside: int
+    bandwidth_bytes_per_s: float
+    pair_bandwidth_bytes_per_s: float
+    latency_s: float
+    num_steps: int
+    mean_hops: float
+    is_closed_torus: bool = False
+
+    @property
+    def unit_bytes_per_s(self) -> float:
+        """What all members of one unit move together."""
+        return self.num_inside * self.bandwidth_bytes_per_s
+
+
+def spans(group: Group, cluster: Cluster) -> tuple[Span, ...]:
+    """Where members of `group` meet, innermost first; the product of `num_peers` is the group's size.
+
+    Raises CostModelError when the cluster has fewer devices than the group reaches over.
+    """
+    num_needed = (group.size - 1) * group.stride + 1
+    if num_needed > cluster.num_devices:
+        raise CostModelError(
+            f"a group of {group.size} ranks with stride {group.stride} reaches over {num_needed} devices, "
+            f"but cluster {cluster.name!r} has {cluster.num_devices}; use a smaller mesh or a larger cluster"
+        )
+    merged: list[Span] = []
+    for span in _single_spans(group, cluster):
+        if span.is_closed_torus and merged and merged[-1].is_closed_torus:
+            merged[-1] = _both_axes(merged[-1], span)
+        else:
+            merged.append(span)
+    return tuple(merged)
+
+
+def _single_spans(group: Group, cluster: Cluster) -> Iterator[Span]:
+    """One span for each level on which members meet."""
+    num_inside, num_below = 1, 1
+    for level in cluster.levels:
+        is_outermost = level is cluster.levels[-1]
+        num_members = group.size if is_outermost else _num_members(group, level.num_devices)
+        if num_members > num_inside:
+            num_children = level.num_devices // num_below
+            spacing = max(1, group.stride // num_below)
+            yield _span(level, num_members // num_inside, num_inside, num_children, spacing)
+        num_inside, num_below = num_members, level.num_devices
+
+
+def _num_members(group: Group, num_devices: int) -> int:
+    num_slots, remainder = divmod(num_devices, group.stride)
+    return 1 if remainder or not num_slots else gcd(group.size, num_slots)
+
+
+def _span(level: Level, num_peers: int, num_inside: int, num_children: int, spacing: int) -> Span:
+    collective = pair = level.bandwidth_bytes_per_s
+    num_steps, mean_hops, is_closed = num_peers - 1, 1.0, False
+    match level.topology:
+        case "mesh":
+            pair = level.bandwidth_bytes_per_s / max(1, num_children - 1)
+            collective = pair * (num_peers - 1)
+        case "ring" | "pcie":
+            collective = pair = level.bandwidth_bytes_per_s / spacing
+            mean_hops = num_peers / 4 if level.topology == "ring" else 1.0
+        case "torus":
+            is_closed = num_peers == num_children
+            collective = level.bandwidth_bytes_per_s / spacing / (1 if is_closed else 2)
+            pair = level.bandwidth_bytes_per_s / spacing / 2  # one of the two links of the axis
+            num_steps, mean_hops = (num_peers // 2 if is_closed else num_peers - 1), num_peers / 4
+    return Span(
+        level_names=(level.name,),
+        num_peers=num_peers,
+        num_inside=num_inside,
+        bandwidth_bytes_per_s=collective,
+        pair_bandwidth_bytes_per_s=pair,
+        latency_s=level.latency_s,
+        num_steps=num_steps,
+        mean_hops=max(1.0, mean_hops),
+        is_closed_torus=is_closed,
+    )
+
+
+def _both_axes(inner: Span, outer: Span) -> Span:
+    """Two filled parts of a torus as one. A message's hops are split over the axes, each with its own
+    links."""
+    bandwidth_bytes_per_s = inner.bandwidth_bytes_per_s + outer.bandwidth_bytes_per_s
+    busiest = max(axis.mean_hops / axis.bandwidth_bytes_per_s for axis in (inner, outer))
+    return Span(
+        level_names=inner.level_names + outer.level_names,
+        num_peers=inner.num_peers * outer.num_peers,
+        num_inside=inner.num_inside,
+        bandwidth_bytes_per_s=bandwidth_bytes_per_s,
+        pair_bandwidth_bytes_per_s=min(inner.pair_bandwidth_bytes_per_s, outer.pair_bandwidth_bytes_per_s),
+        latency_s=max(inner.latency_s, outer.latency_s),
+        num_steps=inner.num_steps + outer.num_steps,
+        mean_hops=busiest * bandwidth_bytes_per_s,
+        is_closed_torus=True,
+    )

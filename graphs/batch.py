@@ -1,0 +1,123 @@
+"""The same graph at another batch size.
+
+Every shape and every count of a model is affine in the batch size b: v(b) = v(2) + (v(3) - v(2)) * (b - 2). So two
+graphs, captured at 2 and 3, give the graph at every batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from graphs.errors import CaptureError
+from graphs.ir import Op, OpGraph, Ref
+
+LOW, HIGH = 2, 3
+"""The batch sizes at which a model is captured; 1 and 0 are special to broadcasting, so neither is one of them."""
+
+Inputs = Mapping[str, Any]
+
+
+def inputs_of_any_batch(example: Inputs | Callable[[int], Inputs]) -> Callable[[int], Inputs]:
+    """Inputs as a function of the batch size.
+
+    An example is repeated along dimension 0 of those tensors that have the example's batch size there, which is the
+    most common size of dimension 0.
+    """
+    if callable(example):
+        return example
+    sizes = Counter(value.shape[0] for value in example.values() if isinstance(value, torch.Tensor) and value.dim())
+    if not sizes:
+        raise CaptureError("the example inputs hold no tensor with a batch dimension")
+    common = sizes.most_common(1)[0][0]
+
+    def at(batch: int) -> Inputs:
+        return {name: _with_batch(value, common, batch) for name, value in example.items()}
+
+    return at
+
+
+def _with_batch(value: Any, common: int, batch: int) -> Any:
+    if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] != common:
+        return value
+    return value.new_empty((batch, *value.shape[1:]), device="meta")
+
+
+def interpolate(low: OpGraph, high: OpGraph, batch: int) -> OpGraph:
+    """The graph at a batch size from those at `LOW` and `HIGH`.
+
+    Raises `CaptureError` that names the first op that differs by more than sizes.
+    """
+    if batch < 1:
+        raise CaptureError(f"the batch size must be at least 1, got {batch}")
+    check_alike(low, high)
+
+    def between(first: Any, second: Any) -> Any:
+        if isinstance(first, int) and not isinstance(first, bool):
+            return first + (second - first) * (batch - LOW)
+        if isinstance(first, (tuple, list)):
+            return type(first)(between(a, b) for a, b in zip(first, second, strict=True))
+        if isinstance(first, Mapping):
+            return {key: between(value, second[key]) for key, value in first.items()}
+        return first
+
+    def op_between(first: Op, second: Op) -> Op:
+        return replace(
+            first,
+            args=between(first.args, second.args),
+            kwargs=between(first.kwargs, second.kwargs),
+            flops=between(first.flops, second.flops),
+            saved_internal_bytes=between(first.saved_internal_bytes, second.saved_internal_bytes),
+        )
+
+    tensors = {
+        name: replace(tensor, shape=between(tensor.shape, high.tensors[name].shape))
+        for name, tensor in low.tensors.items()
+    }
+    return replace(
+        low, tensors=tensors, ops=tuple(op_between(a, b) for a, b in zip(low.ops, high.ops, strict=True))
+    )
+
+
+def check_alike(low: OpGraph, high: OpGraph) -> None:
+    """Raise `CaptureError` unless two graphs differ in integers only."""
+    for first, second in zip(low.ops, high.ops, strict=False):
+        if not _alike(_without_counts(first), _without_counts(second)) or not all(
+            _alike(low.tensors[name], high.tensors[name]) for name in first.outputs
+        ):
+            raise CaptureError(
+                f"the model does something else at batch {HIGH} than at batch {LOW}, first in {first.name}: "
+                f"{first.target}{first.args} against {second.target}{second.args}",
+                module=first.module,
+                advice=f"plan for the captured batch size of {LOW}, or make forward independent of the batch size",
+            )
+    if len(low.ops) != len(high.ops):
+        raise CaptureError(f"the model has {len(low.ops)} ops at batch {LOW} and {len(high.ops)} at batch {HIGH}")
+
+
+def _without_counts(op: Op) -> Op:
+    return replace(op, flops=0, saved_internal_bytes=0)
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Whether two values are the same up to integers."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, (bool, str, Ref)) or first is None:
+        return bool(first == second)
+    if isinstance(first, int):
+        return True
+    if is_dataclass(first) and not isinstance(first, type):
+        return all(_alike(getattr(first, item.name), getattr(second, item.name)) for item in fields(first))
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(second) and all(_alike(a, b) for a, b in zip(first, second, strict=True))
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(_alike(value, second[key]) for key, value in first.items())
+    return bool(first == second)
+
+
+__all__ = ["HIGH", "LOW", "Inputs", "check_alike", "inputs_of_any_batch", "interpolate"]

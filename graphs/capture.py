@@ -1,0 +1,78 @@
+"""Capture a model: from `nn.Module` and example inputs to an `OpGraph`.
+
+    export      torch.export of the training graph, on fake tensors
+    trace       functional ops in canonical form
+    tidy        dead ops dropped, everything named
+    measure     FLOPs and saved tensors
+    find_blocks repeated blocks
+
+Nothing is computed and no memory is used, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from graphs.assemble import assemble
+from graphs.batch import HIGH, LOW, Inputs, inputs_of_any_batch, interpolate
+from graphs.blocks import find_blocks
+from graphs.errors import CaptureError
+from graphs.export import export_training
+from graphs.ir import OpGraph
+from graphs.measure import measured
+from graphs.tidy import tidied
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured model.
+
+    Attributes:
+        graph: the graph at batch size 2.
+        other: the graph at batch size 3, or the reason why there is none.
+    """
+
+    graph: OpGraph
+    other: OpGraph | CaptureError
+
+    def at(self, batch: int) -> OpGraph:
+        """The graph at another batch size, op for op with the same names.
+
+        Raises `CaptureError` where the model's operations depend on the batch size by more than their sizes.
+        """
+        if batch == LOW:
+            return self.graph
+        if isinstance(self.other, CaptureError):
+            raise self.other
+        return interpolate(self.graph, self.other, batch)
+
+
+def capture(model: nn.Module, example_inputs: Inputs | Callable[[int], Inputs], *, name: str | None = None) -> Capture:
+    """The operator graph of one training step's forward, `model(**inputs)`.
+
+    Args:
+        model: any module, on any device, meta included. It is left as it was.
+        example_inputs: keyword arguments of forward by name, labels included, so that the model returns its loss; or a
+            function from a batch size to them. Values of tensors do not matter, shapes and dtypes do.
+        name: the graph's name, by default the class of the model.
+
+    Raises `CaptureError`, or `DataDependentError` or `UnsupportedOpError`, which are kinds of it: each names the module
+    and the line of forward.
+    """
+    inputs_at = inputs_of_any_batch(example_inputs)
+    title = name or type(model).__name__
+    graph = _capture_once(model, inputs_at(LOW), title)
+    other: OpGraph | CaptureError
+    try:
+        other = _capture_once(model, inputs_at(HIGH), title)
+    except CaptureError as error:
+        other = error
+    return Capture(graph, other)
+
+
+def _capture_once(model: nn.Module, inputs: Inputs, name: str) -> OpGraph:
+    graph = measured(tidied(assemble(model, export_training(model, inputs), name)))
+    return replace(graph, blocks=find_blocks(graph))

@@ -1,0 +1,42 @@
+"""What can go wrong when a model becomes a graph.
+
+    GraphError(ValueError)
+        CaptureError                 the model could not be captured
+            DataDependentError       control flow or a shape depends on the values of a tensor
+            UnsupportedOpError       an operator with no functional form, or one whose backward would be lost
+"""
+
+from __future__ import annotations
+
+
+class GraphError(ValueError):
+    """Base of every error that `graphs` raises for the user to mend."""
+
+
+class CaptureError(GraphError):
+    """The model could not be captured.
+
+    Attributes:
+        module: path of the module whose forward was running, `""` for the root, None where unknown.
+        source: the line of the model's own code, as `file:line: text`, None where unknown.
+    """
+
+    def __init__(self, problem: str, *, module: str | None = None, source: str | None = None, advice: str = "") -> None:
+        self.module = module
+        self.source = source
+        lines = [problem]
+        if module is not None:
+            lines.append(f"  in module: {module or '(the root module)'}")
+        if source is not None:
+            lines.append(f"  at: {source}")
+        if advice:
+            lines.append(f"  what to do: {advice}")
+        super().__init__("\n".join(lines))
+
+
+class DataDependentError(CaptureError):
+    """Control flow, or the shape of a tensor, depends on the values of a tensor."""
+
+
+class UnsupportedOpError(CaptureError):
+    """An operator that cannot stand in an `OpGraph`."""

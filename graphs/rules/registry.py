@@ -1,0 +1,77 @@
+"""Finding the rule of an op, and registering rules for more ops.
+
+    from graphs import rules
+
+    @rules.register("mylib.scale_rows.default")
+    def scale_rows(op, operands, results):
+        rows, columns = operands[0].shape
+        return rules.Rule(
+            sizes={"r": rows, "c": columns}, operands=((("r",), ("c",)), (("r",),)), results=((("r",), ("c",)),)
+        )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from graphs.errors import GraphError
+from graphs.interpret import resolve
+from graphs.ir import Op, OpGraph, Tensor
+from graphs.rules.build import check
+from graphs.rules.rule import Rule
+
+RuleFunction = Callable[[Op, tuple[Tensor, ...], tuple[Tensor, ...]], Rule | None]
+
+_RULES: dict[str, RuleFunction] = {}  # filled by decorators while modules are imported, only read afterwards
+
+
+class RuleError(GraphError):
+    """A registered rule does not fit the op it was asked about."""
+
+
+def register(*targets: str) -> Callable[[RuleFunction], RuleFunction]:
+    """Decorator: the function gives the rule of ops with these targets.
+
+    A target is an overload (`mylib.myop.default`) or all overloads of an operator (`mylib.myop`); the more special
+    one wins, and a later registration replaces an earlier one. The function receives the op, its tensor operands in
+    the order of `Op.inputs`, and its results; it returns the rule, or None where this form of the op has none.
+    """
+
+    def decorate(function: RuleFunction) -> RuleFunction:
+        for target in targets:
+            _RULES[target] = function
+        return function
+
+    return decorate
+
+
+def rule_for(op: Op, graph: OpGraph) -> Rule | None:
+    """The sharding rule of an op of `graph`, None where none is known and the op can only be replicated.
+
+    Raises `RuleError` where the registered rule disagrees with the shapes of the op's tensors.
+    """
+    operands = tuple(graph.tensors[name] for name in op.inputs)
+    results = tuple(graph.tensors[name] for name in op.outputs)
+    function = _find(op.target)
+    if function is None:
+        return None
+    rule = function(op, operands, results)
+    problem = check(rule, operands, results) if rule is not None else None
+    if problem is not None:
+        raise RuleError(f"the sharding rule of {op.target} does not fit {op.name}: {problem}; correct the rule")
+    return rule
+
+
+def _find(target: str) -> RuleFunction | None:
+    packet = target.rpartition(".")[0]
+    function = _RULES.get(target) or _RULES.get(packet)
+    return function or (_RULES["pointwise"] if _is_pointwise(target) else None)
+
+
+def _is_pointwise(target: str) -> bool:
+    try:
+        return torch.Tag.pointwise in resolve(target).tags
+    except (AttributeError, ValueError):
+        return False

@@ -1,0 +1,84 @@
+"""Drop what nothing reads, and give everything its final name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from graphs.ir import Op, OpGraph, Ref, map_refs
+
+
+def tidied(graph: OpGraph) -> OpGraph:
+    """The graph without dead ops, ops and tensors numbered by operator: `linear`, `linear_1`, ..."""
+    return renamed(without_dead_ops(graph))
+
+
+def without_dead_ops(graph: OpGraph) -> OpGraph:
+    """The graph without ops and buffers that no output needs."""
+    needed = set(graph.outputs)
+    kept: list[Op] = []
+    for op in reversed(graph.ops):
+        if not needed.isdisjoint(op.outputs):
+            kept.append(op)
+            needed.update(op.inputs)
+    kept.reverse()
+    buffers = tuple(buffer for buffer in graph.buffers if buffer.tensor in needed)
+    ops = tuple(kept)
+    named = [*graph.inputs, *(item.tensor for item in graph.parameters), *(item.tensor for item in buffers)]
+    named += [name for op in ops for name in op.outputs]
+    return replace(graph, ops=ops, buffers=buffers, tensors={name: graph.tensors[name] for name in named})
+
+
+def renamed(graph: OpGraph) -> OpGraph:
+    """The graph with ops named after their operator in order; the result of an op has the op's name.
+
+    Names of inputs, parameters and buffers stay.
+    """
+    made = {name for op in graph.ops for name in op.outputs}
+    taken = {name for name in graph.tensors if name not in made}
+    numbers: Counter[str] = Counter()
+    names = {name: name for name in taken}
+    ops = []
+    for op in graph.ops:
+        base = _short(op.target)
+        name = _free(base, numbers, taken)
+        results = [name] if len(op.outputs) == 1 else [f"{name}_part{index}" for index in range(len(op.outputs))]
+        taken.update(results)
+        names.update(zip(op.outputs, results, strict=True))
+        ops.append(_with_names(replace(op, name=name), names))
+    tensors = {
+        names[name]: replace(tensor, name=names[name], storage=names[tensor.storage])
+        for name, tensor in graph.tensors.items()
+    }
+    return replace(
+        graph,
+        ops=tuple(ops),
+        tensors=tensors,
+        outputs=tuple(names[name] for name in graph.outputs),
+        loss=None if graph.loss is None else names[graph.loss],
+    )
+
+
+def _with_names(op: Op, names: Mapping[str, str]) -> Op:
+    return replace(
+        op,
+        args=map_refs(op.args, lambda name: Ref(names[name])),
+        kwargs=map_refs(dict(op.kwargs), lambda name: Ref(names[name])),
+        outputs=tuple(names[name] for name in op.outputs),
+        saved=tuple(names[name] for name in op.saved),
+    )
+
+
+def _short(target: str) -> str:
+    return target.split(".")[1].strip("_")
+
+
+def _free(base: str, numbers: Counter[str], taken: set[str]) -> str:
+    while True:
+        number = numbers[base]
+        numbers[base] += 1
+        name = f"{base}_{number}" if number else base
+        if name not in taken:
+            taken.add(name)
+            return name

@@ -1,0 +1,43 @@
+"""What machines are: accelerators, nodes and clusters as sourced data, and the lookup that serves them.
+
+>>> import hardware_db
+>>> machine = hardware_db.cluster("dgx-h100*16")
+>>> machine.num_devices, machine.device.id, [level.name for level in machine.levels]
+(128, 'h100-sxm', ['nvswitch', 'network'])
+>>> machine.device.peak_flops_per_s("bf16")
+989000000000000.0
+"""
+
+from hardware_db.catalog import accelerator, accelerators, clusters, node, nodes, sources
+from hardware_db.cluster_file import cluster_document, load_cluster, parse_cluster
+from hardware_db.errors import ClusterFileError, HardwareError, MissingFactError, UnknownHardwareError
+from hardware_db.facts import Dimensions, Fact, Source, facts_of
+from hardware_db.machine import Cluster, Level
+from hardware_db.schema import Accelerator, Efficiency, Node
+from hardware_db.spec import cluster
+
+__all__ = [
+    "Accelerator",
+    "Cluster",
+    "ClusterFileError",
+    "Dimensions",
+    "Efficiency",
+    "Fact",
+    "HardwareError",
+    "Level",
+    "MissingFactError",
+    "Node",
+    "Source",
+    "UnknownHardwareError",
+    "accelerator",
+    "accelerators",
+    "cluster",
+    "cluster_document",
+    "clusters",
+    "facts_of",
+    "load_cluster",
+    "node",
+    "nodes",
+    "parse_cluster",
+    "sources",
+]

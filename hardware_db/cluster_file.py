@@ -1,0 +1,207 @@
+"""A user's own cluster, in YAML or JSON.
+
+Levels by hand, innermost first. `devices` counts the devices in one group of a level, all inner levels
+included:
+
+    name: my-lab
+    device: a100-80gb
+    levels:
+      - {name: nvlink, devices: 8, bandwidth_bytes_per_s: 300e9, latency_s: 5e-6, efficiency: 0.8}
+      - {name: infiniband, devices: 64, bandwidth_bytes_per_s: 25e9, latency_s: 10e-6}
+
+or nodes from the database, with what is different about yours:
+
+    node: dgx-a100
+    count: 8
+    scale_out_bytes_per_s_per_device: 12.5e9
+
+`bandwidth_bytes_per_s` is per device and one direction; `efficiency` (default 1) is the share of it that
+large collectives reach, `oversubscription` (default 1) divides it, `topology` is one of those of
+`hardware_db.Level` (default switch). `device` is an id or a device of your own:
+
+    device:
+      name: prototype
+      memory_bytes: 64e9
+      memory_bandwidth_bytes_per_s: 2e12
+      peak_flops_per_s: {bf16: 400e12, fp32: 50e12}
+      efficiency: {matmul: 0.6}
+
+Both forms also take `name`, `efficiency` (matmul, attention, memory, launch_overhead_s,
+reserved_memory_bytes), `host_memory_bytes_per_device` and `price_usd_per_device_hour`; the first also
+`devices_per_node` (default: the devices of its innermost level).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from hardware_db import catalog
+from hardware_db.build import cluster_of_nodes
+from hardware_db.cluster_form import TAGS, DeviceForm, Form, LevelsForm, NodeForm, form_at
+from hardware_db.errors import ClusterFileError, HardwareError, did_you_mean
+from hardware_db.machine import Cluster
+from hardware_db.schema import Accelerator
+
+F = TypeVar("F", bound=Form)
+
+
+def load_cluster(path: Path) -> Cluster:
+    """The cluster that a .yaml, .yml or .json file describes; a ClusterFileError names file and field."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ClusterFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        document: object = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ClusterFileError(f"{path}: is not valid {path.suffix.lstrip('.').upper()}: {error}") from error
+    return parse_cluster(document, origin=str(path), default_name=path.stem)
+
+
+def parse_cluster(document: object, *, origin: str = "cluster", default_name: str = "custom") -> Cluster:
+    """The cluster in an already loaded document; `origin` opens each error message."""
+    if not isinstance(document, Mapping):
+        raise ClusterFileError(
+            f"{origin}: expected fields such as `device` and `levels`, got {_shown(document)}"
+        )
+    if "node" in document and "levels" in document:
+        raise ClusterFileError(
+            f"{origin}: has both `node` and `levels`; give `node` and `count`, or `device` and `levels`"
+        )
+    if not {"node", "device", "levels"} & set(document):
+        fields = ", ".join(map(str, document)) or "none"
+        raise ClusterFileError(
+            f"{origin}: expected `node`, or `device` and `levels`, got the fields {fields}"
+        )
+    try:
+        if "node" in document:
+            return _from_nodes(_validated(NodeForm, document, origin), default_name)
+        return _from_levels(_validated(LevelsForm, document, origin), default_name)
+    except ClusterFileError:
+        raise
+    except HardwareError as error:
+        raise ClusterFileError(f"{origin}: {error}") from error
+
+
+def cluster_document(cluster: Cluster) -> dict[str, object]:
+    """The document, in the first form, that `parse_cluster` turns back into the same machine."""
+    levels = [
+        {
+            "name": level.name,
+            "devices": level.num_devices,
+            "bandwidth_bytes_per_s": level.bandwidth_bytes_per_s,
+            "latency_s": level.latency_s,
+            "topology": level.topology,
+        }
+        for level in cluster.levels
+    ]
+    document: dict[str, object] = {
+        "name": cluster.id,
+        "device": _device_document(cluster.device),
+        "devices_per_node": cluster.devices_per_node,
+        "levels": levels,
+    }
+    if cluster.host_memory_bytes_per_device is not None:
+        document["host_memory_bytes_per_device"] = cluster.host_memory_bytes_per_device
+    if cluster.price_usd_per_device_hour is not None:
+        document["price_usd_per_device_hour"] = cluster.price_usd_per_device_hour
+    return document
+
+
+def _device_document(device: Accelerator) -> str | dict[str, object]:
+    card = catalog.find_accelerator(device.id)
+    if card is not None and card.logical_device() == device:
+        return card.id
+    peaks = {
+        dtype: fact.value for dtype, fact in device.peak_dense_flops_per_s.items() if fact.value is not None
+    }
+    return {
+        "name": device.name,
+        "vendor": device.vendor,
+        "kind": device.kind,
+        "memory_bytes": device.memory_bytes,
+        "memory_bandwidth_bytes_per_s": device.memory_bandwidth_bytes_per_s,
+        "peak_flops_per_s": peaks,
+        "efficiency": device.efficiency.model_dump(),
+    }
+
+
+def _from_levels(form: LevelsForm, default_name: str) -> Cluster:
+    levels = tuple(level.level() for level in form.levels)
+    name = form.name or default_name
+    card = _device(form.device)
+    price = card.price_usd_per_card_hour
+    cluster = Cluster(
+        id=name,
+        name=name,
+        device=card.logical_device(),
+        num_devices=levels[-1].num_devices,
+        devices_per_node=form.devices_per_node or levels[0].num_devices,
+        levels=levels,
+        price_usd_per_device_hour=None if price is None else price / card.logical_devices_per_card,
+    )
+    return _overridden(cluster, form)
+
+
+def _from_nodes(form: NodeForm, default_name: str) -> Cluster:
+    node = catalog.node(form.node)
+    cluster = cluster_of_nodes(
+        node,
+        form.count,
+        card=None if form.device is None else _device(form.device, catalog.accelerator(node.accelerator_id)),
+        scale_out_bytes_per_s_per_device=form.scale_out_bytes_per_s_per_device,
+        oversubscription=form.oversubscription,
+    )
+    name = form.name or default_name
+    return _overridden(replace(cluster, id=name, name=name), form)
+
+
+def _overridden(cluster: Cluster, form: Form) -> Cluster:
+    return replace(
+        cluster,
+        device=cluster.device.with_efficiency(form.efficiency.facts()),
+        host_memory_bytes_per_device=form.host_memory_bytes_per_device
+        or cluster.host_memory_bytes_per_device,
+        price_usd_per_device_hour=(
+            cluster.price_usd_per_device_hour
+            if form.price_usd_per_device_hour is None
+            else form.price_usd_per_device_hour
+        ),
+    )
+
+
+def _device(device: str | DeviceForm, links: Accelerator | None = None) -> Accelerator:
+    return catalog.accelerator(device) if isinstance(device, str) else device.accelerator(links)
+
+
+def _validated(form: type[F], document: Mapping[object, object], origin: str) -> F:
+    try:
+        return form.model_validate(document)
+    except ValidationError as error:
+        lines = [_sentence(form, problem) for problem in error.errors()]
+        raise ClusterFileError("\n".join(f"{origin}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _sentence(form: type[Form], problem: ErrorDetails) -> str:
+    """One problem in one line: the field, what was found, what was expected."""
+    where = [step for step in problem["loc"] if step not in TAGS]
+    field = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in where).lstrip(".")
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: unknown field{did_you_mean(str(where[-1]), form_at(form, where[:-1]).model_fields)}"
+    if problem["type"] == "missing":
+        return f"{field}: is missing"
+    expected = problem["msg"].removeprefix("Input should be ")
+    return f"{field}: got {_shown(problem['input'])}, expected {expected}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from costmodel import CostModelError, Group, spans
+from hardware_db import Cluster, Level
+
+
+def shape(group: Group, cluster: Cluster) -> list[tuple[str, int, int]]:
+    return [("+".join(s.level_names), s.num_peers, s.num_inside) for s in spans(group, cluster)]
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        (Group(1), []),
+        (Group(8), [("inside", 8, 1)]),
+        (Group(4, stride=2), [("inside", 4, 1)]),
+        (Group(16, stride=8), [("across", 16, 1)]),
+        (Group(16, stride=4), [("inside", 2, 1), ("across", 8, 2)]),
+        (Group(128), [("inside", 8, 1), ("across", 16, 8)]),
+        (Group(2, stride=64), [("across", 2, 1)]),
+    ],
+)
+def test_a_group_is_a_tree_of_levels(
+    group: Group, expected: list[tuple[str, int, int]], cluster: Cluster
+) -> None:
+    assert shape(group, cluster) == expected
+
+
+@pytest.mark.parametrize("size", [3, 6, 12, 24])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_size_that_does_not_nest_still_reaches_everyone(size: int, stride: int, cluster: Cluster) -> None:
+    assert math.prod(s.num_peers for s in spans(Group(size, stride), cluster)) == size
+
+
+def test_of_12_ranks_the_units_that_nodes_of_8_hold_whole_are_4(cluster: Cluster) -> None:
+    assert shape(Group(12), cluster) == [("inside", 4, 1), ("across", 3, 4)]
+
+
+def test_a_group_that_does_not_fit_says_how_many_devices_it_needs(cluster: Cluster) -> None:
+    with pytest.raises(CostModelError, match=r"reaches over 225 devices.*has 128"):
+        spans(Group(8, stride=32), cluster)
+
+
+def test_a_full_mesh_gives_a_pair_one_link(machine: Callable[..., Cluster]) -> None:
+    mesh = machine(Level("links", 8, 70e9, 1e-6, "mesh"))
+    (pair,), (whole,) = spans(Group(2), mesh), spans(Group(8), mesh)
+    assert pair.bandwidth_bytes_per_s == pytest.approx(10e9)
+    assert whole.bandwidth_bytes_per_s == pytest.approx(70e9)
+    assert whole.pair_bandwidth_bytes_per_s == pytest.approx(10e9)
+
+
+def test_interleaved_groups_share_a_ring(machine: Callable[..., Cluster]) -> None:
+    ring = machine(Level("ring", 8, 100e9, 1e-6, "ring"))
+    assert spans(Group(4, stride=2), ring)[0].bandwidth_bytes_per_s == pytest.approx(50e9)
+    assert spans(Group(4), ring)[0].bandwidth_bytes_per_s == pytest.approx(100e9)
+
+
+@pytest.fixture
+def torus(machine: Callable[..., Cluster]) -> Cluster:
+    return machine(Level("x", 4, 90e9, 1e-6, "torus"), Level("y", 16, 90e9, 1e-6, "torus"))
+
+
+def test_filled_torus_axes_work_at_once(torus: Cluster) -> None:
+    (both,) = spans(Group(16), torus)
+    assert both.level_names == ("x", "y")
+    assert both.bandwidth_bytes_per_s == pytest.approx(180e9)
+    assert both.num_steps == 4  # half way round each axis: sum(dims) / 2
+
+
+def test_an_open_torus_axis_has_half_its_bandwidth(torus: Cluster) -> None:
+    line, ring = spans(Group(2), torus)[0], spans(Group(4), torus)[0]
+    assert line.bandwidth_bytes_per_s == pytest.approx(ring.bandwidth_bytes_per_s / 2)
