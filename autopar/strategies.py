@@ -53,7 +53,7 @@ def strategies(op: Op, graph: OpGraph, axis_size: int, sections: Mapping[int, It
     """All strategies of `op` on an axis of `axis_size` ranks, `replicate` first.
 
     `sections` (see `natural_sections`) tells into which parts a dimension of a given size may have to be cut. An op
-    without a rule can only be replicated.
+    without a rule can only be replicated. The loss is whole or partial, with the whole gradient 1 on every rank.
     """
     operands = [graph.tensors[name] for name in op.inputs]
     results = [graph.tensors[name] for name in op.outputs]
@@ -76,7 +76,7 @@ def strategies(op: Op, graph: OpGraph, axis_size: int, sections: Mapping[int, It
             strategy.factor,
             strategy.implementation,
         )
-        if _agrees_on_repeated_operands(op, settled):
+        if _agrees_on_repeated_operands(op, settled) and not (graph.loss in op.outputs and RP in settled.results):
             unique.setdefault((settled.operands, settled.results), settled)
     return tuple(unique.values())
 

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind
 
 from graphs import ir
-from graphs.export import has_values
+from graphs.leaves import has_values, parameters_of, with_leaves_of
 from graphs.trace import Tracer
 
 
@@ -26,79 +26,67 @@ class _Assembler:
         self._model = model
         self._program = program
         self._tracer = tracer
-        self._aliases = _parameter_paths(model)
+        self._first_path = {
+            path: item.name for item in parameters_of(model) for path in (item.name, *item.aliases)
+        }
+        self._placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
         self._input_names = iter(program.call_spec.in_spec.child(1).context)
         self._declared: dict[str, torch.Tensor] = {}
         self._inputs: list[str] = []
-        self._parameters: list[ir.Parameter] = []
-        self._buffers: list[ir.Buffer] = []
+        self._constants: list[ir.Buffer] = []
 
     def graph(self, name: str) -> ir.OpGraph:
         arguments = [self._argument(spec) for spec in self._program.graph_signature.input_specs]
-        self._declare_unused_parameters()
-        results = self._tracer.run(self._program.graph_module, arguments)
-        outputs = self._outputs(results)
+        outputs = self._outputs(self._tracer.run(self._program.graph_module, arguments))
         trace = self._tracer.trace
-        return ir.OpGraph(
+        graph = ir.OpGraph(
             name=name,
             tensors=trace.tensors,
             ops=tuple(trace.ops),
-            parameters=tuple(self._parameters),
-            buffers=tuple(self._buffers),
+            parameters=(),
+            buffers=tuple(self._constants),
             inputs=tuple(self._inputs),
             outputs=tuple(outputs.values()),
             output_names=tuple(outputs),
             loss=_loss(outputs, trace.tensors),
-            modules={path: _module_info(path, module) for path, module in self._model.named_modules()},
+            modules={},
         )
+        return with_leaves_of(graph, self._model)
 
     def _argument(self, spec: InputSpec) -> Any:
+        """What stands for an argument of the exported program: a fake tensor, or a plain value."""
         if spec.kind is InputKind.USER_INPUT:
             name = next(self._input_names)
             if isinstance(spec.arg, ConstantArgument):
                 return spec.arg.value
             self._inputs.append(name)
-            return self._declare(name, self._placeholder(spec.arg.name))
-        target = str(spec.target)
+            return self._declare(name, self._placeholders[spec.arg.name])
+        path = str(spec.target)
         if spec.kind is InputKind.PARAMETER:
-            return self._parameter(target)
-        if spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            return self._buffer(target, persistent=bool(spec.persistent))
+            value = self._model.get_parameter(path)
+            return self._declare(self._first_path[path], value, requires_grad=value.requires_grad)
+        if spec.kind is InputKind.BUFFER:
+            return self._declare(path, self._model.get_buffer(path))
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            return self._constant(path)
         raise AssertionError(f"an exported model has no argument of kind {spec.kind}")
-
-    def _placeholder(self, name: str) -> torch.Tensor:
-        node = next(node for node in self._program.graph.nodes if node.name == name)
-        value = node.meta["val"]
-        assert isinstance(value, torch.Tensor)
-        return value
 
     def _declare(self, name: str, like: torch.Tensor, *, requires_grad: bool = False) -> torch.Tensor:
         if name not in self._declared:
             self._declared[name] = self._tracer.declare(name, like, requires_grad=requires_grad)
         return self._declared[name]
 
-    def _parameter(self, path: str) -> torch.Tensor:
-        first = next(first for first, others in self._aliases.items() if path in (first, *others))
-        value = self._model.get_parameter(path)
-        if first not in self._declared:
-            self._parameters.append(ir.Parameter(first, first, self._aliases[first]))
-        return self._declare(first, value, requires_grad=value.requires_grad)
-
-    def _declare_unused_parameters(self) -> None:
-        """Also parameters that forward does not read are trained state, and the graph lists all in the model's order."""
-        for path in self._aliases:
-            self._parameter(path)
-        order = {path: index for index, path in enumerate(self._aliases)}
-        self._parameters.sort(key=lambda parameter: order[parameter.name])
-
-    def _buffer(self, path: str, *, persistent: bool) -> torch.Tensor:
-        own = dict(self._model.named_buffers(remove_duplicate=False)).get(path)
-        value = self._program.constants[path] if own is None else own
+    def _constant(self, path: str) -> torch.Tensor:
+        """A tensor from the model's code; equal ones are one, so that repeated layers share theirs."""
+        value = self._program.constants[path]
         assert isinstance(value, torch.Tensor)
-        if path not in self._declared:
-            known = value.detach() if has_values(value) else None
-            self._buffers.append(ir.Buffer(path, path, persistent, known))
-        return self._declare(path, value)
+        value = value.detach()
+        for known in self._constants:
+            if _equal(known.value, value):
+                return self._tracer.copy(self._declared[known.tensor])
+        name = f"constant_{len(self._constants)}"
+        self._constants.append(ir.Buffer(name, name, False, value if has_values(value) else None))
+        return self._tracer.copy(self._declare(name, value))
 
     def _outputs(self, results: tuple[Any, ...]) -> dict[str, str]:
         """The tensors that the model returns, by key."""
@@ -112,14 +100,10 @@ class _Assembler:
         }
 
 
-def _parameter_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The other paths of each parameter, by its first path."""
-    first: dict[int, str] = {}
-    paths: dict[str, tuple[str, ...]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        leader = first.setdefault(id(parameter), path)
-        paths[leader] = (*paths.get(leader, ()), *([] if path == leader else [path]))
-    return paths
+def _equal(first: torch.Tensor | None, second: torch.Tensor) -> bool:
+    if first is None or not has_values(second):
+        return False
+    return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
 
 
 def _keys(structure: Any, prefix: str = "") -> Iterator[tuple[int, str]]:
@@ -142,7 +126,3 @@ def _loss(outputs: Mapping[str, str], tensors: Mapping[str, ir.Tensor]) -> str |
     if "loss" in scalars:
         return scalars["loss"]
     return next(iter(scalars.values())) if len(scalars) == 1 else None
-
-
-def _module_info(path: str, module: nn.Module) -> ir.ModuleInfo:
-    return ir.ModuleInfo(path, type(module).__name__, type(module).__module__)

@@ -25,8 +25,8 @@ Inputs = Mapping[str, Any]
 def inputs_of_any_batch(example: Inputs | Callable[[int], Inputs]) -> Callable[[int], Inputs]:
     """Inputs as a function of the batch size.
 
-    An example is repeated along dimension 0 of those tensors that have the example's batch size there, which is the
-    most common size of dimension 0.
+    An example is cut or repeated along dimension 0 of those tensors that have the example's batch size there, which is
+    the most common size of dimension 0.
     """
     if callable(example):
         return example
@@ -44,7 +44,7 @@ def inputs_of_any_batch(example: Inputs | Callable[[int], Inputs]) -> Callable[[
 def _with_batch(value: Any, common: int, batch: int) -> Any:
     if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] != common:
         return value
-    return value.new_empty((batch, *value.shape[1:]), device="meta")
+    return torch.cat([value] * -(-batch // common))[:batch]
 
 
 def interpolate(low: OpGraph, high: OpGraph, batch: int) -> OpGraph:

@@ -49,11 +49,14 @@ class Bound:
 class Emitter(Protocol):
     """Where canonical calls go."""
 
-    def emit(self, target: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    def emit(self, target: OpOverload, /, *args: Any, **kwargs: Any) -> Any:
         """Bring a call into canonical form and record it."""
 
     def record(self, call: Bound) -> Any:
         """Record a call as it is."""
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same value as a tensor of its own, which a later write to the original does not touch."""
 
 
 _PLACEMENT_ARGUMENTS = frozenset({"device", "pin_memory", "layout", "non_blocking"})
@@ -298,16 +301,22 @@ def _move_dims(emitter: Emitter, call: Bound) -> Any:
 
 
 def _convert(emitter: Emitter, call: Bound) -> Any:
-    other = call.arguments.get("other")
-    return convert(emitter, call["self"], other.dtype if other is not None else call["dtype"])
+    tensor, other = call["self"], call.arguments.get("other")
+    converted = convert(emitter, tensor, other.dtype if other is not None else call["dtype"])
+    copies = call.packet == "aten._to_copy" or call.arguments.get("copy")
+    return emitter.copy(tensor) if copies and converted is tensor else converted
 
 
 def _clone(emitter: Emitter, call: Bound) -> Any:
     tensor, layout = call["self"], call["memory_format"]
     layout = torch.contiguous_format if layout == 0 else layout  # a schema's default is a bare number
     if layout in (None, torch.preserve_format) or tensor.is_contiguous(memory_format=layout):
-        return tensor
+        return tensor if call.packet == "aten.contiguous" else emitter.copy(tensor)
     return emitter.record(bind(aten.clone.default, (tensor,), {"memory_format": layout}))
+
+
+def _copy(emitter: Emitter, call: Bound) -> Any:
+    return emitter.copy(call["self"])
 
 
 def _itself(emitter: Emitter, call: Bound) -> Any:
@@ -343,6 +352,16 @@ def _pad(emitter: Emitter, call: Bound) -> Any:
         return None
     value = 0 if call["value"] is None else call["value"]
     return emitter.record(bind(aten.constant_pad_nd.default, (call["self"], call["pad"], value), {}))
+
+
+def _neutral_operand(emitter: Emitter, call: Bound) -> Any:
+    """Plus zero, minus zero, times one, over one: nothing, unless it changes the dtype."""
+    tensor, other = call["self"], call["other"]
+    neutral = 0 if call.packet in ("aten.add", "aten.sub") else 1
+    if isinstance(other, torch.Tensor) or other != neutral or call.arguments.get("rounding_mode") is not None:
+        return None
+    keeps = tensor.is_floating_point() or (isinstance(other, int) and call.packet != "aten.div")
+    return emitter.copy(tensor) if keeps and tensor.dtype is not torch.bool else None
 
 
 def _batch_norm(emitter: Emitter, call: Bound) -> Any:
@@ -386,7 +405,7 @@ _FORMS: Mapping[str, Form] = {
     "aten.contiguous": _clone,
     "aten.alias": _itself,
     "aten.lift_fresh": _itself,
-    "aten.lift_fresh_copy": _itself,
+    "aten.lift_fresh_copy": _copy,
     "aten.positive": _itself,
     "aten.detach": _detach,
     "aten.dropout": _dropout,
@@ -394,5 +413,9 @@ _FORMS: Mapping[str, Form] = {
     "aten.addmm": _addmm,
     "aten.baddbmm": _addmm,
     "aten.pad": _pad,
+    "aten.add": _neutral_operand,
+    "aten.sub": _neutral_operand,
+    "aten.mul": _neutral_operand,
+    "aten.div": _neutral_operand,
     "aten.batch_norm": _batch_norm,
 }

@@ -6,6 +6,7 @@
     measure     FLOPs and saved tensors
     find_blocks repeated blocks
 
+Of long runs of identical layers only a few are exported, and the graph is expanded afterwards (`graphs.repeats`).
 Nothing is computed and no memory is used, whatever the size of the model.
 """
 
@@ -17,13 +18,14 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from graphs.assemble import assemble
-from graphs.batch import HIGH, LOW, Inputs, inputs_of_any_batch, interpolate
+from graphs.batch import HIGH, LOW, Inputs, check_alike, inputs_of_any_batch, interpolate
 from graphs.blocks import find_blocks
 from graphs.errors import CaptureError
 from graphs.export import export_training
 from graphs.ir import OpGraph
 from graphs.measure import measured
-from graphs.tidy import tidied
+from graphs.repeats import expanded, find_runs, shortened
+from graphs.tidy import renamed, tidied
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,47 @@ def capture(model: nn.Module, example_inputs: Inputs | Callable[[int], Inputs], 
     """
     inputs_at = inputs_of_any_batch(example_inputs)
     title = name or type(model).__name__
-    graph = _capture_once(model, inputs_at(LOW), title)
+    short = _capture_shortened(model, inputs_at, title)
+    if short is not None:
+        return short
+    graph = _capture_whole(model, inputs_at(LOW), title)
     other: OpGraph | CaptureError
     try:
-        other = _capture_once(model, inputs_at(HIGH), title)
+        other = _capture_whole(model, inputs_at(HIGH), title)
+        check_alike(graph, other)
     except CaptureError as error:
         other = error
     return Capture(graph, other)
 
 
-def _capture_once(model: nn.Module, inputs: Inputs, name: str) -> OpGraph:
+def _capture_whole(model: nn.Module, inputs: Inputs, name: str) -> OpGraph:
     graph = measured(tidied(assemble(model, export_training(model, inputs), name)))
     return replace(graph, blocks=find_blocks(graph))
+
+
+def _capture_shortened(model: nn.Module, inputs_at: Callable[[int], Inputs], name: str) -> Capture | None:
+    """The capture from a few instances of what repeats, None where nothing repeats or not reliably.
+
+    The two batch sizes keep a different number of instances, so whatever depends on how many there are shows up as a
+    difference between the two graphs.
+    """
+    graphs: list[OpGraph] = []
+    for batch, kept in ((LOW, 3), (HIGH, 4)):
+        runs = find_runs(model, kept)
+        if not runs:
+            return None
+        try:
+            with shortened(model, runs):
+                graph = measured(tidied(assemble(model, export_training(model, inputs_at(batch)), name)))
+        except CaptureError:
+            return None
+        longer = expanded(graph, model, runs)
+        if longer is None:
+            return None
+        longer = renamed(longer)
+        graphs.append(replace(longer, blocks=find_blocks(longer)))
+    try:
+        check_alike(*graphs)
+    except CaptureError:
+        return None
+    return Capture(*graphs)

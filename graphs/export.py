@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import linecache
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
@@ -14,15 +13,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
 )
-from torch.autograd import Function
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from graphs.custom_functions import custom_functions_in_the_open, disagreement
 from graphs.errors import CaptureError, DataDependentError, UnsupportedOpError
 from graphs.huggingface import prepared_for_export
+from graphs.leaves import has_values
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
@@ -38,14 +37,22 @@ def export_training(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProg
         stack.enter_context(_in_training(model))
         stack.enter_context(prepared_for_export(model, inputs))
         stack.enter_context(_without_memory(model, fake_mode))
-        stack.enter_context(_custom_backwards_refused(model))
+        functions = stack.enter_context(custom_functions_in_the_open())
         fakes = {name: fake_like(value, fake_mode) for name, value in inputs.items()}
         try:
-            return torch.export.export(model, (), fakes, strict=False)
-        except CaptureError:
-            raise
+            program = torch.export.export(model, (), fakes, strict=False)
         except Exception as error:
             raise _explained(error, model) from error
+    for function in functions:
+        if (problem := disagreement(function)) is not None:
+            path, source = _where(function.frames, model)
+            raise UnsupportedOpError(
+                f"forward calls the custom autograd function {function.cls.__qualname__}: {problem}",
+                module=path,
+                source=source,
+                advice="write it in plain torch, or register it as a torch.library.custom_op with register_autograd",
+            )
+    return program
 
 
 def fake_like(value: Any, fake_mode: FakeTensorMode) -> Any:
@@ -98,34 +105,6 @@ def _without_memory(model: nn.Module, fake_mode: FakeTensorMode) -> Iterator[Non
             module._buffers[name] = value
 
 
-def has_values(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has memory behind it, so neither meta nor fake."""
-    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
-
-
-@contextmanager
-def _custom_backwards_refused(model: nn.Module) -> Iterator[None]:
-    """Refuse autograd functions of the user's own: export keeps their forward and drops their backward silently."""
-    original = Function.__dict__["apply"]
-
-    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            path, source = _where(_callers(sys._getframe(1)), model)
-            raise UnsupportedOpError(
-                f"forward calls the custom autograd function {cls.__qualname__}, whose backward cannot be captured",
-                module=path,
-                source=source,
-                advice="use its plain torch form, or register it as a torch.library.custom_op with register_autograd",
-            )
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]  # restored below
-    try:
-        yield
-    finally:
-        Function.apply = original  # type: ignore[method-assign]  # what it was
-
-
 def _explained(error: Exception, model: nn.Module) -> CaptureError:
     """The error a user gets in place of torch's."""
     chain: list[BaseException] = [error]
@@ -154,15 +133,6 @@ def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
     while traceback is not None:
         yield traceback.tb_frame, traceback.tb_lineno
         traceback = traceback.tb_next
-
-
-def _callers(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
-    """A running frame and those that called it, outermost first."""
-    stack = []
-    while frame is not None:
-        stack.append((frame, frame.f_lineno))
-        frame = frame.f_back
-    yield from reversed(stack)
 
 
 def _where(frames: Iterable[tuple[FrameType, int]], model: nn.Module) -> tuple[str | None, str | None]:

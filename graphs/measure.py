@@ -17,27 +17,29 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from graphs.interpret import call
-from graphs.ir import Op, OpGraph
+from graphs.ir import Op, OpGraph, Tensor
 
 _DROPOUT_MASK_BYTES = 1
 
 
 def measured(graph: OpGraph) -> OpGraph:
-    """The graph with `flops`, `saved` and `saved_internal_bytes` of every op filled in.
+    """The graph with its tensors as they turn out, and `flops`, `saved` and `saved_internal_bytes` of every op.
 
     FLOPs are those of the forward, as `torch.utils.flop_counter.FlopCounterMode` counts them. A storage that autograd
     keeps and that belongs to a tensor of the graph is listed in `saved` of every op that keeps it.
     """
     with FakeTensorMode() as fake_mode, FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS) as counter:
         values = _leaves(graph, fake_mode)
-        owners = {value.untyped_storage()._cdata: graph.tensors[name].storage for name, value in values.items()}
+        owners = {value.untyped_storage()._cdata: name for name, value in values.items()}
+        tensors = {name: graph.tensors[name] for name in values}
         ops = []
         total = 0
         for op in graph.ops:
             with _Saved() as kept:
                 results = call(_as_on_accelerator(op, graph), values)
             for name, value in results.items():
-                owners.setdefault(value.untyped_storage()._cdata, graph.tensors[name].storage)
+                storage = owners.setdefault(value.untyped_storage()._cdata, name)
+                tensors[name] = Tensor(name, tuple(value.shape), value.dtype, value.requires_grad, storage)
             values.update(results)
             saved = dict.fromkeys(owners[key] for key in kept.storages if key in owners)
             internal = sum(size for key, size in kept.storages.items() if key not in owners)
@@ -45,7 +47,7 @@ def measured(graph: OpGraph) -> OpGraph:
             counted = counter.get_total_flops()
             ops.append(replace(op, flops=counted - total, saved=tuple(saved), saved_internal_bytes=internal))
             total = counted
-    return replace(graph, ops=tuple(ops))
+    return replace(graph, ops=tuple(ops), tensors=tensors)
 
 
 class _Saved(saved_tensors_hooks):

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from graphs.ir import Op, OpGraph, Ref, map_refs
+from graphs.simplify import simplified
 
 
 def tidied(graph: OpGraph) -> OpGraph:
-    """The graph without dead ops, ops and tensors numbered by operator: `linear`, `linear_1`, ..."""
-    return renamed(without_dead_ops(graph))
+    """The graph simplified, without dead ops, with ops and tensors named after operators: `linear`, `linear_1`, ..."""
+    return renamed(without_dead_ops(simplified(without_dead_ops(graph))))
 
 
 def without_dead_ops(graph: OpGraph) -> OpGraph:
@@ -48,8 +49,9 @@ def renamed(graph: OpGraph) -> OpGraph:
         names.update(zip(op.outputs, results, strict=True))
         ops.append(_with_names(replace(op, name=name), names))
     tensors = {
-        names[name]: replace(tensor, name=names[name], storage=names[tensor.storage])
+        names[name]: replace(tensor, name=names[name], storage=names.get(tensor.storage, names[name]))
         for name, tensor in graph.tensors.items()
+        if name in names
     }
     return replace(
         graph,

@@ -33,7 +33,7 @@ _INLINED_REGIONS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"
 
 @dataclass
 class Trace:
-    """The recorded operators; names are provisional."""
+    """The recorded operators; names are provisional, and every tensor still owns its storage."""
 
     ops: list[ir.Op] = field(default_factory=list)
     tensors: dict[str, ir.Tensor] = field(default_factory=dict)
@@ -47,7 +47,6 @@ class Tracer:
         self.versions = Versions(self)
         self._fake_mode = fake_mode
         self._names: dict[int, str] = {}
-        self._storages: dict[int, str] = {}
         self._alive: list[torch.Tensor] = []
         self._module = ""
         self._node: Node | None = None
@@ -92,7 +91,7 @@ class Tracer:
                 raise AssertionError(f"an exported graph has no {node.op} nodes")
         raise AssertionError("an exported graph ends with its output")
 
-    def emit(self, target: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    def emit(self, target: OpOverload, /, *args: Any, **kwargs: Any) -> Any:
         """Bring one functional call into canonical form and record it; returns its fake result."""
         return canonical_form(self, bind(target, args, kwargs))
 
@@ -116,6 +115,15 @@ class Tracer:
         self.versions.note_views(call, results)
         return result
 
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same value as a tensor of its own: no op, for values in the graph never change."""
+        with self._fake_mode:
+            fresh = torch.ops.aten.alias.default(tensor)
+        assert isinstance(fresh, torch.Tensor)
+        self._alive.append(fresh)
+        self._names[id(fresh)] = self.name_of(tensor)
+        return fresh
+
     def _register(self, name: str, call: Bound, outputs: Sequence[str], args: Any, kwargs: Any) -> None:
         def as_refs(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -130,10 +138,9 @@ class Tracer:
         )
 
     def _record_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        self._alive.append(tensor)  # ids and storages stay unique only while the tensors live
+        self._alive.append(tensor)  # an id is unique only while the tensor lives
         self._names[id(tensor)] = name
-        storage = self._storages.setdefault(tensor.untyped_storage()._cdata, name)
-        self.trace.tensors[name] = ir.Tensor(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, storage)
+        self.trace.tensors[name] = ir.Tensor(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, name)
 
     def _detach(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a region without gradients sees of a tensor that has one."""

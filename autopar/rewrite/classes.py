@@ -16,7 +16,7 @@ from autopar.rewrite.expressions import Expression, cross_entropy_options, expre
 from autopar.rewrite.scope import Names, Scope, Statement
 from autopar.rewrite.stages import Stage
 from autopar.rewrite.tree import CALL, Node
-from graphs.ir import Buffer, Op, OpGraph, Ref
+from graphs.ir import Buffer, Op, OpGraph, Ref, Tensor
 
 LITERAL_ELEMENTS = 64
 """A buffer of at most this many elements is written into the source; a larger one is saved beside it."""
@@ -28,7 +28,7 @@ class ProgramContext:
 
     `states` are the states of all tensors by mesh axis; `batch_coefficient` says, for a tensor, how many rows each of
     its dimensions has per sample (0 where it does not depend on the batch); `axis_names` gives the mesh axis behind
-    the axis names of the local graph, and `axis_sizes` its ranks.
+    the axis names of the local graph, and `axis_sizes` its ranks; `batch` is the samples of one rank in a microbatch.
     """
 
     graph: OpGraph
@@ -36,7 +36,7 @@ class ProgramContext:
     batch_coefficient: Mapping[str, tuple[int, ...]]
     axis_names: Mapping[str, str]
     axis_sizes: Mapping[str, int]
-    dtype: torch.dtype
+    batch: int
     recompute: str
     block_paths: frozenset[str]
 
@@ -82,7 +82,7 @@ class ClassPrinter:
             for read in op.inputs:
                 self.readers.setdefault(read, []).append(op.name)
         self.stage_results = stage.sends
-        self.names = Names(self.graph, self.stage_ops)
+        self.names = Names(self.graph, self.stage_ops, {name: name for name in self.graph.inputs})
         self.holders = _holders(self.graph, self.stage_ops)
         return self._class(root, name, stage)
 
@@ -93,7 +93,7 @@ class ClassPrinter:
         ops = tuple(node.ops())
         made = {output for op in ops for output in op.outputs}
         own = self._owned(node)
-        inputs = stage.receives + stage.batch if stage else self._inputs(ops, made, own)
+        inputs = stage.receives + stage.batch if stage else self._inputs(node, ops, made)
         outputs = stage.sends if stage else self._outputs(ops, made)
         arguments = self._argument_names(inputs)
         printer = _Body(self, node, children, arguments, own, outputs)
@@ -127,8 +127,14 @@ class ClassPrinter:
     def _class_name(self, node: Node) -> str:
         return self.graph.modules[node.path].type_name
 
-    def _inputs(self, ops: Sequence[Op], made: set[str], own: Mapping[str, str]) -> tuple[str, ...]:
-        read = dict.fromkeys(name for op in ops for name in op.inputs if name not in made and name not in own)
+    def _inputs(self, node: Node, ops: Sequence[Op], made: set[str]) -> tuple[str, ...]:
+        """What comes from outside: not made here, and held neither here nor by a child."""
+        read = dict.fromkeys(
+            name
+            for op in ops
+            for name in op.inputs
+            if name not in made and not self._path(name, op).startswith(f"{node.path}.")
+        )
         return tuple(sorted(read, key=lambda name: not self.graph.tensors[name].requires_grad))
 
     def _outputs(self, ops: Sequence[Op], made: set[str]) -> tuple[str, ...]:
@@ -165,6 +171,10 @@ class ClassPrinter:
 
     # --- what the class holds --------------------------------------------------------------------------------------
 
+    def _path(self, tensor: str, op: Op) -> str:
+        """The path of a parameter or buffer as `op` reads it, `""` for other tensors."""
+        return self.holders.get((tensor, op.module)) or self.holders.get((tensor, None), "")
+
     def _owned(self, node: Node) -> dict[str, str]:
         """Parameters and buffers held by this class, by tensor: the expression that reads them."""
         child_paths = [item.path for item in node.items if isinstance(item, Node)]
@@ -172,8 +182,8 @@ class ClassPrinter:
         own: dict[str, str] = {}
         for op in node.ops():
             for tensor in dict.fromkeys(op.inputs):
-                path = self.holders.get((tensor, op.module)) or self.holders.get((tensor, None))
-                if path is None or not path.startswith(prefix):
+                path = self._path(tensor, op)
+                if not path or not path.startswith(prefix):
                     continue
                 if any(path.startswith(f"{child}.") for child in child_paths):
                     continue
@@ -187,16 +197,13 @@ class ClassPrinter:
         constructors: dict[str, str] = {}
         loose: dict[str, dict[str, str]] = {}
         buffers: list[str] = []
-        ties: list[str] = []
+        buffer_tensors = {buffer.tensor for buffer in self.graph.buffers}
         for path, tensor in self._held_paths(node, ops):
-            relative = path.removeprefix(prefix)
-            owner, _, attribute = relative.rpartition(".")
-            if tensor in {buffer.tensor for buffer in self.graph.buffers}:
+            owner, _, attribute = path.removeprefix(prefix).rpartition(".")
+            if tensor in buffer_tensors:
                 buffers.append(self._buffer(tensor, owner, attribute))
-                continue
-            if own[tensor] != f"self.{_access(relative)}":
-                ties.append(f"self.{_access(relative)} = {own[tensor]}  # tied")
-            loose.setdefault(owner, {})[attribute] = tensor
+            else:
+                loose.setdefault(owner, {})[attribute] = tensor
         for owner, tensors in loose.items():
             if owner:
                 constructors[owner] = self._leaf(f"{prefix}{owner}", tensors, ops)
@@ -213,7 +220,22 @@ class ClassPrinter:
         ]
         lines += _assignments(constructors)
         lines += [line.partition("\0")[2] for line in buffers]
-        return lines + ties
+        return lines + list(self._ties(node, ops))
+
+    def _ties(self, node: Node, ops: Sequence[Op]) -> Iterator[str]:
+        """The other paths of tied parameters, where this is the innermost class that has both."""
+        prefix = f"{node.path}." if node.path else ""
+        child_paths = [f"{item.path}." for item in node.items if isinstance(item, Node)]
+        read = {name for op in ops for name in op.inputs}
+        for parameter in self.graph.parameters:
+            if parameter.tensor not in read:
+                continue
+            first = self.holders[parameter.tensor, None]
+            for path in (parameter.name, *parameter.aliases):
+                inside = path.startswith(prefix) and first.startswith(prefix)
+                deeper = any(path.startswith(child) and first.startswith(child) for child in child_paths)
+                if path != first and inside and not deeper:
+                    yield f"self.{_access(path.removeprefix(prefix))} = self.{_access(first.removeprefix(prefix))}  # tied"
 
     def _held_paths(self, node: Node, ops: Sequence[Op]) -> Iterator[tuple[str, str]]:
         """Paths of parameters and buffers under this class and not under a child of it, with their tensors."""
@@ -222,34 +244,37 @@ class ClassPrinter:
         seen: set[str] = set()
         for op in ops:
             for tensor in op.inputs:
-                path = self.holders.get((tensor, op.module)) or self.holders.get((tensor, None))
-                if path is None or path in seen or not path.startswith(prefix):
-                    continue
-                if any(path.startswith(child) for child in child_paths):
-                    continue
-                seen.add(path)
-                yield path, tensor
+                paths = (self.holders.get((tensor, None), ""), self._path(tensor, op))
+                for path in paths:
+                    if path and path not in seen and path.startswith(prefix):
+                        seen.add(path)
+                        if not any(path.startswith(child) for child in child_paths):
+                            yield path, tensor
 
     def _leaf(self, path: str, tensors: Mapping[str, str], ops: Sequence[Op]) -> str:
         """The constructor of a leaf module: torch's own where its parameters are just those, else a plain holder."""
         info = self.graph.modules.get(path)
         kind = info.type_name if info is not None and info.defined_in.startswith("torch.nn") else ""
         weight = self.graph.tensors.get(tensors.get("weight", ""))
-        users = [op for op in ops if op.module == path]
-        if kind == "Linear" and weight is not None and set(tensors) <= {"weight", "bias"}:
+        calls = [op for op in ops if op.module == path and op.target == CALL]
+        if kind == "Linear" and weight is not None and set(tensors) <= {"weight", "bias"} and self._fits(weight, tensors):
             rows, columns = self.local_sizes(weight.name)
             bias = "" if "bias" in tensors else ", bias=False"
             return f"nn.Linear({columns}, {rows}{bias}{self._dtype(weight.name)})"
-        if kind == "Embedding" and weight is not None and users:
+        if kind == "Embedding" and weight is not None:
             rows, columns = self.local_sizes(weight.name)
-            padding = users[0].kwargs.get("padding_idx", -1)
+            padding = calls[0].kwargs["padding_idx"] if calls else -1
             text = f", padding_idx={padding}" if padding >= 0 else ""
             return f"nn.Embedding({rows}, {columns}{text}{self._dtype(weight.name)})"
-        if kind == "LayerNorm" and weight is not None and users and users[0].target == CALL:
-            eps = users[0].kwargs["eps"]
+        if kind == "LayerNorm" and weight is not None and calls:
+            eps = calls[0].kwargs["eps"]
             return f"nn.LayerNorm({self._shape(weight.name)}, eps={eps}{self._dtype(weight.name)})"
-        shapes = ", ".join(f"{name}=({self._shape(tensor)},)" for name, tensor in tensors.items())
+        shapes = ", ".join(f"{name}={_tuple(self.local_sizes(tensor))}" for name, tensor in tensors.items())
         return f"Parameters({shapes}{self._dtype(next(iter(tensors.values())))})"
+
+    def _fits(self, weight: Tensor, tensors: Mapping[str, str]) -> bool:
+        """Whether the bias is split as the rows of the weight are, so that `nn.Linear` has room for both."""
+        return "bias" not in tensors or self.graph.tensors[tensors["bias"]].shape == weight.shape[:1]
 
     def _buffer(self, tensor: str, owner: str, attribute: str) -> str:
         buffer = next(each for each in self.graph.buffers if each.tensor == tensor)
@@ -312,6 +337,10 @@ def _holders(graph: OpGraph, ops: Sequence[Op]) -> dict[tuple[str, str | None], 
     for buffer in graph.buffers:
         holders[buffer.tensor, None] = buffer.name
     return holders
+
+
+def _tuple(items: Sequence[str]) -> str:
+    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
 
 
 def _access(path: str) -> str:
@@ -397,6 +426,15 @@ class _Body:
         self.device = next((f"{name}.device" for name in arguments.values()), None)
         self.outputs = outputs
         self.constants = own
+        made = [name for op in node.ops() for name in op.outputs]
+        given = {**arguments, **{name: "x" for name in self._carried() if name in made}}
+        self.names = Names(self.graph, tuple(node.ops()), given)
+
+    def _carried(self) -> list[str]:
+        """Activations that go into a repeated block: the main line of the model."""
+        blocks = (item for item in self.node.items if isinstance(item, Node) and item.path in self.context.block_paths)
+        inputs = (name for item in blocks for name in self.children[id(item)].inputs)
+        return [name for name in inputs if self.graph.tensors[name].requires_grad]
 
     def lines(self) -> list[str]:
         scope = Scope(self.arguments, self.constants, self.outputs, reserved=RESERVED)
@@ -414,14 +452,13 @@ class _Body:
             else:
                 scope.statements.append(self._call(item))
             position += len(run)
-        lines = scope.lines()
-        return [*lines, f"return {scope.returned()}"]
+        return scope.lines()
 
     # --- ops -------------------------------------------------------------------------------------------------------
 
     def _op(self, op: Op) -> Statement:
-        names = tuple(self.printer.names.of(name) for name in op.outputs)
-        reads = tuple(dict.fromkeys(name for name in op.inputs if name not in self.constants))
+        names = tuple(self.names.of(name) for name in op.outputs)
+        reads = tuple(name for name in op.inputs if name not in self.constants)
         if op.target.startswith("autopar."):
             axis = str(op.kwargs.get("axis", ""))
             conversion = op.target.partition(".")[2]
@@ -444,7 +481,7 @@ class _Body:
 
     def _plain(self, op: Op) -> Callable[[Mapping[str, Expression]], Expression]:
         def render(values: Mapping[str, Expression]) -> Expression:
-            return expression_of(op, values, self._size_arguments, self.device)
+            return expression_of(op, values, self.graph.tensors, self._size_arguments, self.device)
 
         return render
 
@@ -494,7 +531,7 @@ class _Body:
     def _bases(self, item: Node, code: ClassCode) -> tuple[str, ...]:
         if len(code.outputs) == 1 and self.graph.tensors[code.outputs[0]].requires_grad:
             return ("x",) if item.attribute.isdigit() else (item.attribute,)
-        return tuple(self.printer.names.of(name) for name in code.outputs)
+        return tuple(self.names.of(name) for name in code.outputs)
 
     def _calling(
         self, module: str, code: ClassCode, is_block: bool

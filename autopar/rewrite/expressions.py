@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graphs.ir import Op, Ref
+from graphs.ir import Op, Ref, Tensor
 
 ATOM, POWER, UNARY, PRODUCT, SUM, SHIFT, AND, XOR, OR, COMPARE = range(10)
 """Binding strength, tightest first."""
@@ -34,16 +34,22 @@ class Expression:
 Values = Mapping[str, Expression]
 
 
-def expression_of(op: Op, values: Values, sizes: Callable[[Op], list[str] | None], device: str | None) -> Expression:
+def expression_of(
+    op: Op,
+    values: Values,
+    tensors: Mapping[str, Tensor],
+    sizes: Callable[[Op], list[str] | None],
+    device: str | None,
+) -> Expression:
     """The expression that computes `op`.
 
-    `values` are the expressions of its tensors; `sizes` gives the size argument of ops like `reshape` as text, so
+    `values` are the expressions of its `tensors`; `sizes` gives the size argument of ops like `reshape` as text, so
     that sizes can be named; `device` is the expression of the device on which ops without tensors make theirs.
     """
     namespace, name, overload = op.target.split(".", 2)
     writer = _WRITERS.get(name) if namespace == "aten" else None
     if writer is not None:
-        written = writer(_Call(op, values, sizes(op)))
+        written = writer(_Call(op, values, tensors, sizes(op)))
         if written is not None:
             return written
     return _generic(op, values, device, namespace, name, overload)
@@ -55,6 +61,7 @@ class _Call:
 
     op: Op
     values: Values
+    tensors: Mapping[str, Tensor]
     sizes: list[str] | None
 
     def tensor(self, index: int, level: int = ATOM) -> str:
@@ -193,23 +200,26 @@ def _to(call: _Call) -> Expression | None:
     return Expression(f"{call.tensor(0)}.{short}()" if short else f"{call.tensor(0)}.to({dtype})")
 
 
-def _subscript(dim: int, index: str) -> str:
-    if dim < 0:
-        return f"[..., {index}]" if dim == -1 else f"[..., {index}{', :' * (-dim - 1)}]"
-    return f"[{':, ' * dim}{index}]"
+def _subscript(call: _Call, dim: int, index: str) -> str:
+    rank = len(call.tensors[call.op.inputs[0]].shape)
+    after = rank - 1 - dim % rank
+    if after < dim % rank and after < 2:
+        return f"[..., {index}{', :' * after}]" if rank > 1 else f"[{index}]"
+    return f"[{':, ' * (dim % rank)}{index}]"
 
 
 def _slice(call: _Call) -> Expression | None:
     dim, start, end, step = (call.arg(index, default) for index, default in ((1, 0), (2, None), (3, None), (4, 1)))
     if call.op.kwargs:
         return None
+    extent = call.tensors[call.op.inputs[0]].shape[dim]
     low = "" if start in (None, 0) else str(start)
-    high = "" if end is None or end >= 2**62 else str(end)
-    return Expression(f"{call.tensor(0)}{_subscript(dim, f'{low}:{high}' + (f':{step}' if step != 1 else ''))}")
+    high = "" if end is None or end >= extent else str(end)
+    return Expression(f"{call.tensor(0)}{_subscript(call, dim, f'{low}:{high}' + (f':{step}' if step != 1 else ''))}")
 
 
 def _select(call: _Call) -> Expression:
-    return Expression(f"{call.tensor(0)}{_subscript(call.arg(1), str(call.arg(2)))}")
+    return Expression(f"{call.tensor(0)}{_subscript(call, call.arg(1), str(call.arg(2)))}")
 
 
 def _index(call: _Call) -> Expression:
@@ -243,6 +253,18 @@ def cross_entropy_options(op: Op) -> list[str]:
     return texts + ([] if smoothing == 0.0 else [f"label_smoothing={smoothing}"])
 
 
+def _pad(call: _Call) -> Expression:
+    value = call.arg(2, 0)
+    integral = not call.tensors[call.op.inputs[0]].dtype.is_floating_point and float(value).is_integer()
+    text = f", value={int(value) if integral else value}" if value else ""
+    return Expression(f"F.pad({call.tensor(0, COMPARE)}, {literal(tuple(call.arg(1)), call.values)}{text})")
+
+
+def _clone(call: _Call) -> Expression:
+    """A copy that only changes the memory format is `contiguous`: no value of a graph is written to twice."""
+    return Expression(f"{call.tensor(0)}.contiguous()")
+
+
 def _split(call: _Call) -> Expression:
     return Expression(f"{call.tensor(0)}.split({', '.join(call.rest(1))})")
 
@@ -274,9 +296,10 @@ _WRITERS: Mapping[str, Writer] = {
     "permute": _method("permute"),
     "unsqueeze": _method("unsqueeze"),
     "squeeze": _method("squeeze"),
-    "contiguous": _method("contiguous"),
+    "contiguous": _clone,
     "detach": _method("detach"),
-    "clone": _method("clone"),
+    "clone": _clone,
+    "constant_pad_nd": _pad,
     "chunk": _method("chunk"),
     "reshape": _sized_method("reshape"),
     "expand": _sized_method("expand"),

@@ -53,9 +53,14 @@ class Scope:
     reserved: frozenset[str] = frozenset()
 
     def lines(self) -> list[str]:
-        """Source lines of the body, without the `return`; `returned()` has that."""
+        """Source lines of the body, the `return` included."""
         statements = self._folded()
-        last_use = self._last_uses(statements)
+        final = statements[-1] if statements else None
+        if final is not None and final.targets == self.results and not final.loop and not final.comment:
+            statements = statements[:-1]
+        else:
+            final = None
+        last_use = self._last_uses(statements, [final] if final is not None else [])
         names = dict(self.arguments)
         values: dict[str, Expression] = {name: Expression(text) for name, text in self.constants.items()}
         values |= {tensor: Expression(name) for tensor, name in names.items()}
@@ -80,12 +85,9 @@ class Scope:
                 lines += [statement.loop, f"    {left} = {expression.text}{comment}"]
             else:
                 lines.append(f"{left} = {expression.text}{comment}")
-        self._values = values
-        return lines
-
-    def returned(self) -> str:
-        """The expression of the result; after `lines()`."""
-        return ", ".join(self._values[name].text for name in self.results)
+        if final is not None:
+            return [*lines, f"return {final.render(values).text}"]
+        return [*lines, f"return {', '.join(values[name].text for name in self.results)}"]
 
     def _enter_loop(
         self,
@@ -130,9 +132,9 @@ class Scope:
         assert not pending, f"values that nothing reads: {sorted(pending)}"
         return kept
 
-    def _last_uses(self, statements: Sequence[Statement]) -> dict[str, int]:
+    def _last_uses(self, statements: Sequence[Statement], unwritten: Sequence[Statement]) -> dict[str, int]:
         last = {name: len(statements) for name in self.results}
-        for index, statement in enumerate(statements):
+        for index, statement in enumerate((*statements, *unwritten)):
             for name in statement.reads:
                 last.setdefault(name, index)
                 last[name] = max(last[name], index)
@@ -188,39 +190,45 @@ PASSING = frozenset(
 
 
 class Names:
-    """What to call a tensor, before numbers make it unique."""
+    """What to call a tensor, before numbers make it unique. `given` names come first: arguments, what a loop carries."""
 
-    def __init__(self, graph: OpGraph, ops: Sequence[Op]) -> None:
+    def __init__(self, graph: OpGraph, ops: Sequence[Op], given: Mapping[str, str]) -> None:
         self.graph = graph
         self.maker = {name: op for op in ops for name in op.outputs}
-        self.cache: dict[str, str] = {}
+        self.found = dict(given)
 
     def of(self, tensor: str) -> str:
-        if tensor not in self.cache:
-            self.cache[tensor] = self._find(tensor)
-        return self.cache[tensor]
+        """The name of a tensor."""
+        if tensor not in self.found:
+            self.found[tensor] = self._find(tensor)
+        return self.found[tensor]
 
     def _find(self, tensor: str) -> str:
         op = self.maker.get(tensor)
         if op is None:
-            return tensor if tensor in self.graph.inputs else tensor.rsplit(".", 1)[-1]
+            return tensor.rsplit(".", 1)[-1]
         name = op.target.split(".")[1]
         leaf = op.module.rpartition(".")[2]
-        if op.target == "module.call" or name in {"linear", "mm", "embedding", "layer_norm", "conv2d", "conv1d"}:
-            return leaf if leaf.isidentifier() else name
-        if name == "scaled_dot_product_attention":
-            return "attention"
-        if name == "cross_entropy_loss" or op.target == "autopar.cross_entropy":
-            return "loss"
+        if op.target == "module.call" or name in _WEIGHTED:
+            return leaf if leaf.isidentifier() else "x"
+        if name in _SPOKEN:
+            return _SPOKEN[name]
         operands = [read for read in op.inputs if read not in self.graph.parameter_tensors]
         if operands and (name in PASSING or op.target.startswith("autopar.")):
             inner = self.of(operands[0])
             return f"{inner}_full" if name.startswith("all_gather") else inner
-        if name in {"add", "mul", "sub", "div"} and self._keeps(tensor, operands):
-            return "x" if len(operands) > 1 else self.of(operands[0])
+        shape = self.graph.tensors[tensor].shape
+        alike = [read for read in operands if self.graph.tensors[read].shape == shape]
+        if name in _ARITHMETIC and alike:
+            return "x" if any(self.of(read) == "x" for read in alike) else self.of(alike[0])
         return name.strip("_")
 
-    def _keeps(self, tensor: str, operands: Sequence[str]) -> bool:
-        """Whether arithmetic made another value of the same kind: a residual sum, a scaled angle."""
-        shape = self.graph.tensors[tensor].shape
-        return bool(operands) and all(self.graph.tensors[name].shape == shape for name in operands)
+
+_WEIGHTED = frozenset({"linear", "mm", "matmul", "embedding", "layer_norm", "conv2d", "conv1d"})
+_ARITHMETIC = frozenset({"add", "mul", "sub", "div"})
+_SPOKEN = {
+    "scaled_dot_product_attention": "attention",
+    "cross_entropy_loss": "loss",
+    "cross_entropy": "loss",
+    "constant_pad_nd": "padded",
+}

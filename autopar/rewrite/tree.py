@@ -57,32 +57,32 @@ def call_leaves(ops: tuple[Op, ...], graph: OpGraph) -> tuple[Op, ...]:
     absorbed: set[str] = set()
     for op in ops:
         info = graph.modules.get(op.module)
-        owned = {name for name in op.inputs if _owner(graph, name, op.module) == op.module}
+        owned = [name for name in op.inputs if _owner(graph, name, op.module) == op.module]
         if info is None or not info.defined_in.startswith("torch.nn"):
             continue
         if info.type_name == "Linear":
             if op.target == "aten.linear.default" and op.inputs[1] in owned and not _has_bias(graph, op.module):
-                whole[op.name] = _call(op, op.args[0])
+                whole[op.name] = _call(op, op.args[0], owned)
             elif op.target == "aten.add.Tensor" and len(owned) == 1 and not op.kwargs:
                 product = next((maker[name] for name in op.inputs if name in maker), None)
                 if (
                     product is not None
                     and product.target == "aten.linear.default"
-                    and product.module == op.module
+                    and _owner(graph, product.inputs[1], op.module) == op.module
                     and readers[product.output] == 1
                 ):
-                    whole[op.name] = _call(op, product.args[0])
+                    whole[op.name] = _call(op, product.args[0], (product.inputs[1], *owned))
                     absorbed.add(product.name)
-        elif (info.type_name, op.target) == ("Embedding", "aten.embedding.default"):
-            whole[op.name] = _call(op, op.args[1], padding_idx=(*op.args, -1)[2])
+        elif (info.type_name, op.target) == ("Embedding", "aten.embedding.default") and owned:
+            whole[op.name] = _call(op, op.args[1], owned, padding_idx=(*op.args, -1)[2])
         elif (info.type_name, op.target) == ("LayerNorm", "aten.layer_norm.default") and len(owned) == 2:
-            whole[op.name] = _call(op, op.args[0], eps=(*op.args, 1e-5)[4])
+            whole[op.name] = _call(op, op.args[0], owned, eps=(*op.args, 1e-5)[4])
     return tuple(whole.get(op.name, op) for op in ops if op.name not in absorbed)
 
 
-def _call(op: Op, operand: Ref, **settings: float) -> Op:
-    """`self.leaf(operand)`; `settings` are what the constructor of the leaf must be told."""
-    return replace(op, target=CALL, args=(operand,), kwargs=settings)
+def _call(op: Op, operand: Ref, parameters: Iterable[str], **settings: float) -> Op:
+    """`self.leaf(operand)`, with the parameters that the leaf holds; `settings` are what its constructor must be told."""
+    return replace(op, target=CALL, args=(operand, *map(Ref, parameters)), kwargs=settings)
 
 
 def _owner(graph: OpGraph, tensor: str, module: str) -> str | None:

@@ -19,9 +19,9 @@ term of a sum. Each function below changes the state forward and does the conjug
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +199,10 @@ def _vocab_parallel_sum(
 class Parameters(nn.Module):
     """A module that only holds parameters, under the names they have in the original model."""
 
-    def __init__(self, **shapes: tuple[int, ...]) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...]) -> None:
         super().__init__()
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
 
 
 # --- parameters: from and to the original model's ------------------------------------------------------------------
@@ -220,9 +220,14 @@ Placements = Mapping[str, Mapping[str, Split]]
 """Pattern of parameter names -> mesh axis -> how it is split there. What no pattern matches is replicated."""
 
 
+def _matches(name: str, pattern: str) -> bool:
+    """Whether `name` is `pattern` with a number for every `*`."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
+
+
 def placements_of(name: str, placements: Placements) -> Mapping[str, Split]:
     """How the parameter `name` is split."""
-    return next((split for pattern, split in placements.items() if fnmatchcase(name, pattern)), {})
+    return next((split for pattern, split in placements.items() if _matches(name, pattern)), {})
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor], mesh: DeviceMesh, placements: Placements) -> None:
@@ -291,7 +296,7 @@ def matching(model: nn.Module, patterns: Iterable[str]) -> list[nn.Parameter]:
     return [
         parameter
         for name, parameter in model.named_parameters()
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
+        if any(_matches(name, pattern) for pattern in patterns)
     ]
 
 
@@ -380,7 +385,7 @@ def _keep_matmul(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoint
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def tied_groups(mesh: DeviceMesh, ranks_of_tie: Sequence[int]) -> ProcessGroup | None:
+def tied_group(mesh: DeviceMesh, ranks_of_tie: Sequence[int]) -> ProcessGroup | None:
     """The group of this rank's pipeline among whose members a parameter is tied; None where it holds no copy.
 
     Every rank must call this, since a group is made by all.

@@ -6,7 +6,7 @@ isomorphic blocks share their choice, so v runs over representatives, with n_v i
 representative and read by the same representatives are one t, with n_t instances. Every cost below is a true price of
 the local graph (`autopar.pricing`), forward and backward, for one microbatch.
 
-    minimise   Σ n_v (a_vk + λ m_vk) x_vk  +  Σ n_t c_tpq z_tpq  +  Σ n_t (r_tp / M + λ' b_tp) y_tp
+    minimise   Σ (a_vk + λ n_v m_vk) x_vk  +  Σ n_t c_tpq z_tpq  +  Σ n_t (r_tp / M + λ' b_tp) y_tp
 
     x_vk ∈ {0,1}    op v uses strategy k                                                    `_choose`
     y_tp ∈ {0,1}    parameter t is stored in state p                                         `_store`
@@ -17,7 +17,7 @@ the local graph (`autopar.pricing`), forward and backward, for one microbatch.
     z_tpq ≥ f_tupq  for every u: one conversion serves all who need it                       `_carry`
     f_tupq = 0      where no conversion leads from p to q
 
-a is the time of the op, c of a conversion, r of summing a partial parameter gradient over the axis, once in M
+a is the time of the op in all its instances, c of a conversion, r of summing a partial parameter gradient over the axis, once in M
 microbatches; m are the bytes that autograd saves, b those of parameter, gradient and optimizer states, λ and λ' what a
 byte costs. With λ = λ' = 0 the objective is time; raising them walks the frontier of time and memory. The flow rows are
 those of a transport problem, so the relaxation is integral but for tensors with several consumers.
@@ -26,7 +26,7 @@ those of a transport problem, so the relaxation is integral but for tensors with
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Literal
@@ -35,7 +35,7 @@ from autopar.localize import Assignment, Localized, localize
 from autopar.placements import PR, RP, RR, Shard, State
 from autopar.pricing import Pricer, Traffic, total
 from autopar.search.solver import LinearModel, solve
-from autopar.strategies import Strategy, conversion, natural_sections, settle, strategies
+from autopar.strategies import Strategy, conversion, natural_sections, strategies
 from graphs.ir import Op, OpGraph
 
 LOSS_STATES = (RR, PR)
@@ -99,7 +99,8 @@ class AxisProblem:
         self.pricer = pricer
         self.size = pricer.groups[axis].size
         self.instances = _instances(graph)
-        sections = natural_sections(graph, self.size)
+        distinct = replace(graph, ops=tuple(graph.ops[index] for index in self.instances), blocks=())
+        sections = natural_sections(distinct, self.size)
         self.offered = {index: self._offered(index, sections) for index in self.instances}
 
     def _offered(self, index: int, sections: Mapping[int, tuple[tuple[int, ...], ...]]) -> tuple[Strategy, ...]:
@@ -117,10 +118,21 @@ class AxisProblem:
 
     @cached_property
     def op_times_s(self) -> Mapping[int, tuple[float, ...]]:
-        """Per representative op, the time of one instance under each of its strategies."""
+        """Per representative op, the time of all its instances together under each of its strategies.
+
+        Instances differ only in which of their operands and results a fused chain keeps out of memory.
+        """
         traffic = Traffic.of(self.graph)
+        kinds: dict[int, dict[object, list[Op]]] = {index: {} for index in self.instances}
+        for op, index in zip(self.graph.ops, self.graph.representative, strict=True):
+            storages = (self.graph.tensors[name].storage for name in (*op.inputs, *op.outputs))
+            kind = tuple((traffic.is_read(storage), traffic.is_written(storage)) for storage in storages)
+            kinds[index].setdefault(kind, []).append(op)
         return {
-            index: tuple(self._op_time_s(self.graph.ops[index], strategy, traffic) for strategy in offered)
+            index: tuple(
+                sum(len(alike) * self._op_time_s(alike[0], strategy, traffic) for alike in kinds[index].values())
+                for strategy in offered
+            )
             for index, offered in self.offered.items()
         }
 
@@ -242,7 +254,7 @@ class _Model:
         count = problem.instances[index]
         costs = zip(problem.op_times_s[index], problem.saved_bytes[index], strict=True)
         found = tuple(
-            self.model.variable(count * (time_s + self.price.activation_s_per_byte * saved), integer=True)
+            self.model.variable(time_s + count * self.price.activation_s_per_byte * saved, integer=True)
             for time_s, saved in costs
         )
         self.model.row(1, 1, [(variable, 1.0) for variable in found])
@@ -389,5 +401,3 @@ def _tensor_classes(graph: OpGraph) -> tuple[TensorClass, ...]:
         parts[key] = (producer, tuple(Reader(*reader) for reader in readers))
     return tuple(TensorClass(names[0], *parts[key], tuple(names)) for key, names in found.items())
 
-
-_ = (settle, Literal)

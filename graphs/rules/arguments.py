@@ -30,12 +30,14 @@ class Arguments:
         return self.positions.get(name)
 
     def in_order(self, dims: Mapping[str, Sequence[Dim]]) -> list[Sequence[Dim]]:
-        """The entries of `dims` (argument name -> dimensions) of arguments that are given, in operand order."""
+        """The entries of `dims` (by argument name) of arguments that are given, in operand order."""
         return [dims[name] for name in sorted(self.positions, key=self.positions.__getitem__)]
 
     def linear_in(self, *sets: Sequence[str]) -> tuple[frozenset[int], ...]:
         """`Rule.linear` from sets of argument names; names that are not given drop out."""
-        found = (frozenset(self.positions[name] for name in names if name in self.positions) for names in sets)
+        found = (
+            frozenset(self.positions[name] for name in names if name in self.positions) for names in sets
+        )
         return tuple(dict.fromkeys(members for members in found if members))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import gcd, prod
-from typing import Literal
 
 from graphs.ir import Tensor
 from graphs.rules.rule import Dim, Rule
@@ -13,7 +12,8 @@ from graphs.rules.rule import Dim, Rule
 WHOLE: Dim = ()
 """A dimension that no factor splits."""
 
-SectionKey = tuple[Literal["operand", "result"], int, int]
+SectionKey = tuple[str, int, int]
+"""`("operand" | "result", index, dim)`."""
 
 
 def numbered(rank: int, start: int = 0) -> list[Dim]:
@@ -61,18 +61,18 @@ def make_rule(
 ) -> Rule:
     """A rule with the sizes of its factors read off the shapes.
 
-    `sizes` gives those of factors that never stand alone in a dimension. A dimension of size 1 holds no factor, which
-    is how broadcasting is expressed, and factors of size 1 are left out. Of `reductions` and the like only factors
-    that are still there count.
+    `sizes` gives those of factors that never stand alone in a dimension. A dimension of size 1 holds no
+    factor, which is how broadcasting is expressed, and factors of size 1 are left out. Of `reductions` and
+    the like only factors that are still there count.
     """
-    sections = {key: tuple(part for part in parts if part) for key, parts in (sections or {}).items()}
-    sections = {key: parts for key, parts in sections.items() if len(parts) > 1}
+    nonempty = {key: tuple(part for part in parts if part) for key, parts in (sections or {}).items()}
+    cuts = {key: parts for key, parts in nonempty.items() if len(parts) > 1}
     shapes = {"operand": [t.shape for t in operands], "result": [t.shape for t in results]}
     dims = {"operand": [list(d) for d in operand_dims], "result": [list(d) for d in result_dims]}
-    extents = _extents(shapes, dims, sections, sizes or {})
+    extents = _extents(shapes, dims, cuts, sizes or {})
     kept = {name: size for name, size in extents.items() if size > 1}
 
-    def filtered(side: Literal["operand", "result"]) -> tuple[tuple[Dim, ...], ...]:
+    def filtered(side: str) -> tuple[tuple[Dim, ...], ...]:
         return tuple(
             tuple(
                 tuple(name for name in dim if name in kept) if extent != 1 else WHOLE
@@ -88,7 +88,9 @@ def make_rule(
         reductions=frozenset(reductions) & kept.keys(),
         unsplittable=frozenset(unsplittable) & kept.keys(),
         linear=tuple(frozenset(members) for members in linear),
-        sections={key: parts for key, parts in sections.items() if set(dims[key[0]][key[1]][key[2]]) & kept.keys()},
+        sections={
+            key: parts for key, parts in cuts.items() if set(dims[key[0]][key[1]][key[2]]) & kept.keys()
+        },
         implemented={name: form for name, form in (implemented or {}).items() if name in kept},
         whole=frozenset(whole) & kept.keys(),
     )
@@ -104,9 +106,11 @@ def _extents(
     cut: set[str] = set()
     for side in ("operand", "result"):
         for index, (tensor, shape) in enumerate(zip(dims[side], shapes[side], strict=True)):
-            assert len(tensor) == len(shape), f"{side} {index} has {len(shape)} dimensions, the rule {len(tensor)}"
+            assert len(tensor) == len(shape), (
+                f"{side} {index} has {len(shape)} dimensions, the rule {len(tensor)}"
+            )
             for position, (dim, extent) in enumerate(zip(tensor, shape, strict=True)):
-                parts = sections.get((side, index, position))  # type: ignore[call-overload]  # a str, not a literal
+                parts = sections.get((side, index, position))
                 for name in dim:
                     seen[name]
                 if parts is not None:
@@ -115,7 +119,9 @@ def _extents(
                 elif len(dim) == 1 and extent != 1 and dim[0] not in given:
                     seen[dim[0]][extent] = None
     for name, extents in seen.items():
-        assert name in given or name in cut or len(extents) <= 1, f"factor {name} has the extents {list(extents)}"
+        assert name in given or name in cut or len(extents) <= 1, (
+            f"factor {name} has the extents {list(extents)}"
+        )
     return {name: given.get(name, gcd(*extents) if extents else 1) for name, extents in seen.items()}
 
 

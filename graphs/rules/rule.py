@@ -1,10 +1,10 @@
 """Sharding rules by factors: which dimensions of an op may be split together.
 
-The iteration space of an op is a set of named *factors*; every dimension of every operand and result is a product of
-factors, major first. `linear(x[b, s, h], w[o, h]) -> [b, s, o]` has the factors b, s, o and h. To split one factor over
-a mesh axis splits every dimension that holds it; an operand without it is replicated, and a result without it is a
-partial sum. (The idea is Shardy's, https://openxla.org/shardy; here with a backward reading,
-see `autopar.strategies`.)
+The iteration space of an op is a set of named *factors*; every dimension of every operand and result is a
+product of factors, major first. `linear(x[b, s, h], w[o, h]) -> [b, s, o]` has the factors b, s, o and h. To
+split one factor over a mesh axis splits every dimension that holds it; an operand without it is replicated,
+and a result without it is a partial sum. (The idea is Shardy's, https://openxla.org/shardy; here with a
+backward reading, see `autopar.strategies`.)
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ class Rule:
     """How one op may be split.
 
     Attributes:
-        sizes: extent of every factor; where a dimension that holds it is cut into sections, the greatest common
-            divisor of their sizes, so that a factor splits evenly exactly where its size divides.
+        sizes: extent of every factor; where a dimension that holds it is cut into sections, the greatest
+            common divisor of their sizes, so that a factor splits evenly exactly where its size divides.
         operands: per tensor operand (in the order of `Op.inputs`) the factors of each of its dimensions.
         results: the same for each result.
-        reductions: factors that no result holds and whose local results sum to the whole one. A factor that some
-            result lacks and that is not in here cannot be split.
+        reductions: factors that no result holds and whose local results sum to the whole one. A factor that
+            some result lacks and that is neither in here nor in `whole` cannot be split.
         unsplittable: factors that must stay whole (the row of a softmax, the hidden dimension of a norm).
-        linear: sets of operands in which the op is jointly linear, so that partial sums of those, with everything else
-            whole, give partial sums of the results.
-        sections: for a dimension that is a concatenation, keyed `("operand" | "result", index, dim)`, the sizes of
-            its parts. To split its (only) factor splits every part; `split`, `chunk`, `slice` and `cat` have these.
-        implemented: factors that only a special local form can split, with the name of the form: `mean` (the local
-            mean, divided by the number of shards), `vocab_parallel_embedding` (a masked lookup),
+        linear: sets of operands in which the op is jointly linear, so that partial sums of those, with
+            everything else whole, give partial sums of the results.
+        sections: for a dimension that is a concatenation, keyed `("operand" | "result", index, dim)`, the
+            sizes of its parts. To split its (only) factor splits every part; `split`, `chunk`, `slice` and
+            `cat` have these.
+        implemented: factors that only a special local form can split, with the name of the form: `mean` (the
+            local mean, divided by the number of shards), `vocab_parallel_embedding` (a masked lookup),
             `cross_entropy_rows` (the local sum over the global count), `vocab_parallel_cross_entropy`.
         whole: factors whose special form makes the whole result on every rank, though no result holds them.
     """

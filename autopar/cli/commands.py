@@ -1,0 +1,129 @@
+"""What the commands do. Each takes the parsed options and returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import autopar
+from autopar.cli.output import check_new, log, progress, short_warnings, write_new
+from autopar.cli.plan_file import is_plan_file, read_plan
+from autopar.errors import AutoparError
+from autopar.plan import Plan
+from autopar.report import explain as explain_plan
+
+if TYPE_CHECKING:
+    from autopar.models import ModelSpec
+
+OK, NO = 0, 1
+PINS = ("dp", "tp", "pp", "zero_stage", "microbatch_size", "recompute", "schedule", "num_virtual_stages")
+DEGREES = (*PINS, "cp", "ep", "dp_shard")
+
+
+def plan(options: argparse.Namespace) -> int:
+    """`autopar plan`."""
+    check_new(options.output, force=options.force)
+    with short_warnings(quiet=options.quiet), progress(quiet=options.quiet) as on_progress:
+        found = autopar.plan(
+            _model(options),
+            options.cluster,
+            global_batch=options.global_batch,
+            progress=on_progress,
+            time_limit_s=options.time_limit,
+            **{name: getattr(options, name) for name in PINS},
+        )
+    _deliver(found, options)
+    return OK
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`autopar evaluate`."""
+    check_new(options.output, force=options.force)
+    with short_warnings(quiet=options.quiet):
+        degrees = {name: getattr(options, name) for name in DEGREES}
+        found = autopar.evaluate(
+            _model(options), options.cluster, global_batch=options.global_batch, **degrees
+        )
+    _deliver(found, options)
+    return OK if found.prediction.peak_memory_bytes <= found.cluster.memory_bytes else NO
+
+
+def explain(options: argparse.Namespace) -> int:
+    """`autopar explain`."""
+    sys.stdout.write(explain_plan(read_plan(options.plan), options.tokens, options.format))
+    return OK
+
+
+def compile_program(options: argparse.Namespace) -> int:
+    """`autopar compile`."""
+    named = Path(options.plan_or_cluster)
+    saved = read_plan(named) if is_plan_file(named) else None
+    if saved is None and options.global_batch is None:
+        raise AutoparError(
+            f"to plan for {options.plan_or_cluster} say --global-batch N, or name a saved PLAN.json"
+        )
+    if saved is not None and options.global_batch not in (None, saved.parallelism.global_batch):
+        raise AutoparError(
+            f"{named} is for a global batch of {saved.parallelism.global_batch}; drop --global-batch"
+        )
+    with short_warnings(quiet=options.quiet), progress(quiet=options.quiet) as on_progress:
+        model = _model(options)
+        if saved is None:
+            saved = autopar.plan(
+                model, options.plan_or_cluster, global_batch=options.global_batch, progress=on_progress
+            )
+        program = autopar.compile(model, plan=saved)
+    program.save(options.output, force=options.force)
+    for name in sorted(program.files):
+        print(options.output / name)
+    log(
+        f"{saved.parallelism}: start train.py with torchrun, {saved.parallelism.world_size} ranks",
+        quiet=options.quiet,
+    )
+    return OK
+
+
+def launch(options: argparse.Namespace) -> int:
+    """`autopar launch`."""
+    overrides = {"scheduler_options": tuple(options.scheduler_option)}
+    if options.time_limit is not None:
+        overrides["time_limit_s"] = options.time_limit
+    rendered = autopar.launch(read_plan(options.plan), options.target, **overrides)
+    if options.output is None:
+        sys.stdout.write("".join(rendered.files.values()))
+    else:
+        for path in rendered.save(options.output, force=options.force):
+            print(path)
+    return OK
+
+
+def hardware(options: argparse.Namespace) -> int:
+    """`autopar hardware`."""
+    from autopar.cli.hardware import show
+
+    sys.stdout.write(show(options.id, options.format))
+    return OK
+
+
+def verify(options: argparse.Namespace) -> int:
+    """`autopar verify`."""
+    from autopar.cli.verify import verify_program
+
+    with short_warnings(quiet=options.quiet):
+        return OK if verify_program(options) else NO
+
+
+def _model(options: argparse.Namespace) -> ModelSpec:
+    from autopar import models
+
+    return models.load(options.model, seq_len=options.seq_len)
+
+
+def _deliver(found: Plan, options: argparse.Namespace) -> None:
+    if options.output is not None:
+        write_new(options.output, found.to_json(), force=options.force)
+        log(f"saved {options.output}", quiet=options.quiet)
+    as_json = options.format == "json"
+    sys.stdout.write(found.to_json() if as_json else explain_plan(found, options.tokens))

@@ -1,0 +1,311 @@
+"""The arguments of every command, and help that teaches by example."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS = ("plan", "explain", "evaluate", "compile", "launch", "verify", "hardware")
+
+_DESCRIPTION = """\
+Finds the fastest way to train a PyTorch model on a cluster, says why, and writes the parallel program."""
+
+_EXAMPLES = """\
+examples:
+  autopar hardware                                        what machines are known
+  autopar plan llama3-8b 'dgx-h100*8' --global-batch 512 -o plan.json
+  autopar explain plan.json --tokens 1e12                 why this plan, and how long a training takes
+  autopar evaluate llama3-8b 'dgx-h100*8' --global-batch 512 --tp 8 --pp 2 --zero-stage 1
+  autopar compile llama3-8b plan.json -o program          model.py, train.py and what they need
+  autopar launch plan.json --target slurm -o program      the script that starts them
+  autopar verify program                                  is it the same mathematics as the original?
+
+MODEL is a built-in name (llama3-8b), a Hugging Face config.json or its directory, or FILE.py:FUNCTION
+where the function returns a module, or a module and its inputs. CLUSTER is NODE*COUNT ('dgx-h100*16'), a
+named cluster, or a YAML or JSON file. `autopar COMMAND --help` tells the rest.
+"""
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Exit with code 2 and a suggestion when the first word is no command."""
+    if not words or words[0].startswith("-") or words[0] in COMMANDS:
+        return
+    close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    print(
+        f"autopar: error: unknown command {words[0]!r}{hint} (commands: {', '.join(COMMANDS)})",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; a parsed command has `run`, the name of its function."""
+    parser = argparse.ArgumentParser(
+        prog="autopar",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _plan(commands)
+    _explain(commands)
+    _evaluate(commands)
+    _compile(commands)
+    _launch(commands)
+    _verify(commands)
+    _hardware(commands)
+    return parser
+
+
+Subparsers = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
+
+
+def _add(
+    commands: Subparsers[argparse.ArgumentParser], name: str, summary: str, epilog: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=name.replace("compile", "compile_program"))
+    return command
+
+
+def _plan(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    command = _add(
+        commands,
+        "plan",
+        "find the fastest plan and explain it",
+        """\
+examples:
+  autopar plan llama3-8b 'dgx-h100*8' --global-batch 512 -o plan.json
+  autopar plan gpt3-175b 'dgx-a100*128' --global-batch 1536 --pp 8 --tokens 300e9
+  autopar plan my_model.py:build my-lab.yaml --global-batch 64 --format json
+
+Exit code 1 when nothing fits; the message names the limit and what would help.
+""",
+    )
+    _workload(command)
+    pins = command.add_argument_group("pins (whatever is not pinned is searched)")
+    _parallelism(pins, searched=True)
+    command.add_argument(
+        "--time-limit", type=_positive_float, metavar="SECONDS", help="stop searching after this time"
+    )
+    command.add_argument("-o", "--output", type=Path, metavar="PLAN.json", help="also save the plan here")
+    _force(command)
+    _report(command, "json prints the plan itself")
+    _quiet(command)
+
+
+def _explain(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    command = _add(
+        commands,
+        "explain",
+        "explain a saved plan",
+        "example:\n  autopar explain plan.json --tokens 1e12\n",
+    )
+    command.add_argument("plan", type=Path, metavar="PLAN.json")
+    _report(command, "json prints every figure of the report")
+
+
+def _evaluate(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    command = _add(
+        commands,
+        "evaluate",
+        "price a parallelism of your own",
+        """\
+examples:
+  autopar evaluate llama3-8b 'dgx-h100*8' --global-batch 512 --zero-stage 3
+  autopar evaluate gpt3-175b 'dgx-a100*128' --global-batch 1536 --tp 8 --pp 16 --recompute full
+
+Replicas (dp) default to the devices that the other degrees leave. Exit code 1 when it does not fit.
+""",
+    )
+    _workload(command)
+    degrees = command.add_argument_group("parallelism")
+    _parallelism(degrees, searched=False)
+    command.add_argument("-o", "--output", type=Path, metavar="PLAN.json", help="also save it as a plan here")
+    _force(command)
+    _report(command, "json prints the plan itself")
+    _quiet(command)
+
+
+def _compile(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    command = _add(
+        commands,
+        "compile",
+        "write the parallel program of a plan",
+        """\
+examples:
+  autopar compile llama3-8b plan.json -o program
+  autopar compile my_model.py:build 'local-cpu*4' --global-batch 16 -o program
+
+Prints the paths of the files. The program needs torch and nothing else; start it with torchrun.
+""",
+    )
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument(
+        "plan_or_cluster", metavar="PLAN.json|CLUSTER", help="a saved plan, or where to plan for"
+    )
+    command.add_argument(
+        "--global-batch", type=_positive_int, metavar="N", help="samples of a step; with a CLUSTER only"
+    )
+    command.add_argument("--seq-len", type=_positive_int, metavar="N", help="tokens of a sample")
+    command.add_argument("-o", "--output", type=Path, metavar="DIR", required=True)
+    _force(command)
+    _quiet(command)
+
+
+def _launch(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    command = _add(
+        commands,
+        "launch",
+        "write the files that start a program on a cluster",
+        """\
+examples:
+  autopar launch plan.json                                  print launch.sh
+  autopar launch plan.json --target slurm -o program        write program/job.sbatch
+  autopar launch plan.json --target slurm --time-limit 86400 --scheduler-option=--partition=train
+""",
+    )
+    command.add_argument("plan", type=Path, metavar="PLAN.json")
+    command.add_argument("--target", default="torchrun", help="torchrun or slurm (default: torchrun)")
+    command.add_argument(
+        "--time-limit", type=_positive_int, metavar="SECONDS", help="wall-clock limit of the job"
+    )
+    command.add_argument(
+        "--scheduler-option", action="append", default=[], metavar="OPTION", help="may be repeated"
+    )
+    command.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="write the files here, print their paths"
+    )
+    _force(command)
+
+
+def _verify(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    command = _add(
+        commands,
+        "verify",
+        "run a program against the original model on this machine",
+        """\
+examples:
+  autopar verify program --model llama3-8b       the program in a directory, at reduced size
+  autopar verify llama3-8b --ranks 4             a small sibling of a model, planned for local processes
+
+Compares loss, gradients and parameters after optimizer steps. Exit code 1 when they differ.
+""",
+    )
+    command.add_argument("target", metavar="DIR|MODEL")
+    command.add_argument(
+        "--ranks", type=_positive_int, default=4, metavar="N", help="local processes (default: 4)"
+    )
+    command.add_argument(
+        "--steps", type=_positive_int, default=3, metavar="N", help="optimizer steps (default: 3)"
+    )
+    _quiet(command)
+
+
+def _hardware(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    command = _add(
+        commands,
+        "hardware",
+        "list the machines that are known, or show one with its sources",
+        """\
+examples:
+  autopar hardware
+  autopar hardware h100
+  autopar hardware 'dgx-h100*16'
+  autopar hardware my-lab.yaml --format json
+""",
+    )
+    command.add_argument(
+        "id", nargs="?", metavar="ID", help="an accelerator, a node, a cluster, or a cluster file"
+    )
+    _format(command, "json prints the records")
+
+
+def _workload(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("cluster", metavar="CLUSTER")
+    command.add_argument(
+        "--global-batch", type=_positive_int, required=True, metavar="N", help="samples of one step"
+    )
+    command.add_argument("--seq-len", type=_positive_int, metavar="N", help="tokens of a sample")
+
+
+def _parallelism(group: argparse._ArgumentGroup, *, searched: bool) -> None:
+    degrees = [("dp", "data-parallel replicas"), ("tp", "tensor parallel"), ("pp", "pipeline stages")]
+    if not searched:
+        degrees += [("cp", "context parallel"), ("ep", "expert parallel")]
+    for name, meaning in degrees:
+        default = None if searched or name == "dp" else 1
+        group.add_argument(f"--{name}", type=_positive_int, default=default, metavar="N", help=meaning)
+    if not searched:
+        sharding = "replicas among which ZeRO shards (default: all)"
+        group.add_argument("--dp-shard", type=_positive_int, metavar="N", help=sharding)
+    zero = None if searched else 0
+    group.add_argument("--zero-stage", type=int, choices=range(4), default=zero, help="what ZeRO shards")
+    batch = None if searched else 1
+    group.add_argument(
+        "--microbatch-size", type=_positive_int, default=batch, metavar="N", help="samples of a replica"
+    )
+    recompute = ("none", "selective", "full")
+    group.add_argument("--recompute", choices=recompute, default=None if searched else "none")
+    schedules = ("GPipe", "1F1B", "Interleaved1F1B")
+    group.add_argument(
+        "--schedule", choices=schedules, default=None if searched else "1F1B", help="of the pipeline"
+    )
+    virtual = None if searched else 1
+    group.add_argument(
+        "--num-virtual-stages", type=_positive_int, default=virtual, metavar="N", help="on each pipeline rank"
+    )
+
+
+def _report(command: argparse.ArgumentParser, json_help: str) -> None:
+    command.add_argument(
+        "--tokens", type=_positive_float, metavar="N", help="a budget, to tell the training time"
+    )
+    _format(command, json_help)
+
+
+def _format(command: argparse.ArgumentParser, json_help: str) -> None:
+    command.add_argument(
+        "--format", choices=("text", "json"), default="text", help=f"default: text; {json_help}"
+    )
+
+
+def _force(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--force", action="store_true", help="overwrite what -o names")
+
+
+def _quiet(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-q", "--quiet", action="store_true", help="no log and no progress on stderr")
+
+
+def _positive_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number such as 1e12, got {text!r}") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value

@@ -1,0 +1,178 @@
+"""The report as plain text: verdict first, aligned tables, at most `WIDTH` columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from textwrap import wrap
+
+from autopar.report import units
+from autopar.report.table import INDENT, table
+from autopar.report.view import Report, RunnerUp, Search, Stage, Training, Verdict
+
+WIDTH = 100
+
+
+def render(report: Report) -> str:
+    """The report in sections; ends in a newline."""
+    sections = [
+        _head(report),
+        _warnings(report.warnings),
+        _training(report.training),
+        _mesh(report),
+        _stages(report.stages),
+        _placements(report),
+        _operations(report),
+        _costs(report),
+        _memory(report),
+        _runners_up(report.runners_up),
+        _search(report.search, report.verdict),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def _head(report: Report) -> list[str]:
+    v = report.verdict
+    rate = units.flops_per_s(v.model_flops_per_s_per_device)
+    rows = [
+        ("plan", v.parallelism),
+        ("step time", f"{units.seconds(v.step_s)} for {report.global_batch:,} samples"),
+        ("throughput", f"{units.number(v.tokens_per_s)} tokens/s"),
+        ("model FLOPs", f"{rate} per device, MFU {units.percent(v.mfu)}"),
+        ("peak memory", _peak(v)),
+        ("exposed communication", f"{units.seconds(v.exposed_communication_s)}, "
+                                  f"{units.percent(v.exposed_communication_s / v.step_s)} of the step"),
+    ]  # fmt: skip
+    if v.scale_factor is not None:
+        rows.append(
+            ("scale factor", f"{v.scale_factor:.3f} = T_{report.num_devices} / ({report.num_devices} T_1)")
+        )
+    title = (
+        f"{report.model} ({units.count(report.num_parameters)} parameters) on {report.cluster} "
+        f"({report.num_devices} x {report.device})"
+    )
+    return [
+        *wrap(title, WIDTH),
+        *wrap(f"verdict: {_status(v)}", WIDTH, subsequent_indent=INDENT),
+        *table(rows),
+    ]
+
+
+def _status(verdict: Verdict) -> str:
+    if not verdict.fits:
+        over = units.gigabytes(verdict.peak_memory_bytes - verdict.memory_bytes)
+        return f"does not fit: {over} over the memory of a device"
+    if verdict.status == "evaluated":
+        return "fits; evaluated as asked, no search was made"
+    certain = "the optimum of the cost model" if verdict.gap < 5e-4 else (
+        f"at most {units.percent(verdict.gap)} from the optimum of the cost model"
+    )  # fmt: skip
+    return f"{verdict.status}; {certain}"
+
+
+def _peak(verdict: Verdict) -> str:
+    share = units.percent(verdict.peak_memory_bytes / verdict.memory_bytes)
+    return (
+        f"{units.gigabytes(verdict.peak_memory_bytes)} of {units.gigabytes(verdict.memory_bytes)} ({share})"
+    )
+
+
+def _warnings(warnings: Iterable[str]) -> list[str]:
+    return [line for text in warnings for line in wrap(f"warning: {text}", WIDTH, subsequent_indent=INDENT)]
+
+
+def _training(training: Training | None) -> list[str]:
+    if training is None:
+        return []
+    rows = [
+        ("as predicted", units.seconds(training.predicted_s)),
+        (f"by {training.formula}", units.seconds(training.formula_s)),
+    ]
+    if training.price_usd is not None:
+        rows.append(("price", f"{training.price_usd:,.0f} USD at the list price per device and hour"))
+    return [f"training on {units.count(training.tokens)} tokens", *table(rows)]
+
+
+def _mesh(report: Report) -> list[str]:
+    axes = [
+        (axis.name, str(axis.size), "inside a node" if axis.within_node else "across nodes", axis.meaning)
+        for axis in report.axes
+    ]
+    product = " x ".join(str(axis.size) for axis in report.axes) or "1"
+    title = (
+        f"mesh: {product} = {report.num_devices} ranks, outermost axis first" if axes else "mesh: one rank"
+    )
+    return [title, *table(axes), *table(report.settings)]
+
+
+def _stages(stages: Sequence[Stage]) -> list[str]:
+    if len(stages) < 2:
+        return []
+    rows = [("stage", "rank", "forward", "backward", "memory", "modules")]
+    for stage in stages:
+        first, *rest = wrap(", ".join(stage.modules), 50) or [""]
+        times = units.seconds(stage.forward_s), units.seconds(stage.backward_s)
+        rows.append(
+            (str(stage.index), str(stage.rank), *times, units.gigabytes(stage.peak_memory_bytes), first)
+        )
+        rows += [("", "", "", "", "", line) for line in rest]
+    return ["stages (times per microbatch)", *table(rows)]
+
+
+def _placements(report: Report) -> list[str]:
+    lines = []
+    for block in report.blocks:
+        lines.append(f"{INDENT}{block.path or '(the root)'}")
+        lines += table([(p.parameter, p.placement) for p in block.placements], indent=2 * INDENT)
+    return ["parameters (S(d): split along dimension d; R: whole on every rank)", *lines] if lines else []
+
+
+def _operations(report: Report) -> list[str]:
+    if not report.operations:
+        return []
+    axes = [axis for axis, _ in report.operations[0].strategies]
+    rows = [("op", "count", *axes)]
+    rows += [(op.kind, str(op.count), *(key for _, key in op.strategies)) for op in report.operations]
+    return [
+        "ops by what is split on each axis (one instance of each repeated block)",
+        *table(rows, right=(1,)),
+    ]
+
+
+def _costs(report: Report) -> list[str]:
+    rows = [
+        (term.name.replace("_", " "), units.seconds(term.seconds), units.percent(term.share))
+        for term in report.terms
+    ]
+    rows.append(("sum", units.seconds(sum(term.seconds for term in report.terms)), units.percent(1.0)))
+    return ["costs of a step (communication: what nothing hides)", *table(rows, right=(1, 2))]
+
+
+def _memory(report: Report) -> list[str]:
+    if not report.stages:
+        return []
+    fullest = max(report.stages, key=lambda stage: stage.peak_memory_bytes)
+    rows = [(name.replace("_", " "), units.gigabytes(value)) for name, value in fullest.memory_bytes if value]
+    rows.append(("sum", units.gigabytes(fullest.peak_memory_bytes)))
+    where = f", stage {fullest.index}" if len(report.stages) > 1 else ""
+    return [f"memory of the fullest device{where}", *table(rows, right=(1,))]
+
+
+def _runners_up(runners_up: Iterable[RunnerUp]) -> list[str]:
+    rows = []
+    for other in runners_up:
+        time = "-" if other.step_s is None else units.seconds(other.step_s)
+        memory = "-" if other.peak_memory_bytes is None else units.gigabytes(other.peak_memory_bytes)
+        rows.append((other.label, time, memory, other.parallelism))
+        rows += [("", "", "", line) for line in wrap(other.reason, 60)]
+    return ["runners-up, and why they lost", *table(rows)] if rows else []
+
+
+def _search(search: Search, verdict: Verdict) -> list[str]:
+    if verdict.status == "evaluated":
+        return []
+    pruned = ", ".join(f"{number} by {reason}" for reason, number in search.pruned)
+    text = f"search: {search.num_candidates:,} candidates, {search.num_solved:,} solved"
+    text += f", pruned: {pruned}" if pruned else ""
+    return wrap(
+        f"{text}; no plan can be faster than {units.seconds(search.bound_s)}", WIDTH, subsequent_indent=INDENT
+    )

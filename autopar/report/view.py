@@ -1,0 +1,323 @@
+"""What there is to say about a plan, as plain values: the renderers only lay it out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autopar.errors import AutoparError
+from autopar.plan import Parallelism, Plan
+from costmodel import end_to_end_training_s, scale_factor
+
+COMPUTING = frozenset({"compute", "recompute", "pipeline_bubble", "optimizer"})
+"""Terms of a step that are no communication; every other term is communication that nothing hides."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer in one glance; `gap` is the largest possible distance from the optimum, over the step time."""
+
+    status: str
+    gap: float
+    fits: bool
+    parallelism: str
+    step_s: float
+    tokens_per_s: float
+    mfu: float
+    model_flops_per_s_per_device: float
+    peak_memory_bytes: float
+    memory_bytes: float
+    exposed_communication_s: float
+    scale_factor: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """Time to a token budget: by the plan's own step time, and by the formula of arXiv:2104.04473."""
+
+    tokens: float
+    predicted_s: float
+    formula: str
+    formula_s: float
+    price_usd: float | None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis; its ranks are `stride` apart."""
+
+    name: str
+    size: int
+    stride: int
+    within_node: bool
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one parameter (or the like-named parameters of all instances of a block) lies on the mesh."""
+
+    parameter: str
+    placement: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """A group of parameters under one module path; `*` stands for every instance."""
+
+    path: str
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Ops of one kind that are split alike: the strategy on each axis, and the number of distinct ops."""
+
+    kind: str
+    count: int
+    strategies: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage, in seconds per microbatch and bytes at its peak."""
+
+    index: int
+    rank: int
+    modules: tuple[str, ...]
+    forward_s: float
+    backward_s: float
+    peak_memory_bytes: float
+    memory_bytes: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """Part of the step time; the terms add up to it."""
+
+    name: str
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True)
+class RunnerUp:
+    """A plan that lost, and why."""
+
+    label: str
+    parallelism: str
+    step_s: float | None
+    peak_memory_bytes: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was looked at."""
+
+    num_candidates: int
+    num_solved: int
+    pruned: tuple[tuple[str, int], ...]
+    bound_s: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan, explained."""
+
+    model: str
+    num_parameters: int
+    cluster: str
+    num_devices: int
+    device: str
+    global_batch: int
+    tokens_per_step: int
+    verdict: Verdict
+    training: Training | None
+    axes: tuple[Axis, ...]
+    settings: tuple[tuple[str, str], ...]
+    blocks: tuple[Block, ...]
+    operations: tuple[Operation, ...]
+    stages: tuple[Stage, ...]
+    terms: tuple[Term, ...]
+    runners_up: tuple[RunnerUp, ...]
+    search: Search
+    warnings: tuple[str, ...]
+
+
+def view(plan: Plan, token_budget: float | None = None) -> Report:
+    """The report of `plan`; with `token_budget`, the training time for that many tokens.
+
+    Raises AutoparError for a budget that is not positive.
+    """
+    return Report(
+        model=plan.model.name,
+        num_parameters=plan.model.num_parameters,
+        cluster=plan.cluster.name,
+        num_devices=plan.parallelism.world_size,
+        device=plan.cluster.device,
+        global_batch=plan.parallelism.global_batch,
+        tokens_per_step=plan.parallelism.global_batch * plan.model.tokens_per_sample,
+        verdict=_verdict(plan),
+        training=None if token_budget is None else _training(plan, token_budget),
+        axes=_axes(plan),
+        settings=_settings(plan.parallelism),
+        blocks=_blocks(plan),
+        operations=_operations(plan),
+        stages=_stages(plan),
+        terms=_terms(plan),
+        runners_up=tuple(
+            RunnerUp(a.label, str(a.parallelism), a.step_s, a.peak_memory_bytes, a.reason)
+            for a in plan.alternatives
+        ),
+        search=Search(
+            plan.certificate.num_candidates,
+            plan.certificate.num_solved,
+            tuple(plan.certificate.pruned.items()),
+            plan.certificate.bound_s,
+        ),
+        warnings=plan.warnings,
+    )
+
+
+def _verdict(plan: Plan) -> Verdict:
+    predicted, world_size = plan.prediction, plan.parallelism.world_size
+    exposed_s = sum(seconds for name, seconds in predicted.terms_s.items() if name not in COMPUTING)
+    scaling = None
+    if predicted.single_device_step_s is not None:
+        samples = plan.parallelism.global_batch
+        scaling = scale_factor(
+            samples / predicted.single_device_step_s, samples / predicted.step_s, world_size
+        )
+    return Verdict(
+        status=plan.certificate.status,
+        gap=plan.certificate.gap,
+        fits=predicted.peak_memory_bytes <= plan.cluster.memory_bytes,
+        parallelism=str(plan.parallelism),
+        step_s=predicted.step_s,
+        tokens_per_s=predicted.tokens_per_s,
+        mfu=predicted.mfu,
+        model_flops_per_s_per_device=predicted.model_flops_per_s_per_device,
+        peak_memory_bytes=predicted.peak_memory_bytes,
+        memory_bytes=plan.cluster.memory_bytes,
+        exposed_communication_s=exposed_s,
+        scale_factor=scaling,
+    )
+
+
+def _training(plan: Plan, tokens: float) -> Training:
+    """Both figures for `tokens`.
+
+    In the formula X counts the FLOPs that a device really executes. With full recomputation these are 8/6 of
+    the model's own, so X is that much higher than the model FLOP rate that the plan states.
+    """
+    if not tokens > 0:
+        raise AutoparError(f"a token budget is a positive number, got {tokens:g}")
+    recompute = plan.parallelism.recompute == "full"
+    executed_flops_per_s = plan.prediction.model_flops_per_s_per_device * (8 / 6 if recompute else 1)
+    world_size = plan.parallelism.world_size
+    predicted_s = tokens / plan.prediction.tokens_per_s
+    price = plan.cluster.price_usd_per_device_hour
+    return Training(
+        tokens=tokens,
+        predicted_s=predicted_s,
+        formula="8TP/(nX)" if recompute else "6TP/(nX)",
+        formula_s=end_to_end_training_s(
+            tokens, plan.model.num_parameters, world_size, executed_flops_per_s, recompute
+        ),
+        price_usd=None if price is None else price * world_size * predicted_s / 3600,
+    )
+
+
+def _axes(plan: Plan) -> tuple[Axis, ...]:
+    p = plan.parallelism
+    zero = {
+        0: "every replica holds the whole training state",
+        1: "ZeRO-1: optimizer states sharded",
+        2: "ZeRO-2: optimizer states and gradients sharded",
+        3: "ZeRO-3: parameters, gradients and optimizer states sharded",
+    }[p.zero_stage]
+    meanings = {
+        "pp": f"pipeline of {p.pp * p.num_virtual_stages} stages, schedule {p.schedule}",
+        "dp_replicate": "data-parallel replicas",
+        "dp_shard": f"data-parallel replicas; {zero}",
+        "cp": "context parallel: the sequence is split, keys and values are gathered",
+        "tp": "tensor and sequence parallel, as the placements below say",
+    }
+    found = []
+    stride = p.world_size
+    for name, size in p.mesh.items():
+        stride //= size
+        found.append(Axis(name, size, stride, stride * size <= plan.cluster.devices_per_node, meanings[name]))
+    return tuple(found)
+
+
+def _settings(p: Parallelism) -> tuple[tuple[str, str], ...]:
+    settings = [
+        ("microbatches", f"{p.num_microbatches} of {p.microbatch_size} samples on each of {p.dp} replicas"),
+        ("recompute", p.recompute),
+        ("ZeRO stage", str(p.zero_stage)),
+    ]
+    if p.ep > 1:
+        settings.append(("experts", f"divided over {p.ep} of the data-parallel ranks"))
+    return tuple(settings)
+
+
+def _blocks(plan: Plan) -> tuple[Block, ...]:
+    groups: dict[str, list[Placement]] = {}
+    for name, placement in _placements(plan).items():
+        path = _container(name)
+        groups.setdefault(path, []).append(Placement(name.removeprefix(f"{path}."), placement))
+    return tuple(Block(path, tuple(placements)) for path, placements in groups.items())
+
+
+def _placements(plan: Plan) -> Mapping[str, str]:
+    found: Mapping[str, str] = getattr(plan, "placements", {})
+    return found
+
+
+def _container(parameter: str) -> str:
+    """The repeated block that a parameter belongs to (up to `*`), else its module."""
+    head, star, _ = parameter.rpartition(".*.")
+    return f"{head}.*" if star else parameter.rpartition(".")[0]
+
+
+def _operations(plan: Plan) -> tuple[Operation, ...]:
+    """Distinct ops counted by kind and strategies, in the order of the graph."""
+    names = dict.fromkeys(name for by_op in plan.strategies.values() for name in by_op)
+    axes = list(plan.strategies)
+    alike = Counter(
+        (_kind(name), tuple((axis, plan.strategies[axis].get(name, "replicate")) for axis in axes))
+        for name in names
+    )
+    return tuple(Operation(kind, count, strategies) for (kind, strategies), count in alike.items())
+
+
+def _kind(op: str) -> str:
+    """`linear_12` is a `linear`."""
+    stem, _, number = op.rpartition("_")
+    return stem if stem and number.isdigit() else op
+
+
+def _stages(plan: Plan) -> tuple[Stage, ...]:
+    return tuple(
+        Stage(
+            stage.index,
+            stage.index % plan.parallelism.pp,
+            stage.modules,
+            stage.forward_s,
+            stage.backward_s,
+            stage.peak_memory_bytes,
+            tuple(stage.memory_bytes.items()),
+        )
+        for stage in plan.stages
+    )
+
+
+def _terms(plan: Plan) -> tuple[Term, ...]:
+    step_s = plan.prediction.step_s
+    terms = [
+        Term(name, seconds, seconds / step_s) for name, seconds in plan.prediction.terms_s.items() if seconds
+    ]
+    return tuple(sorted(terms, key=lambda term: -term.seconds))

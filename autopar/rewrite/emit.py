@@ -1,0 +1,181 @@
+"""Print a localized, staged graph as the source of a model."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from autopar.placements import RP, Shard, State
+from autopar.rewrite.classes import ClassCode, ClassPrinter, ProgramContext
+from autopar.rewrite.stages import Stage
+from autopar.rewrite.tree import build_tree, call_leaves
+from graphs.ir import OpGraph
+
+RUNTIME_FUNCTIONS = (
+    *("Parameters", "Split", "all_gather", "all_gather_replicated", "all_reduce", "all_reduce_partial", "all_to_all"),
+    *("copy", "cross_entropy", "embedding", "first_grad", "first_only", "keep_matmuls", "reduce_scatter"),
+    *("saved_buffer", "shard", "shard_partial"),
+)
+
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """`model.py`, and the buffers too large to stand in it."""
+
+    text: str
+    buffers: Mapping[str, torch.Tensor]
+
+
+def emit_model(context: ProgramContext, stages: Sequence[Stage], header: Sequence[str], name: str) -> ModelSource:
+    """The source of `model.py`: a class for every distinct module, one for every distinct stage, and the tables that
+    say how parameters are split."""
+    printer = ClassPrinter(context)
+    roots: list[ClassCode] = []
+    for stage in stages:
+        ops = call_leaves(stage.ops, context.graph)
+        root = build_tree(ops, context.graph, context.block_paths)
+        roots.append(printer.stage(root, stage, name if len(stages) == 1 else f"{name}Stage{stage.index}"))
+    classes = [code.text for code in printer.classes.values()]
+    body = "\n\n".join(classes)
+    used = [name for name in RUNTIME_FUNCTIONS if re.search(rf"(?<![.\w]){name}\b", body)]
+    tables = "\n\n".join(_tables(context, stages, roots))
+    if "Split(" in tables and "Split" not in used:
+        used.append("Split")
+    parts = [
+        '"""' + "\n".join(header) + '\n"""',
+        "from __future__ import annotations",
+        _imports(body, sorted(used)),
+        "\n".join(_constants(context, body)),
+        body,
+        tables,
+    ]
+    return ModelSource(format_source("\n\n".join(part for part in parts if part)), printer.large_buffers)
+
+
+def format_source(text: str) -> str:
+    """The text as ruff formats it; unchanged where ruff is not installed."""
+    ruff = shutil.which("ruff") or shutil.which("ruff", path=str(_beside_python()))
+    if ruff is None:
+        return text
+    command = [ruff, "format", "--isolated", "--line-length", "110", "--stdin-filename", "model.py", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"the emitted source does not parse:\n{done.stderr}\n{text}"
+    return done.stdout
+
+
+def _beside_python() -> str:
+    return sys.executable.rpartition("/")[0]
+
+
+def _imports(body: str, used: Iterable[str]) -> str:
+    lines = ["import torch"]
+    if "F." in body:
+        lines.append("import torch.nn.functional as F")
+    lines.append("from torch import Tensor, nn")
+    if "mesh: DeviceMesh" in body:
+        lines.append("from torch.distributed.device_mesh import DeviceMesh")
+    if "checkpoint(" in body:
+        lines.append("from torch.utils.checkpoint import checkpoint")
+    names = ", ".join(used)
+    return "\n".join([*lines, *([f"\nfrom autopar_runtime import {names}"] if names else [])])
+
+
+def _constants(context: ProgramContext, body: str) -> list[str]:
+    lines = []
+    for axis, size in context.axis_sizes.items():
+        if f"// {axis.upper()}" in body:
+            lines.append(f"{axis.upper()} = {size}  # ranks of the {axis} axis")
+    if "BATCH" in body:
+        lines.append(f"BATCH = {context.batch}  # samples of one rank in one microbatch")
+    return lines
+
+
+def _tables(context: ProgramContext, stages: Sequence[Stage], roots: Sequence[ClassCode]) -> list[str]:
+    splits, partial = parameter_tables(context, stages)
+    lines = ["# How parameters are split over the mesh; what is not named is whole on every rank.", "PLACEMENTS = {"]
+    for pattern, by_axis in splits.items():
+        inner = ", ".join(f'"{axis}": {_split(state)}' for axis, state in by_axis.items())
+        lines.append(f'    "{pattern}": {{{inner}}},')
+    lines.append("}")
+    texts = ["\n".join(lines)]
+    if partial:
+        lines = ["# Parameters that are whole on every rank of an axis, of whose gradient each rank has only a term."]
+        lines.append("PARTIAL_GRADIENTS = {")
+        lines += [f'    "{axis}": {list(patterns)!r},' for axis, patterns in partial.items()]
+        texts.append("\n".join([*lines, "}"]))
+    names = ", ".join(code.name for code in roots)
+    texts.append(f"STAGES = ({names},)")
+    if len(stages) > 1:
+        borders = [stage.receives for stage in stages] + [stages[-1].sends]
+        rows = [
+            "    (" + "".join(f"(({_numbers(context.graph, each)}), {context.graph.tensors[each].dtype}), " for each in border) + "),"
+            for border in borders
+        ]
+        texts.append("\n".join(["# What each stage receives, and what the last one returns.", "BORDERS = (", *rows, ")"]))
+    return texts
+
+
+def _numbers(graph: OpGraph, tensor: str) -> str:
+    return "".join(f"{size}, " for size in graph.tensors[tensor].shape)
+
+
+def _split(state: State) -> str:
+    assert isinstance(state.value, Shard)
+    if state.value.sections is None:
+        return f"Split({state.value.dim})"
+    return f"Split({state.value.dim}, sections={state.value.sections})"
+
+
+def parameter_tables(
+    context: ProgramContext, stages: Sequence[Stage]
+) -> tuple[dict[str, dict[str, State]], dict[str, list[str]]]:
+    """Patterns of parameter names with the states they are stored in, and those whose gradients are partial by axis.
+
+    The names of a repeated block's parameters share a pattern where all of them agree.
+    """
+    read = {name for stage in stages for op in stage.ops for name in op.inputs}
+    splits: dict[str, dict[str, State]] = {}
+    partial: dict[str, tuple[str, ...]] = {}
+    for parameter in context.graph.parameters:
+        states = context.states.get(parameter.tensor, {}) if parameter.tensor in read else {}
+        for path in (parameter.name, *parameter.aliases):
+            splits[path] = {axis: state for axis, state in states.items() if isinstance(state.value, Shard)}
+        partial[parameter.name] = tuple(axis for axis, state in states.items() if state == RP and axis != "dp")
+    partial = _by_pattern(partial, context.block_paths)
+    axes = dict.fromkeys(axis for found in partial.values() for axis in found)
+    patterns = {axis: [pattern for pattern, found in partial.items() if axis in found] for axis in axes}
+    return {path: found for path, found in _by_pattern(splits, context.block_paths).items() if found}, patterns
+
+
+def _by_pattern(table: Mapping[str, Value], block_paths: Iterable[str]) -> dict[str, Value]:
+    """The table with one pattern for the same parameter of all repeated blocks, where all of them agree."""
+    alike: dict[str, list[str]] = {}
+    for path in table:
+        alike.setdefault(_pattern(path, block_paths), []).append(path)
+    result = {}
+    for pattern, paths in alike.items():
+        values = [table[path] for path in paths]
+        if all(value == values[0] for value in values):
+            result[pattern] = values[0]
+        else:
+            result.update(zip(paths, values, strict=True))
+    return result
+
+
+def _pattern(path: str, block_paths: Iterable[str]) -> str:
+    for block in block_paths:
+        if path.startswith(f"{block}."):
+            container, _, index = block.rpartition(".")
+            if index.isdigit():
+                return f"{container}.*.{path.removeprefix(block + '.')}"
+    return path

@@ -1,0 +1,153 @@
+"""The proof that travels with a program, and the reference it is held against.
+
+`reference` runs the original model in one process: loss, every gradient of the first step, and parameters after three
+AdamW steps. `parity.py`, saved beside the program, runs the program on the same weights and data and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+NUM_STEPS = 3
+LEARNING_RATE = 1e-3
+EPSILON = 1e-6
+"""Of AdamW: large enough that a gradient that is zero but for rounding moves nothing."""
+
+
+def reference(model: nn.Module, batch: Mapping[str, Tensor], num_microbatches: int, loss_name: str) -> dict[str, object]:
+    """What the original model does on a global batch: the content of `reference.pt`.
+
+    Microbatches weigh the same, as they do in the program: the loss is the mean of the losses of `num_microbatches`
+    microbatches. The model is left as it was.
+    """
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    was_training = model.training
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=EPSILON)
+    losses = []
+    gradients: dict[str, Tensor] = {}
+    for step in range(NUM_STEPS):
+        total = 0.0
+        for rows in _microbatches(batch, num_microbatches):
+            loss = _loss(model(**rows), loss_name) / num_microbatches
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            total += loss.item()
+        if step == 0:
+            gradients = {
+                name: parameter.grad.clone()
+                for name, parameter in model.named_parameters(remove_duplicate=False)
+                if parameter.grad is not None
+            }
+        losses.append(total)
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = {name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
+    model.load_state_dict(weights)
+    model.train(was_training)
+    return {
+        "weights": weights,
+        "batch": dict(batch),
+        "losses": losses,
+        "gradients": gradients,
+        "parameters": parameters,
+        "optimizer": {"lr": LEARNING_RATE, "eps": EPSILON},
+    }
+
+
+def _microbatches(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    return [dict(zip(batch, rows, strict=True)) for rows in zip(*(each.chunk(count) for each in batch.values()), strict=True)]
+
+
+def _loss(output: object, name: str) -> Tensor:
+    """The loss in what a model returned: the tensor itself, or an entry by name or position."""
+    if isinstance(output, Tensor):
+        return output
+    found = output[name] if isinstance(output, Mapping) else None
+    if found is None and isinstance(output, (tuple, list)):
+        found = output[int(name)]
+    assert isinstance(found, Tensor), f"the model's output has no loss {name!r}"
+    return found
+
+
+PARITY = '''"""Compare this program with the original model: loss, every gradient, and parameters after some AdamW steps.
+
+    torchrun --nproc-per-node N parity.py
+
+reads `reference.pt`, which holds what the original model did in one process, and exits with 1 where the program does
+something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar_runtime import gather
+from model import PLACEMENTS
+from train import build, forward_backward, replica_part, start
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def difference(found: Tensor, wanted: Tensor, floor: float) -> float:
+    """The largest difference, relative to the largest element, or to `floor` where all are smaller."""
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(floor))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, default=Path(__file__).with_name("reference.pt"))
+    arguments = parser.parse_args()
+    device = start()
+    reference = torch.load(arguments.reference, weights_only=True)
+    mesh, stages = build(device, reference["weights"])
+    named = {name: parameter for stage in stages.values() for name, parameter in stage.named_parameters(remove_duplicate=False)}
+    optimizer = torch.optim.AdamW(dict.fromkeys(named.values()), **reference["optimizer"])
+    batch = replica_part(reference["batch"], mesh, device)
+    worst: dict[str, tuple[float, str]] = {"loss": (0.0, "")}
+    for step, wanted in enumerate(reference["losses"]):
+        loss = forward_backward(mesh, stages, batch).item()
+        worst["loss"] = max(worst["loss"], (abs(loss - wanted) / max(abs(wanted), 1e-12), f"step {step + 1}"))
+        if dist.get_rank() == 0:
+            print(f"step {step + 1}  loss {loss:.8f}  original {wanted:.8f}", flush=True)
+        if step == 0:
+            gradients = {name: each.grad for name, each in named.items() if each.grad is not None}
+            found = gather(gradients, mesh, PLACEMENTS)
+            largest = max(float(each.abs().max()) for each in reference["gradients"].values())
+            worst["gradients"] = compare(found, reference["gradients"], largest * 1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+    worst["parameters"] = compare(
+        gather(named, mesh, PLACEMENTS), reference["parameters"], reference["optimizer"]["lr"], partly=True
+    )
+    dtype = max((each.dtype for each in named.values()), key=lambda each: TOLERANCE.get(each, 0.0))
+    equal = all(value <= TOLERANCE[dtype] for value, _ in worst.values())
+    if dist.get_rank() == 0:
+        for what, (value, where) in worst.items():
+            print(f"{what}: largest relative difference {value:.2e} ({where})")
+        print(f"{'equal' if equal else 'NOT EQUAL'} to the original within {TOLERANCE[dtype]:.0e}", flush=True)
+    dist.destroy_process_group()
+    sys.exit(0 if equal else 1)
+
+
+def compare(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], floor: float, *, partly: bool = False
+) -> tuple[float, str]:
+    """The largest difference and where it is. With `partly`, parameters that the program does not use may be missing."""
+    missing = set(wanted) - set(found)
+    if missing and not partly:
+        return float("inf"), f"no gradient for {', '.join(sorted(missing))}"
+    return max((difference(found[name].cpu(), wanted[name], floor), name) for name in found)
+
+
+if __name__ == "__main__":
+    main()
+'''

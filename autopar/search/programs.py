@@ -1,0 +1,181 @@
+"""The local programs that candidates run: one per microbatch size, tensor-parallel degree and price of memory.
+
+Candidates that differ in pipeline, ZeRO, recomputation or schedule run the same local program, so each is made once:
+capture at the microbatch size, localize over the data axis, choose strategies on the tensor axis, localize again, price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from autopar.data_parallel import data_parallel, gathered_ops
+from autopar.localize import Assignment, Localized, localize
+from autopar.placements import Shard
+from autopar.plan import Parallelism, Recompute
+from autopar.pricing import Pricer
+from autopar.search.block_ilp import AxisProblem, AxisSolution, MemoryPrice
+from autopar.search.stages import StageTable
+from autopar.search.units import Chain, build_chain
+from costmodel import Group
+from graphs import Capture
+from graphs.blocks import find_blocks
+from graphs.ir import OpGraph
+from hardware_db import Cluster
+
+MEMORY_PRICES = (0.0, 1.0, 10.0)
+"""What filling a device's memory costs, in times of the microbatch: the sweep from fastest to smallest program."""
+
+STATE_BYTES_PER_PARAMETER_BYTE = 8
+"""Mixed-precision AdamW keeps 16 bytes for a parameter of 2, plain AdamW 16 for 4: what memory is priced by."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A local program with its price.
+
+    `strategies` maps the axes to the strategy key of every representative op; `solution` is None without a tensor axis.
+    """
+
+    chain: Chain
+    solution: AxisSolution | None
+    strategies: Mapping[str, Mapping[str, str]]
+
+    @cached_property
+    def tables(self) -> dict[Recompute, StageTable]:
+        return {}
+
+    def table(self, recompute: Recompute) -> StageTable:
+        """Stage sums under one recompute mode."""
+        if recompute not in self.tables:
+            self.tables[recompute] = StageTable(self.chain, recompute)
+        return self.tables[recompute]
+
+
+@dataclass(frozen=True)
+class DataProgram:
+    """A graph at one microbatch size, local on the data axis. `whole` has the blocks and names that plans refer to."""
+
+    whole: OpGraph
+    local: Localized
+    assignment: Assignment | None
+    gathered: tuple[str, ...]
+
+
+class Programs:
+    """Makes the programs of one model on one cluster, each once."""
+
+    def __init__(self, capture: Capture, cluster: Cluster, time_limit_s: float | None = None) -> None:
+        self.capture = capture
+        self.cluster = cluster
+        self.time_limit_s = time_limit_s
+        self.num_solved = 0
+        self._data: dict[tuple[int, int], DataProgram] = {}
+        self._problems: dict[tuple[int, int, int], AxisProblem] = {}
+        self._programs: dict[tuple[int, int, int, int, int], Program] = {}
+        self._propagated: Assignment | None = None
+
+    def program(self, p: Parallelism, price_level: int = 0) -> Program:
+        """The program of a candidate at one of the `MEMORY_PRICES`."""
+        data_size = self._data_size(p)
+        key = (p.microbatch_size, data_size, p.tp, _bucket(p.num_microbatches), price_level if p.tp > 1 else 0)
+        if p.tp == 1:
+            key = (*key[:3], 1, 0)
+        if key not in self._programs:
+            self._programs[key] = self._make(key)
+        return self._programs[key]
+
+    def floor_s(self, microbatch_size: int, tp: int) -> float:
+        """No program of this tensor-parallel degree takes less for a microbatch, whatever memory costs.
+
+        Also per sample for every smaller microbatch: each price is the larger of constants and terms linear in the
+        batch, so half the batch costs at least half as much.
+        """
+        if tp == 1:
+            chain = self.program(Parallelism(microbatch_size=microbatch_size)).chain
+            return sum(unit.cost.total_s for unit in chain.units)
+        problem = self._problem(microbatch_size, 1, tp)
+        self.num_solved += 1
+        # Parameters' reductions are left out: as if shared by any number of microbatches.
+        return problem.solve(1 << 30).bound_s
+
+    def data(self, microbatch_size: int, data_size: int) -> DataProgram:
+        """The program of one data-parallel replica."""
+        key = (microbatch_size, data_size)
+        if key not in self._data:
+            self._data[key] = self._make_data(*key)
+        return self._data[key]
+
+    def _data_size(self, p: Parallelism) -> int:
+        """How many replicas stand for `p.dp`: local shapes are the same for any number, so two do, unless samples meet
+        in the forward and what is gathered grows with their number."""
+        if p.dp == 1:
+            return 1
+        return p.dp if self.data(p.microbatch_size, 2).gathered else 2
+
+    def _make_data(self, microbatch_size: int, size: int) -> DataProgram:
+        whole = self.capture.at(microbatch_size * size)
+        if size == 1:
+            return DataProgram(whole, Localized.of(whole), None, ())
+        assignment = self._propagate(whole, size)
+        local = localize(Localized.of(whole), assignment)
+        gathered = tuple(op.name for op in gathered_ops(whole, assignment))
+        return DataProgram(whole, local, assignment, gathered)
+
+    def _propagate(self, whole: OpGraph, size: int) -> Assignment:
+        """Data parallelism; what it decided for one microbatch size holds for all where no sections depend on it."""
+        if self._propagated is not None and self._propagated.size == size:
+            return self._propagated
+        assignment = data_parallel(whole, size)
+        states = (state for choice in assignment.choice for state in (*choice.operands, *choice.results))
+        if not any(isinstance(state.value, Shard) and state.value.sections for state in states):
+            self._propagated = assignment
+        return assignment
+
+    def _make(self, key: tuple[int, int, int, int, int]) -> Program:
+        microbatch_size, data_size, tp, num_microbatches, price_level = key
+        data = self.data(microbatch_size, data_size)
+        keys: dict[str, Mapping[str, str]] = {}
+        if data.assignment is not None:
+            keys["dp"] = _keys(data.whole, data.assignment)
+        if tp == 1:
+            pricer = Pricer(self.cluster, self._groups(data_size, tp))
+            return Program(build_chain(data.whole, data.local, pricer), None, keys)
+        problem = self._problem(microbatch_size, data_size, tp)
+        solution = problem.solve(num_microbatches, self._price(problem, price_level), self.time_limit_s)
+        self.num_solved += 1
+        local = localize(Localized(problem.graph, data.local.states), solution.assignment)
+        keys["tp"] = _keys(problem.graph, solution.assignment)
+        return Program(build_chain(data.whole, local, problem.pricer), solution, keys)
+
+    def _problem(self, microbatch_size: int, data_size: int, tp: int) -> AxisProblem:
+        key = (microbatch_size, data_size, tp)
+        if key not in self._problems:
+            graph = self.data(microbatch_size, data_size).local.graph
+            graph = replace(graph, blocks=find_blocks(graph))
+            self._problems[key] = AxisProblem(graph, "tp", Pricer(self.cluster, self._groups(data_size, tp)))
+        return self._problems[key]
+
+    def _price(self, problem: AxisProblem, level: int) -> MemoryPrice:
+        """Memory's worth: at price 1, all of a device's memory costs as much as the microbatch's arithmetic."""
+        fastest_s = sum(min(times_s) for times_s in problem.op_times_s.values())
+        per_byte = MEMORY_PRICES[level] * fastest_s / self.cluster.device.memory_bytes
+        return MemoryPrice(per_byte, STATE_BYTES_PER_PARAMETER_BYTE * per_byte)
+
+    def _groups(self, data_size: int, tp: int) -> dict[str, Group]:
+        """The data axis as wide as it can be: what crosses it in the forward (the count of a loss) is that dear."""
+        widest = self.cluster.num_devices // tp if data_size == 2 else data_size
+        return {"tp": Group(tp, 1), "dp": Group(max(1, widest), tp), "cp": Group(1, tp)}
+
+
+def _keys(graph: OpGraph, assignment: Assignment) -> dict[str, str]:
+    """Strategy keys by the names of representative ops."""
+    return {
+        graph.ops[index].name: assignment.choice[index].key for index in dict.fromkeys(graph.representative)
+    }
+
+
+def _bucket(num_microbatches: int) -> int:
+    """By how many microbatches a parameter's reduction is thought to be shared: few, or many."""
+    return 1 if num_microbatches < 4 else 16

@@ -1,0 +1,130 @@
+"""Stages: where to cut a chain of units so that the slowest stage is as fast as memory allows.
+
+With T_ij the time that units [i, j) take for one microbatch, and M_sij what they hold as stage s, which has as many
+microbatches in flight as the schedule gives it,
+
+    best_1(j) = T_0j                                     where M_10j ≤ memory
+    best_s(j) = min over i < j of max(best_{s-1}(i), T_ij)   where M_sij ≤ memory
+
+and best_p(n) is the answer: exact, since the units are a chain, and quick, since there are few of them. The slowest
+stage decides because a step takes (m - 1) max T + Σ T and the sum does not depend on the cuts (Mist, arXiv:2503.19050).
+With several virtual stages on a rank each gets an equal share of the memory, which is sufficient, not necessary.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.plan import Parallelism, Recompute
+from autopar.search.units import Chain
+from costmodel import OptimizerPolicy, model_state_ledger, peak_in_flight
+
+Matrix = NDArray[np.float64]
+
+
+class StageTable:
+    """T and the parts of M for all pairs (i, j) of one chain under one recompute mode."""
+
+    def __init__(self, chain: Chain, recompute: Recompute) -> None:
+        self.chain = chain
+        self.recompute = recompute
+        self.num_units = len(chain.units)
+
+    @cached_property
+    def times_s(self) -> Matrix:
+        return _sums([unit.cost.total_s + unit.recompute_s[self.recompute] for unit in self.chain.units])
+
+    @cached_property
+    def parameters(self) -> Matrix:
+        """Elements of parameters; one that several units share counts for each of them."""
+        return _sums(self._unit_elements())
+
+    @cached_property
+    def largest_unit(self) -> Matrix:
+        return _running_max(self._unit_elements())
+
+    @cached_property
+    def saved_bytes(self) -> Matrix:
+        seen: set[str] = set()
+        sizes = []
+        for unit in self.chain.units:
+            saved = unit.saved[self.recompute]
+            fresh = sum(size for storage, size in saved.storages.items() if storage not in seen)
+            seen.update(saved.storages)
+            sizes.append(float(fresh + saved.internal_bytes))
+        return _sums(sizes)
+
+    @cached_property
+    def working_bytes(self) -> Matrix:
+        largest = _running_max([unit.working_bytes for unit in self.chain.units])
+        recomputed = [u.saved["none"].num_bytes - u.saved[self.recompute].num_bytes for u in self.chain.units]
+        return largest + np.maximum(0, _running_max(recomputed))
+
+    def _unit_elements(self) -> list[float]:
+        shards = self.chain.parameters
+        return [float(sum(shards[name].num_elements for name in unit.parameters)) for unit in self.chain.units]
+
+    def memory_bytes(self, p: Parallelism, policy: OptimizerPolicy, in_flight: float) -> Matrix:
+        """M of a stage that holds `in_flight` microbatches."""
+        per_element = model_state_ledger(1.0, policy, p.zero_stage, p.dp_shard).total_bytes
+        held = per_element * self.parameters + in_flight * self.saved_bytes + self.working_bytes
+        if p.dp_shard > 1 and p.zero_stage >= 2:
+            per_unit = policy.gradient_bytes + (2 * policy.parameter_bytes if p.zero_stage == 3 else 0)
+            held = held + per_unit * self.largest_unit
+        return held
+
+    def partition(self, p: Parallelism, policy: OptimizerPolicy, memory_bytes: float) -> tuple[int, ...] | None:
+        """The first units of the best stages, 0 first. Where memory fits no cuts at all, the best that ignore it;
+        None when there are fewer units than stages."""
+        num_stages = p.pp * p.num_virtual_stages
+        if num_stages > self.num_units:
+            return None
+        if num_stages == 1:
+            return (0,)
+        flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
+        budget = memory_bytes / p.num_virtual_stages
+        held = {
+            rank: self.memory_bytes(p, policy, flights[rank] / p.num_virtual_stages) <= budget for rank in range(p.pp)
+        }
+        return self._cheapest([held[stage % p.pp] for stage in range(num_stages)]) or self._cheapest(
+            [np.ones_like(self.times_s, dtype=bool)] * num_stages
+        )
+
+    def _cheapest(self, allowed: list[NDArray[np.bool_]]) -> tuple[int, ...] | None:
+        best = np.where(allowed[0][0], self.times_s[0], np.inf)
+        best[0] = np.inf
+        came_from = []
+        for fits in allowed[1:]:
+            through = np.where(fits, np.maximum(best[:, None], self.times_s), np.inf)
+            came_from.append(through.argmin(axis=0))
+            best = through.min(axis=0)
+        if not np.isfinite(best[-1]):
+            return None
+        cuts = [self.num_units]
+        for previous in reversed(came_from):
+            cuts.append(int(previous[cuts[-1]]))
+        return (0, *reversed(cuts[1:]))
+
+
+
+
+def _sums(values: list[float]) -> Matrix:
+    """Entry (i, j) is the sum of values [i, j), infinite where j ≤ i."""
+    prefix = np.concatenate([[0.0], np.cumsum(values)])
+    return _upper(prefix[None, :] - prefix[:, None])
+
+
+def _running_max(values: list[float] | list[int]) -> Matrix:
+    """Entry (i, j) is the largest of values [i, j), infinite where j ≤ i."""
+    size = len(values) + 1
+    table = np.full((size, size), np.inf)
+    for i in range(len(values)):
+        table[i, i + 1 :] = np.maximum.accumulate(np.asarray(values[i:], dtype=np.float64))
+    return table
+
+
+def _upper(table: Matrix) -> Matrix:
+    return np.where(np.triu(np.ones_like(table, dtype=bool), 1), table, np.inf)
