@@ -77,6 +77,7 @@ def _cost(op: Op, graph: OpGraph, made: Mapping[str, State], strategy: Strategy)
             return (1 << 62, 0, 0)
         conversions += 1
         moved += tensor.num_bytes * ((how.forward is not None) + (how.backward is not None))
-    # Work is split where there is something to split it by; what starts from nothing (`arange`) stays whole.
-    unusual = (strategy.factor is not None) != bool(op.inputs)
+    # Work is split where its operands already are; what starts from nothing or from whole tensors stays whole.
+    follows = any(isinstance(made[name].value, Shard) for name in op.inputs)
+    unusual = (strategy.factor is not None) != follows
     return (moved, conversions, int(unusual))

@@ -10,7 +10,8 @@ import torch
 
 from autopar.models import ModelSpec, from_hugging_face_config
 
-_HEAD_DIM = 16
+_MIN_HEAD_DIM = 8
+_MIN_WIDTH = 64
 _KV_HEADS = 4
 _MAX_GROUP = 4
 _VOCABULARY = 512
@@ -64,8 +65,9 @@ def _shrink(config: Any, num_layers: int, positions: int) -> None:
     if hidden and heads:
         kv_heads = _first(old, _KEY_VALUE_HEADS) or heads
         queries = _KV_HEADS * min(max(heads // kv_heads, 1), _MAX_GROUP)
-        width = queries * _HEAD_DIM
-        new |= dict.fromkeys(_HIDDEN, width) | dict.fromkeys(_HEADS, queries) | dict.fromkeys(_HEAD_DIMS, _HEAD_DIM)
+        head_dim = max(_MIN_WIDTH // queries, _MIN_HEAD_DIM)
+        width = queries * head_dim
+        new |= dict.fromkeys(_HIDDEN, width) | dict.fromkeys(_HEADS, queries) | dict.fromkeys(_HEAD_DIMS, head_dim)
         new |= dict.fromkeys(_KEY_VALUE_HEADS, _KV_HEADS if kv_heads > 1 else 1)
         new |= {name: _scaled(old[name], width / hidden) for name in _WIDTHS if old.get(name)}
     depth = min(num_layers, _first(old, _LAYERS) or num_layers)

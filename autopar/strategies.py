@@ -246,3 +246,15 @@ def _conversion(source: State, target: State) -> Conversion | None:
             return Conversion("reduce_scatter", "reduce_scatter", "all_gather")
         case _:
             return _REPLICATED_CONVERSIONS.get((source, target))
+
+
+def stored_state(asked: Iterable[State]) -> State:
+    """The state in which a parameter is stored, given what its consumers ask.
+
+    It is sharded where all of them want the same shard, so that nothing moves. Any other is whole on every rank, with
+    a partial gradient as soon as one consumer gives it one.
+    """
+    states = list(dict.fromkeys(asked))
+    if len(states) == 1 and isinstance(states[0].value, Shard):
+        return states[0]
+    return RP if any(isinstance(state.grad, Partial) for state in states) else RR

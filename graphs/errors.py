@@ -9,6 +9,9 @@
 from __future__ import annotations
 
 
+DATA_DEPENDENT_ADVICE = "replace the branch or the variable shape by torch.where, masking or a fixed size"
+
+
 class GraphError(ValueError):
     """Base of every error that `graphs` raises for the user to mend."""
 
@@ -17,13 +20,17 @@ class CaptureError(GraphError):
     """The model could not be captured.
 
     Attributes:
+        problem: what is wrong, in a sentence.
         module: path of the module whose forward was running, `""` for the root, None where unknown.
         source: the line of the model's own code, as `file:line: text`, None where unknown.
+        advice: what to do about it.
     """
 
     def __init__(self, problem: str, *, module: str | None = None, source: str | None = None, advice: str = "") -> None:
+        self.problem = problem
         self.module = module
         self.source = source
+        self.advice = advice
         lines = [problem]
         if module is not None:
             lines.append(f"  in module: {module or '(the root module)'}")

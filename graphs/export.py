@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import linecache
+import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -19,11 +22,12 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from graphs.custom_functions import custom_functions_in_the_open, disagreement
-from graphs.errors import CaptureError, DataDependentError, UnsupportedOpError
+from graphs.errors import DATA_DEPENDENT_ADVICE, CaptureError, DataDependentError, UnsupportedOpError
 from graphs.huggingface import prepared_for_export
 from graphs.leaves import has_values
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+_TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 def export_training(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProgram:
@@ -40,7 +44,8 @@ def export_training(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProg
         functions = stack.enter_context(custom_functions_in_the_open())
         fakes = {name: fake_like(value, fake_mode) for name, value in inputs.items()}
         try:
-            program = torch.export.export(model, (), fakes, strict=False)
+            with _quiet():
+                program = torch.export.export(model, (), fakes, strict=False)
         except Exception as error:
             raise _explained(error, model) from error
     for function in functions:
@@ -105,6 +110,23 @@ def _without_memory(model: nn.Module, fake_mode: FakeTensorMode) -> Iterator[Non
             module._buffers[name] = value
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to ourselves what torch prints and logs about an export that fails; our error says it better."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    before = [logger.disabled for logger in loggers]
+    printed = io.StringIO()
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
 def _explained(error: Exception, model: nn.Module) -> CaptureError:
     """The error a user gets in place of torch's."""
     chain: list[BaseException] = [error]
@@ -112,12 +134,12 @@ def _explained(error: Exception, model: nn.Module) -> CaptureError:
         chain.append(cause)
     path, source = _where([frame for item in chain for frame in _frames(item.__traceback__)], model)
     if any(isinstance(item, _DATA_DEPENDENT) for item in chain) or "data-dependent" in str(error).lower():
-        operator = next((str(item.func) for item in chain if isinstance(item, _DATA_DEPENDENT[:2])), "a tensor's value")
+        operator = next((str(item.func) for item in chain if isinstance(item, _DATA_DEPENDENT[:2])), "a condition, a number or a size read from it")
         return DataDependentError(
             f"forward depends on the values of a tensor ({operator})",
             module=path,
             source=source,
-            advice="replace the branch or the variable shape by torch.where, masking or a fixed size",
+            advice=DATA_DEPENDENT_ADVICE,
         )
     first_line = next(iter(str(error).strip().splitlines()), "")
     return CaptureError(

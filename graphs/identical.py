@@ -16,13 +16,11 @@ def identical_modules(first: nn.Module, other: nn.Module, offset: int) -> bool:
     """Whether two modules differ in the values of tensors only.
 
     `offset` is how much further on in their container `other` stands: integers that differ by exactly that (a layer's
-    own index) are taken as equal. Parameters may not be shared between the two.
+    own index) are taken as equal.
     """
     if type(first) is not type(other) or first._modules.keys() != other._modules.keys():
         return False
-    if not _same_tensors(first._parameters, other._parameters, shared=False):
-        return False
-    if not _same_tensors(first._buffers, other._buffers, shared=True):
+    if not _same_tensors(first._parameters, other._parameters) or not _same_tensors(first._buffers, other._buffers):
         return False
     mine, theirs = _settings(first), _settings(other)
     if mine.keys() != theirs.keys() or not all(_same(value, theirs[key], offset) for key, value in mine.items()):
@@ -52,14 +50,14 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _TENSOR_SLOTS}
 
 
-def _same_tensors(first: Mapping[str, Any], other: Mapping[str, Any], *, shared: bool) -> bool:
+def _same_tensors(first: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     if first.keys() != other.keys():
         return False
     for a, b in zip(first.values(), other.values(), strict=True):
         if a is None or b is None:
             if a is not b:
                 return False
-        elif (a is b and not shared) or _spec(a) != _spec(b):
+        elif _spec(a) != _spec(b):
             return False
     return True
 

@@ -6,7 +6,7 @@ accelerator keep something else than those of a cpu, `_as_on_accelerator` says w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -28,7 +28,7 @@ def measured(graph: OpGraph) -> OpGraph:
     FLOPs are those of the forward, as `torch.utils.flop_counter.FlopCounterMode` counts them. A storage that autograd
     keeps and that belongs to a tensor of the graph is listed in `saved` of every op that keeps it.
     """
-    with FakeTensorMode() as fake_mode, FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS) as counter:
+    with FakeTensorMode() as fake_mode, FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter:
         values = _leaves(graph, fake_mode)
         owners = {value.untyped_storage()._cdata: name for name, value in values.items()}
         tensors = {name: graph.tensors[name] for name in values}
@@ -109,12 +109,12 @@ def _grouped_mm_flops(left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * prod(rows) * inner * int(right[-1])
 
 
-def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
+def _flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas for the operators that torch's counter does not know."""
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
         torch.ops.aten._grouped_mm: _grouped_mm_flops,
     }
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):  # there once `transformers` is imported
+        formulas[torch.ops.transformers.grouped_mm_fallback] = _grouped_mm_flops
     return formulas
-
-
-_FLOP_FORMULAS = _flop_formulas()

@@ -7,6 +7,7 @@ for every child left out. `expanded` returns None where it does not show that, a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ class Run:
 
 def find_runs(model: nn.Module, kept: int) -> tuple[Run, ...]:
     """The outermost runs of at least `MIN_RUN` identical children in module lists and sequences."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared = {key for key, count in owners.items() if count > 1}
     runs: list[Run] = []
     for path, module in model.named_modules():
         if any(is_under(path, run.path(index)) for run in runs for index in range(len(run.children))):
@@ -44,18 +47,22 @@ def find_runs(model: nn.Module, kept: int) -> tuple[Run, ...]:
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             runs += [
                 Run(path, names, kept)
-                for names in _stretches(module)
+                for names in _stretches(module, shared)
                 if uniform_settings(model, path, len(module), [list(module._modules).index(name) for name in names])
             ]
     return tuple(runs)
 
 
-def _stretches(container: nn.Module) -> Iterator[tuple[str, ...]]:
+def _stretches(container: nn.Module, shared: set[int]) -> Iterator[tuple[str, ...]]:
+    """Names of neighbouring children that are identical and share no parameter with anything."""
     names = list(container._modules)
+    children = [
+        child if child is not None and not any(id(item) in shared for item in child.parameters()) else None
+        for child in container._modules.values()
+    ]
     start = 0
     for end in range(1, len(names) + 1):
-        first = container._modules[names[start]]
-        other = container._modules[names[end]] if end < len(names) else None
+        first, other = children[start], children[end] if end < len(names) else None
         if first is None or other is None or not identical_modules(first, other, end - start):
             if end - start >= MIN_RUN:
                 yield tuple(names[start:end])

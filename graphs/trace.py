@@ -18,13 +18,12 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
-    UnsupportedOperatorException,
 )
 from torch.fx import GraphModule, Node
 
 from graphs import ir
 from graphs.canonical import Bound, bind, canonical_form, unbind
-from graphs.errors import CaptureError, DataDependentError, UnsupportedOpError
+from graphs.errors import DATA_DEPENDENT_ADVICE, CaptureError, DataDependentError, UnsupportedOpError
 from graphs.functionalize import Versions, functional_form, is_in_place
 
 _PURE_ASSERTIONS = frozenset({"aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar"})
@@ -106,7 +105,7 @@ class Tracer:
         if len(results) == 1 and id(results[0]) in self._names:
             return result
         if not all(isinstance(item, torch.Tensor) for item in results):
-            raise UnsupportedOpError(f"{call.target} returns something that is not a tensor", module=self._module)
+            raise UnsupportedOpError(f"{call.target} returns something that is not a tensor")
         name = f"op{len(self.trace.ops)}"
         outputs = [f"{name}_{index}" for index in range(len(results))]
         self._register(name, call, outputs, args, kwargs)
@@ -167,8 +166,6 @@ class Tracer:
             return self._inline(name, args, kwargs)
         raise UnsupportedOpError(
             f"the operator {name} has no functional form in an operator graph",
-            module=self._module,
-            source=source_line(node),
             advice="write this part of forward with ordinary torch operators",
         )
 
@@ -177,7 +174,6 @@ class Tracer:
         if name == "wrap_with_autocast" and args[2]:
             raise UnsupportedOpError(
                 f"forward enters torch.autocast({args[0]!r}, {args[1]})",
-                module=self._module,
                 advice="build the model in the wanted dtype instead, such as model.to(torch.bfloat16)",
             )
         before = self._grad_enabled
@@ -193,14 +189,22 @@ class Tracer:
         where: Mapping[str, str | None] = {"module": self._module, "source": source_line(node)}
         try:
             yield
-        except CaptureError:
-            raise
+        except CaptureError as error:
+            if error.module is not None:
+                raise
+            raise type(error)(error.problem, **where, advice=error.advice) from error
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise DataDependentError(
-                f"the result of {node.target} depends on the values of its operands", **where
+                f"the result of {node.target} depends on the values of its operands",
+                **where,
+                advice=DATA_DEPENDENT_ADVICE,
             ) from error
-        except (UnsupportedOperatorException, NotImplementedError) as error:
-            raise UnsupportedOpError(f"{node.target} does not run on fake tensors: {error}", **where) from error
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            advice = "write this part of forward with operators that have a fake implementation"
+            raise UnsupportedOpError(
+                f"{node.target} does not run on fake tensors: {reason}", **where, advice=advice
+            ) from error
 
 
 def source_line(node: Node) -> str | None:

@@ -1,8 +1,8 @@
 """The command `autopar`.
 
 The artefact goes to stdout, everything else to stderr. Exit codes: 0 done, 1 it ran and the answer is no
-(nothing fits, parity failed), 2 the request was wrong. torch is imported only by the commands that need it, so
-help is instant.
+(nothing fits, parity failed), 2 the request was wrong. torch is imported only by the commands that need it,
+so help is instant.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import autopar
 from autopar.cli.output import check_new, log, progress, short_warnings, write_new
 from autopar.cli.plan_file import is_plan_file, read_plan
 from autopar.errors import AutoparError
+from autopar.launch import launch as launch_files
 from autopar.plan import Plan
 from autopar.report import explain as explain_plan
 
@@ -24,9 +24,11 @@ DEGREES = (*PINS, "cp", "ep", "dp_shard")
 
 def plan(options: argparse.Namespace) -> int:
     """`autopar plan`."""
+    from autopar import api
+
     check_new(options.output, force=options.force)
     with short_warnings(quiet=options.quiet), progress(quiet=options.quiet) as on_progress:
-        found = autopar.plan(
+        found = api.plan(
             _model(options),
             options.cluster,
             global_batch=options.global_batch,
@@ -40,12 +42,12 @@ def plan(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """`autopar evaluate`."""
+    from autopar import api
+
     check_new(options.output, force=options.force)
     with short_warnings(quiet=options.quiet):
         degrees = {name: getattr(options, name) for name in DEGREES}
-        found = autopar.evaluate(
-            _model(options), options.cluster, global_batch=options.global_batch, **degrees
-        )
+        found = api.evaluate(_model(options), options.cluster, global_batch=options.global_batch, **degrees)
     _deliver(found, options)
     return OK if found.prediction.peak_memory_bytes <= found.cluster.memory_bytes else NO
 
@@ -58,23 +60,25 @@ def explain(options: argparse.Namespace) -> int:
 
 def compile_program(options: argparse.Namespace) -> int:
     """`autopar compile`."""
+    from autopar import api
+    from autopar.rewrite.program import rewrite
+    from graphs import capture
+
     named = Path(options.plan_or_cluster)
     saved = read_plan(named) if is_plan_file(named) else None
     if saved is None and options.global_batch is None:
-        raise AutoparError(
-            f"to plan for {options.plan_or_cluster} say --global-batch N, or name a saved PLAN.json"
-        )
+        raise AutoparError(f"planning for {named} needs --global-batch N; or name a saved PLAN.json")
     if saved is not None and options.global_batch not in (None, saved.parallelism.global_batch):
         raise AutoparError(
             f"{named} is for a global batch of {saved.parallelism.global_batch}; drop --global-batch"
         )
     with short_warnings(quiet=options.quiet), progress(quiet=options.quiet) as on_progress:
-        model = _model(options)
+        spec = _model(options)
+        model = capture(spec.build_without_memory(), spec.inputs, name=spec.name)
         if saved is None:
-            saved = autopar.plan(
-                model, options.plan_or_cluster, global_batch=options.global_batch, progress=on_progress
-            )
-        program = autopar.compile(model, plan=saved)
+            cluster, global_batch = options.plan_or_cluster, options.global_batch
+            saved = api.plan(model, cluster, global_batch=global_batch, progress=on_progress)
+        program = rewrite(model, saved)
     program.save(options.output, force=options.force)
     for name in sorted(program.files):
         print(options.output / name)
@@ -90,7 +94,7 @@ def launch(options: argparse.Namespace) -> int:
     overrides = {"scheduler_options": tuple(options.scheduler_option)}
     if options.time_limit is not None:
         overrides["time_limit_s"] = options.time_limit
-    rendered = autopar.launch(read_plan(options.plan), options.target, **overrides)
+    rendered = launch_files(read_plan(options.plan), options.target, **overrides)
     if options.output is None:
         sys.stdout.write("".join(rendered.files.values()))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -88,6 +89,7 @@ def short_warnings(*, quiet: bool) -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
         log(f"warning: {message}", quiet=quiet)
 
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns through a logger of its own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for package in ("autopar", "graphs", "costmodel", "hardware_db"):

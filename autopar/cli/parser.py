@@ -198,19 +198,18 @@ def _verify(commands: Subparsers[argparse.ArgumentParser]) -> None:
         "run a program against the original model on this machine",
         """\
 examples:
-  autopar verify program --model llama3-8b       the program in a directory, at reduced size
+  autopar verify program                         the program in a directory
   autopar verify llama3-8b --ranks 4             a small sibling of a model, planned for local processes
 
-Compares loss, gradients and parameters after optimizer steps. Exit code 1 when they differ.
+Compares loss, every gradient, and parameters after three optimizer steps. What is too large for this machine
+is replaced by a narrow sibling with every degree of parallelism cut to 2. Exit code 1 when they differ.
 """,
     )
     command.add_argument("target", metavar="DIR|MODEL")
     command.add_argument(
-        "--ranks", type=_positive_int, default=4, metavar="N", help="local processes (default: 4)"
+        "--model", metavar="MODEL", help="the original of DIR (default: the one its plan names)"
     )
-    command.add_argument(
-        "--steps", type=_positive_int, default=3, metavar="N", help="optimizer steps (default: 3)"
-    )
+    command.add_argument("--ranks", type=_positive_int, default=4, metavar="N", help="at most (default: 4)")
     _quiet(command)
 
 

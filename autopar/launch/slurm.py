@@ -1,8 +1,8 @@
 """Slurm: a batch script that starts torchrun once on every node.
 
-Nodes meet at the first of the allocation. torchrun orders them by host name, so ranks lie on neighbouring nodes
-in the order in which the mesh was priced. No NCCL variable is set: its own choice stands until somebody measured
-better.
+Nodes meet at the first of the allocation. torchrun orders them by host name, so ranks lie on neighbouring
+nodes in the order in which the mesh was priced. No NCCL variable is set: its own choice stands until somebody
+measured better.
 """
 
 from __future__ import annotations

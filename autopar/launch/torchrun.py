@@ -36,7 +36,7 @@ def _multi_node(job: JobSpec) -> str:
         "#!/usr/bin/env bash",
         *([f"# {job.comment}"] if job.comment else []),
         "#",
-        f"# Start it on each of the {job.num_nodes} hosts, with the name of the first; they wait for each other.",
+        f"# Start it on each of the {job.num_nodes} hosts with the name of the first.",
         "#",
         "# usage: ./launch.sh FIRST_HOST [arguments of the program]",
         STRICT,

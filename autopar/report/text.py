@@ -127,15 +127,25 @@ def _placements(report: Report) -> list[str]:
 
 
 def _operations(report: Report) -> list[str]:
+    """Ops that some axis splits; the data axes, where all follow the batch, as a count."""
     if not report.operations:
         return []
-    axes = [axis for axis, _ in report.operations[0].strategies]
+    axes = [axis for axis, _ in report.operations[0].strategies if axis != "dp"]
     rows = [("op", "count", *axes)]
-    rows += [(op.kind, str(op.count), *(key for _, key in op.strategies)) for op in report.operations]
-    return [
-        "ops by what is split on each axis (one instance of each repeated block)",
-        *table(rows, right=(1,)),
-    ]
+    for op in report.operations:
+        chosen = dict(op.strategies)
+        if any(not chosen[axis].startswith("replicate") for axis in axes):
+            rows.append((op.kind, str(op.count), *(chosen[axis] for axis in axes)))
+    lines = ["ops and the factor that an axis splits (one instance of each repeated block)"]
+    if len(rows) > 1:
+        lines += table(rows, right=(1,))
+    whole = sum(op.count for op in report.operations) - sum(int(row[1]) for row in rows[1:])
+    if axes:
+        lines.append(f"{INDENT}{whole} more run whole on every rank of {', '.join(axes)}")
+    if (data := [(op.count, dict(op.strategies).get("dp", "")) for op in report.operations]) and data[0][1]:
+        split = sum(count for count, key in data if not key.startswith("replicate"))
+        lines.append(f"{INDENT}dp: {split} of {sum(count for count, _ in data)} ops follow the batch")
+    return lines
 
 
 def _costs(report: Report) -> list[str]:
@@ -157,14 +167,21 @@ def _memory(report: Report) -> list[str]:
     return [f"memory of the fullest device{where}", *table(rows, right=(1,))]
 
 
-def _runners_up(runners_up: Iterable[RunnerUp]) -> list[str]:
+def _runners_up(runners_up: Sequence[RunnerUp]) -> list[str]:
+    if not runners_up:
+        return []
     rows = []
     for other in runners_up:
+        plan = (
+            other.parallelism if other.label == other.parallelism else f"{other.label}: {other.parallelism}"
+        )
         time = "-" if other.step_s is None else units.seconds(other.step_s)
         memory = "-" if other.peak_memory_bytes is None else units.gigabytes(other.peak_memory_bytes)
-        rows.append((other.label, time, memory, other.parallelism))
-        rows += [("", "", "", line) for line in wrap(other.reason, 60)]
-    return ["runners-up, and why they lost", *table(rows)] if rows else []
+        rows.append((plan, time, memory))
+    lines = []
+    for line, other in zip(table(rows, right=(1, 2)), runners_up, strict=True):
+        lines += [line, *wrap(other.reason, WIDTH, initial_indent=2 * INDENT, subsequent_indent=2 * INDENT)]
+    return ["runners-up, and why they lost", *lines]
 
 
 def _search(search: Search, verdict: Verdict) -> list[str]:

@@ -16,7 +16,7 @@ COMPUTING = frozenset({"compute", "recompute", "pipeline_bubble", "optimizer"})
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer in one glance; `gap` is the largest possible distance from the optimum, over the step time."""
+    """The answer in one glance; `gap` is how far from the optimum it can be, as a share of the step."""
 
     status: str
     gap: float
@@ -163,7 +163,7 @@ def view(plan: Plan, token_budget: float | None = None) -> Report:
         training=None if token_budget is None else _training(plan, token_budget),
         axes=_axes(plan),
         settings=_settings(plan.parallelism),
-        blocks=_blocks(plan),
+        blocks=group_placements(getattr(plan, "placements", {})),
         operations=_operations(plan),
         stages=_stages(plan),
         terms=_terms(plan),
@@ -264,23 +264,33 @@ def _settings(p: Parallelism) -> tuple[tuple[str, str], ...]:
     return tuple(settings)
 
 
-def _blocks(plan: Plan) -> tuple[Block, ...]:
-    groups: dict[str, list[Placement]] = {}
-    for name, placement in _placements(plan).items():
-        path = _container(name)
-        groups.setdefault(path, []).append(Placement(name.removeprefix(f"{path}."), placement))
-    return tuple(Block(path, tuple(placements)) for path, placements in groups.items())
+def group_placements(placements: Mapping[str, str]) -> tuple[Block, ...]:
+    """Parameters by block; those whose names differ in the block's number alone are one where they agree."""
+    by_pattern: dict[str, set[str]] = {}
+    for name, placement in placements.items():
+        by_pattern.setdefault(_pattern(name), set()).add(placement)
+    groups: dict[str, dict[str, str]] = {}
+    for name, placement in placements.items():
+        pattern = _pattern(name)
+        shown = pattern if len(by_pattern[pattern]) == 1 else name
+        path = _container(shown)
+        groups.setdefault(path, {})[shown.removeprefix(f"{path}.")] = placement
+    return tuple(
+        Block(path, tuple(Placement(name, placement) for name, placement in group.items()))
+        for path, group in groups.items()
+    )
 
 
-def _placements(plan: Plan) -> Mapping[str, str]:
-    found: Mapping[str, str] = getattr(plan, "placements", {})
-    return found
+def _pattern(parameter: str) -> str:
+    """The name with `*` for the numbers of repeated blocks."""
+    return ".".join("*" if part.isdigit() else part for part in parameter.split("."))
 
 
 def _container(parameter: str) -> str:
-    """The repeated block that a parameter belongs to (up to `*`), else its module."""
-    head, star, _ = parameter.rpartition(".*.")
-    return f"{head}.*" if star else parameter.rpartition(".")[0]
+    """The outermost numbered block that a parameter belongs to, else its module."""
+    parts = parameter.split(".")
+    ends = [index + 1 for index, part in enumerate(parts) if part == "*" or part.isdigit()]
+    return ".".join(parts[: ends[0]] if ends else parts[:-1])
 
 
 def _operations(plan: Plan) -> tuple[Operation, ...]:

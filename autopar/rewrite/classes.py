@@ -6,8 +6,9 @@ the layers of a model, which do the same to different tensors, come out letter b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,18 +51,17 @@ class ClassCode:
     needs_mesh: bool
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    layers: str = ""
 
     @property
     def constructor(self) -> str:
+        """The expression that makes an instance inside another class."""
         return f"{self.name}({'mesh' if self.needs_mesh else ''})"
 
-
-@dataclass
-class Members:
-    """What an `__init__` builds: constructor expressions by attribute path relative to the module."""
-
-    constructors: dict[str, str] = field(default_factory=dict)
-    attributes: dict[str, str] = field(default_factory=dict)
+    @property
+    def factory(self) -> str:
+        """The function of the mesh that makes a stage: the class, told its range of layers where it wants one."""
+        return f"functools.partial({self.name}, layers={self.layers})" if self.layers else self.name
 
 
 class ClassPrinter:
@@ -72,7 +72,7 @@ class ClassPrinter:
         self.graph = context.graph
         self.classes: dict[str, ClassCode] = {}
         self.large_buffers: dict[str, torch.Tensor] = {}
-        self.tied_in_stage: dict[str, str] = {}
+        self.looped: set[str] = set()
 
     def stage(self, root: Node, stage: Stage, name: str) -> ClassCode:
         """The root class of a stage, and with it every class it needs."""
@@ -82,7 +82,8 @@ class ClassPrinter:
             for read in op.inputs:
                 self.readers.setdefault(read, []).append(op.name)
         self.stage_results = stage.sends
-        self.names = Names(self.graph, self.stage_ops, {name: name for name in self.graph.inputs})
+        self.is_whole = stage.num_stages == 1
+        self.names = Names(self.graph, (*self.graph.ops, *self.stage_ops), {name: name for name in self.graph.inputs})
         self.holders = _holders(self.graph, self.stage_ops)
         return self._class(root, name, stage)
 
@@ -98,19 +99,20 @@ class ClassPrinter:
         arguments = self._argument_names(inputs)
         printer = _Body(self, node, children, arguments, own, outputs)
         body = printer.lines()
-        needs_mesh = bool(printer.axes) or any(child.needs_mesh for child in children.values())
+        needs_mesh = stage is not None or bool(printer.axes) or any(child.needs_mesh for child in children.values())
+        self.looped = printer.looped
         members = self._members(node, children, own, ops)
         signature = self._signature(stage, inputs, arguments, outputs)
-        head = ["    def __init__(self" + (", mesh: DeviceMesh" if needs_mesh else "") + ") -> None:"]
+        members, layers = _with_layer_range(members) if stage and stage.num_stages > 1 else (members, "")
+        parameters = (", mesh: DeviceMesh" if needs_mesh else "") + (", layers: range" if layers else "")
+        head = [f"    def __init__(self{parameters}) -> None:"]
         head += ["        super().__init__()"]
         head += [f'        self.{axis} = mesh.get_group("{self.context.axis_names[axis]}")' for axis in printer.axes]
         head += [f"        {line}" for line in members]
         text = "\n".join([*head, "", *signature, *(f"        {line}" for line in body)])
-        return self._named(name, text, needs_mesh, inputs, outputs, node)
+        return replace(self._named(name, text, needs_mesh, node), inputs=inputs, outputs=outputs, layers=layers)
 
-    def _named(
-        self, name: str, text: str, needs_mesh: bool, inputs: tuple[str, ...], outputs: tuple[str, ...], node: Node
-    ) -> ClassCode:
+    def _named(self, name: str, text: str, needs_mesh: bool, node: Node) -> ClassCode:
         """The class with this source: an earlier one if there is one, else a new one under a free name."""
         existing = self.classes.get(text)
         if existing is None:
@@ -121,8 +123,8 @@ class ClassPrinter:
             while name in taken:
                 name, number = f"{base}{number}", number + 1
             source = f"class {name}(nn.Module):\n{text}\n"
-            existing = self.classes[text] = ClassCode(name, source, needs_mesh, inputs, outputs)
-        return ClassCode(existing.name, existing.text, existing.needs_mesh, inputs, outputs)
+            existing = self.classes[text] = ClassCode(name, source, needs_mesh, (), ())
+        return existing
 
     def _class_name(self, node: Node) -> str:
         return self.graph.modules[node.path].type_name
@@ -218,7 +220,7 @@ class ClassPrinter:
             f"self.{attribute} = nn.Parameter(torch.empty({self._shape(tensor)}{self._dtype(tensor)}))"
             for attribute, tensor in loose.get("", {}).items()
         ]
-        lines += _assignments(constructors)
+        lines += _assignments(constructors, self.looped)
         lines += [line.partition("\0")[2] for line in buffers]
         return lines + list(self._ties(node, ops))
 
@@ -231,7 +233,10 @@ class ClassPrinter:
             if parameter.tensor not in read:
                 continue
             first = self.holders[parameter.tensor, None]
+            used = {self._path(parameter.tensor, op) for op in ops if parameter.tensor in op.inputs}
             for path in (parameter.name, *parameter.aliases):
+                if not self.is_whole and path not in used:
+                    continue  # the module of that path is in another stage
                 inside = path.startswith(prefix) and first.startswith(prefix)
                 deeper = any(path.startswith(child) and first.startswith(child) for child in child_paths)
                 if path != first and inside and not deeper:
@@ -339,6 +344,17 @@ def _holders(graph: OpGraph, ops: Sequence[Op]) -> dict[tuple[str, str | None], 
     return holders
 
 
+def _with_layer_range(members: Sequence[str]) -> tuple[list[str], str]:
+    """Members of a stage with its range of layers as a parameter, and that range; "" where it has not just one.
+
+    Stages that differ only in which layers they hold are then the same class.
+    """
+    spans = [span for line in members for span in re.findall(r"for i in (range\([^)]*\))", line)]
+    if len(spans) != 1:
+        return list(members), ""
+    return [line.replace(f"for i in {spans[0]}", "for i in layers") for line in members], spans[0]
+
+
 def _tuple(items: Sequence[str]) -> str:
     return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
 
@@ -351,8 +367,11 @@ def _access(path: str) -> str:
     return text.removeprefix(".")
 
 
-def _assignments(constructors: Mapping[str, str]) -> list[str]:
-    """Statements that build a tree of members, the containers of the original model as plain modules."""
+def _assignments(constructors: Mapping[str, str], ranged: Collection[str]) -> list[str]:
+    """Statements that build a tree of members, the containers of the original model as plain modules.
+
+    The containers in `ranged` are built from a range of numbers even if they have one member.
+    """
     tree: dict[str, object] = {}
     for path, constructor in constructors.items():
         *containers, attribute = path.split(".")
@@ -362,27 +381,27 @@ def _assignments(constructors: Mapping[str, str]) -> list[str]:
             assert isinstance(inner, dict), f"{path}: {container} is a module of its own"
             branch = inner
         branch[attribute] = constructor
-    return list(_build("self", tree))
+    return list(_build("self", tree, ranged))
 
 
-def _build(owner: str, tree: Mapping[str, object]) -> Iterator[str]:
+def _build(owner: str, tree: Mapping[str, object], ranged: Collection[str]) -> Iterator[str]:
     for name, member in tree.items():
         if isinstance(member, str):
             yield f"{owner}.{name} = {member}"
         elif isinstance(member, dict) and all(key.isdigit() and isinstance(each, str) for key, each in member.items()):
-            yield f"{owner}.{name} = {_module_dict(member)}"
+            yield f"{owner}.{name} = {_module_dict(member, f'{owner}.{name}' in ranged)}"
         elif isinstance(member, dict) and all(key.isdigit() for key in member):
             yield f"{owner}.{name} = nn.ModuleDict()"
             for key, each in member.items():
                 yield f'{owner}.{name}["{key}"] = nn.Module()' if isinstance(each, dict) else f'{owner}.{name}["{key}"] = {each}'
                 if isinstance(each, dict):
-                    yield from _build(f'{owner}.{name}["{key}"]', each)
+                    yield from _build(f'{owner}.{name}["{key}"]', each, ranged)
         elif isinstance(member, dict):
             yield f"{owner}.{name} = nn.Module()"
-            yield from _build(f"{owner}.{name}", member)
+            yield from _build(f"{owner}.{name}", member, ranged)
 
 
-def _module_dict(members: Mapping[str, str]) -> str:
+def _module_dict(members: Mapping[str, str], always_range: bool) -> str:
     """A `ModuleDict`, runs of the same constructor as a comprehension over their range."""
     runs: list[tuple[int, int, str]] = []
     for key, constructor in members.items():
@@ -391,7 +410,7 @@ def _module_dict(members: Mapping[str, str]) -> str:
             runs[-1] = (runs[-1][0], number + 1, constructor)
         else:
             runs.append((number, number + 1, constructor))
-    if len(runs) == 1 and runs[0][1] - runs[0][0] > 1:
+    if len(runs) == 1 and (runs[0][1] - runs[0][0] > 1 or always_range):
         start, stop, constructor = runs[0]
         span = f"{stop}" if start == 0 else f"{start}, {stop}"
         return f"nn.ModuleDict({{str(i): {constructor} for i in range({span})}})"
@@ -422,13 +441,14 @@ class _Body:
         self.node = node
         self.children = children
         self.axes: dict[str, None] = {}
+        self.looped: set[str] = set()
         self.arguments = arguments
         self.device = next((f"{name}.device" for name in arguments.values()), None)
         self.outputs = outputs
         self.constants = own
         made = [name for op in node.ops() for name in op.outputs]
         given = {**arguments, **{name: "x" for name in self._carried() if name in made}}
-        self.names = Names(self.graph, tuple(node.ops()), given)
+        self.names = Names(self.graph, (*self.graph.ops, *printer.stage_ops), given)
 
     def _carried(self) -> list[str]:
         """Activations that go into a repeated block: the main line of the model."""
@@ -447,10 +467,10 @@ class _Body:
                 position += 1
                 continue
             run = self._run(items, position)
-            if len(run) > 1:
+            if self._is_loop(run):
                 scope.statements.append(self._loop(run))
             else:
-                scope.statements.append(self._call(item))
+                scope.statements.extend(self._call(call) for call in run)
             position += len(run)
         return scope.lines()
 
@@ -562,6 +582,24 @@ class _Body:
             run.append(item)
         return run if first.attribute.isdigit() else [first]
 
+    def _is_loop(self, run: Sequence[Node]) -> bool:
+        """Whether a run is a loop over all members of a container.
+
+        Of a pipeline stage even the only layer is, so that stages with more layers are the same class.
+        """
+        container = run[0].path.rpartition(".")[0]
+        calls = (item for item in self.node.items if isinstance(item, Node))
+        if not run[0].attribute.isdigit() or sum(item.path.rpartition(".")[0] == container for item in calls) != len(run):
+            return False
+        if len(run) > 1:
+            return True
+        code = self.children[id(run[0])]
+        is_layer = not self.printer.is_whole and run[0].path in self.context.block_paths
+        return is_layer and len(code.outputs) == 1 and len(self._activations(code)) == 1
+
+    def _activations(self, code: ClassCode) -> list[str]:
+        return [name for name in code.inputs if self.graph.tensors[name].requires_grad]
+
     def _continues(self, before: Node, after: Node, first: Node) -> bool:
         previous, code, leader = (self.children[id(node)] for node in (before, after, first))
         if not after.attribute.isdigit() or int(after.attribute) != int(before.attribute) + 1:
@@ -584,10 +622,13 @@ class _Body:
 
     def _loop(self, run: Sequence[Node]) -> Statement:
         first, last = self.children[id(run[0])], self.children[id(run[-1])]
-        second = self.children[id(run[1])]
-        place = second.inputs.index(first.outputs[0])
+        if len(run) > 1:
+            carried = first.inputs[self.children[id(run[1])].inputs.index(first.outputs[0])]
+        else:
+            carried = self._activations(first)[0]
         container = run[0].path.rpartition(".")[0]
         relative = _access(container.removeprefix(f"{self.node.path}." if self.node.path else ""))
+        self.looped.add(f"self.{relative}")
         render = self._calling("layer", first, run[0].path in self.context.block_paths)
         return Statement(
             targets=last.outputs,
@@ -597,7 +638,7 @@ class _Body:
             foldable=False,
             absorbs=False,
             loop=f"for layer in self.{relative}.values():",
-            carried=first.inputs[place],
+            carried=carried,
         )
 
 

@@ -44,7 +44,7 @@ def emit_model(context: ProgramContext, stages: Sequence[Stage], header: Sequenc
     for stage in stages:
         ops = call_leaves(stage.ops, context.graph)
         root = build_tree(ops, context.graph, context.block_paths)
-        roots.append(printer.stage(root, stage, name if len(stages) == 1 else f"{name}Stage{stage.index}"))
+        roots.append(printer.stage(root, stage, f"{name}{stage.kind}"))
     classes = [code.text for code in printer.classes.values()]
     body = "\n\n".join(classes)
     used = [name for name in RUNTIME_FUNCTIONS if re.search(rf"(?<![.\w]){name}\b", body)]
@@ -54,7 +54,7 @@ def emit_model(context: ProgramContext, stages: Sequence[Stage], header: Sequenc
     parts = [
         '"""' + "\n".join(header) + '\n"""',
         "from __future__ import annotations",
-        _imports(body, sorted(used)),
+        _imports(body, tables, sorted(used)),
         "\n".join(_constants(context, body)),
         body,
         tables,
@@ -77,13 +77,15 @@ def _beside_python() -> str:
     return sys.executable.rpartition("/")[0]
 
 
-def _imports(body: str, used: Iterable[str]) -> str:
+def _imports(body: str, stage_list: str, used: Iterable[str]) -> str:
     lines = ["import torch"]
     if "F." in body:
         lines.append("import torch.nn.functional as F")
     lines.append("from torch import Tensor, nn")
     if "mesh: DeviceMesh" in body:
         lines.append("from torch.distributed.device_mesh import DeviceMesh")
+    if "functools." in stage_list:
+        lines.insert(0, "import functools\n")
     if "checkpoint(" in body:
         lines.append("from torch.utils.checkpoint import checkpoint")
     names = ", ".join(used)
@@ -113,20 +115,17 @@ def _tables(context: ProgramContext, stages: Sequence[Stage], roots: Sequence[Cl
         lines.append("PARTIAL_GRADIENTS = {")
         lines += [f'    "{axis}": {list(patterns)!r},' for axis, patterns in partial.items()]
         texts.append("\n".join([*lines, "}"]))
-    names = ", ".join(code.name for code in roots)
-    texts.append(f"STAGES = ({names},)")
+    texts.append(f"STAGES = [{', '.join(code.factory for code in roots)}]")
     if len(stages) > 1:
         borders = [stage.receives for stage in stages] + [stages[-1].sends]
-        rows = [
-            "    (" + "".join(f"(({_numbers(context.graph, each)}), {context.graph.tensors[each].dtype}), " for each in border) + "),"
-            for border in borders
-        ]
-        texts.append("\n".join(["# What each stage receives, and what the last one returns.", "BORDERS = (", *rows, ")"]))
+        rows = [f"    [{', '.join(_meta(context.graph, name) for name in border)}]," for border in borders]
+        texts.append("\n".join(["# What each stage receives, and what the last one returns.", "BORDERS = [", *rows, "]"]))
     return texts
 
 
-def _numbers(graph: OpGraph, tensor: str) -> str:
-    return "".join(f"{size}, " for size in graph.tensors[tensor].shape)
+def _meta(graph: OpGraph, name: str) -> str:
+    tensor = graph.tensors[name]
+    return f"({tuple(tensor.shape)}, {tensor.dtype})"
 
 
 def _split(state: State) -> str:
@@ -150,7 +149,7 @@ def parameter_tables(
         states = context.states.get(parameter.tensor, {}) if parameter.tensor in read else {}
         for path in (parameter.name, *parameter.aliases):
             splits[path] = {axis: state for axis, state in states.items() if isinstance(state.value, Shard)}
-        partial[parameter.name] = tuple(axis for axis, state in states.items() if state == RP and axis != "dp")
+            partial[path] = tuple(axis for axis, state in states.items() if state == RP and axis != "dp")
     partial = _by_pattern(partial, context.block_paths)
     axes = dict.fromkeys(axis for found in partial.values() for axis in found)
     patterns = {axis: [pattern for pattern, found in partial.items() if axis in found] for axis in axes}
@@ -175,7 +174,15 @@ def _by_pattern(table: Mapping[str, Value], block_paths: Iterable[str]) -> dict[
 def _pattern(path: str, block_paths: Iterable[str]) -> str:
     for block in block_paths:
         if path.startswith(f"{block}."):
-            container, _, index = block.rpartition(".")
-            if index.isdigit():
-                return f"{container}.*.{path.removeprefix(block + '.')}"
+            return f"{_starred(block)}.{path.removeprefix(block + '.')}"
     return path
+
+
+def block_patterns(block_paths: Iterable[str]) -> list[str]:
+    """The paths of blocks, with `*` for the number of each."""
+    return sorted({_starred(block) for block in block_paths})
+
+
+def _starred(block: str) -> str:
+    container, _, index = block.rpartition(".")
+    return f"{container}.*" if index.isdigit() and container else block

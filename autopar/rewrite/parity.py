@@ -53,8 +53,20 @@ def reference(model: nn.Module, batch: Mapping[str, Tensor], num_microbatches: i
         "losses": losses,
         "gradients": gradients,
         "parameters": parameters,
+        "tied": _tied(model),
         "optimizer": {"lr": LEARNING_RATE, "eps": EPSILON},
     }
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """For every further path of a tied parameter, its first path."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        leader = first.setdefault(id(parameter), name)
+        if leader != name:
+            found[name] = leader
+    return found
 
 
 def _microbatches(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
@@ -108,26 +120,28 @@ def main() -> None:
     arguments = parser.parse_args()
     device = start()
     reference = torch.load(arguments.reference, weights_only=True)
-    mesh, stages = build(device, reference["weights"])
-    named = {name: parameter for stage in stages.values() for name, parameter in stage.named_parameters(remove_duplicate=False)}
+    rank = build(device, reference["weights"])
+    named = rank.parameters()
     optimizer = torch.optim.AdamW(dict.fromkeys(named.values()), **reference["optimizer"])
-    batch = replica_part(reference["batch"], mesh, device)
+    batch = replica_part(reference["batch"], rank, device)
     worst: dict[str, tuple[float, str]] = {"loss": (0.0, "")}
     for step, wanted in enumerate(reference["losses"]):
-        loss = forward_backward(mesh, stages, batch).item()
+        loss = forward_backward(rank, batch).item()
         worst["loss"] = max(worst["loss"], (abs(loss - wanted) / max(abs(wanted), 1e-12), f"step {step + 1}"))
         if dist.get_rank() == 0:
             print(f"step {step + 1}  loss {loss:.8f}  original {wanted:.8f}", flush=True)
         if step == 0:
             gradients = {name: each.grad for name, each in named.items() if each.grad is not None}
-            found = gather(gradients, mesh, PLACEMENTS)
+            found = gather(gradients, rank.mesh, PLACEMENTS)
             largest = max(float(each.abs().max()) for each in reference["gradients"].values())
             worst["gradients"] = compare(found, reference["gradients"], largest * 1e-4)
+            missing = untied(reference["gradients"], reference["tied"]) - untied(found, reference["tied"])
+            if missing:
+                worst["gradients"] = (float("inf"), f"no gradient for {', '.join(sorted(missing))}")
         optimizer.step()
         optimizer.zero_grad()
-    worst["parameters"] = compare(
-        gather(named, mesh, PLACEMENTS), reference["parameters"], reference["optimizer"]["lr"], partly=True
-    )
+    found = gather(named, rank.mesh, PLACEMENTS)
+    worst["parameters"] = compare(found, reference["parameters"], reference["optimizer"]["lr"])
     dtype = max((each.dtype for each in named.values()), key=lambda each: TOLERANCE.get(each, 0.0))
     equal = all(value <= TOLERANCE[dtype] for value, _ in worst.values())
     if dist.get_rank() == 0:
@@ -138,14 +152,14 @@ def main() -> None:
     sys.exit(0 if equal else 1)
 
 
-def compare(
-    found: dict[str, Tensor], wanted: dict[str, Tensor], floor: float, *, partly: bool = False
-) -> tuple[float, str]:
-    """The largest difference and where it is. With `partly`, parameters that the program does not use may be missing."""
-    missing = set(wanted) - set(found)
-    if missing and not partly:
-        return float("inf"), f"no gradient for {', '.join(sorted(missing))}"
+def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], floor: float) -> tuple[float, str]:
+    """The largest difference and where it is. What the program does not use, it does not hold."""
     return max((difference(found[name].cpu(), wanted[name], floor), name) for name in found)
+
+
+def untied(tensors: dict[str, Tensor], tied: dict[str, str]) -> set[str]:
+    """The names of tensors, a tied parameter under its first one: a stage holds the paths that it uses."""
+    return {tied.get(name, name) for name in tensors}
 
 
 if __name__ == "__main__":

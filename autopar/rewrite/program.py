@@ -14,7 +14,7 @@ from autopar.localize import Assignment, Localized, localize
 from autopar.placements import RP, RR, Partial, State
 from autopar.plan import Plan
 from autopar.rewrite.classes import ProgramContext
-from autopar.rewrite.emit import emit_model, format_source, parameter_tables
+from autopar.rewrite.emit import block_patterns, emit_model, format_source, parameter_tables
 from autopar.rewrite.parity import PARITY
 from autopar.rewrite.stages import Stage, cut
 from autopar.rewrite.training import TrainingFacts, emit_training
@@ -72,7 +72,7 @@ def rewrite(capture: Capture, plan: Plan) -> Program:
     context = _context(capture, plan, local)
     model = emit_model(context, stages, _header(plan), _class_name(plan.model.name))
     _, partial = parameter_tables(context, stages)
-    training = emit_training(_training_facts(context, plan, stages, bool(partial), "mesh: DeviceMesh" in model.text))
+    training = emit_training(_training_facts(context, plan, stages, bool(partial)))
     runtime = Path(__file__).parents[1] / "runtime" / RUNTIME
     files = {
         "model.py": model.text,
@@ -203,7 +203,7 @@ def _batch_coefficients(capture: Capture, local: OpGraph, batch: int) -> dict[st
 
 
 def _training_facts(
-    context: ProgramContext, plan: Plan, stages: Sequence[Stage], partial: bool, needs_mesh: bool
+    context: ProgramContext, plan: Plan, stages: Sequence[Stage], partial: bool
 ) -> TrainingFacts:
     graph = context.graph
     axes = [axis for axis, state in context.states.get(graph.loss or "", {}).items() if isinstance(state.value, Partial)]
@@ -219,10 +219,8 @@ def _training_facts(
         loss_axes=loss_axes,
         partial_gradients=partial,
         ties=_ties(graph, stages),
-        block_containers=[
-            tuple(dict.fromkeys(path.rpartition(".")[0] for path in sorted(context.block_paths))) for _ in stages
-        ],
-        needs_mesh=needs_mesh,
+        block_patterns=block_patterns(context.block_paths),
+        loss_dtype=graph.tensors[graph.loss or ""].dtype,
     )
 
 

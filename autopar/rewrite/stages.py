@@ -37,6 +37,13 @@ class Stage:
     def is_last(self) -> bool:
         return self.index == self.num_stages - 1
 
+    @property
+    def kind(self) -> str:
+        """What its class is called after: nothing where there is one stage."""
+        if self.num_stages == 1:
+            return ""
+        return "FirstStage" if self.is_first else "LastStage" if self.is_last else "MiddleStage"
+
 
 def cut(graph: OpGraph, first_ops: Sequence[str], results: Sequence[str]) -> tuple[Stage, ...]:
     """Cut `graph` before each op named in `first_ops` but the first; `results` are what the last stage returns."""

@@ -16,8 +16,7 @@ class TrainingFacts:
 
     `inputs` are shape (of one sample) and dtype of every model input, with the largest value of integer ones;
     `data_axis` the mesh axis over which data parallelism sums (None without it); `loss_axes` the mesh axes on which
-    each rank has only a term of the loss; `ties` the paths and stages of parameters tied across stages;
-    `block_paths` by stage what `fully_shard` and recomputation work on.
+    each rank has only a term of the loss; `ties` the paths and stages of parameters tied across stages; `block_patterns` the repeated blocks, on which `fully_shard` works.
     """
 
     name: str
@@ -27,8 +26,8 @@ class TrainingFacts:
     loss_axes: tuple[str, ...]
     partial_gradients: bool
     ties: tuple[tuple[tuple[str, int], ...], ...]
-    block_containers: Sequence[tuple[str, ...]]
-    needs_mesh: bool
+    block_patterns: Sequence[str]
+    loss_dtype: torch.dtype
 
 
 def emit_training(facts: TrainingFacts) -> str:
@@ -41,7 +40,7 @@ def _lines(facts: TrainingFacts) -> Iterator[str]:
     piped = plan.pp > 1
     runtime = {"initialize", "load", "make_mesh"}
     if piped:
-        runtime.add("pipeline")
+        runtime |= {"PipelineSchedule", "pipeline"}
     if plan.zero_stage:
         runtime.add("shard_parameters")
     if not piped and plan.zero_stage == 1 and plan.num_microbatches > 1:
@@ -51,8 +50,10 @@ def _lines(facts: TrainingFacts) -> Iterator[str]:
     if facts.partial_gradients:
         runtime |= {"matching", "sum_gradients"}
     if facts.ties:
-        runtime |= {"tied_group", "sum_gradients"}
-    tables = ["PLACEMENTS", "STAGES", *(["BORDERS"] if piped else []), *(["PARTIAL_GRADIENTS"] if facts.partial_gradients else [])]
+        runtime |= {"tied_parameters", "sum_gradients"}
+    tables = ["PLACEMENTS", "STAGES"]
+    tables += ["BORDERS"] if piped else []
+    tables += ["PARTIAL_GRADIENTS"] if facts.partial_gradients else []
     yield f'"""Train {facts.name} under the plan {plan}.'
     yield ""
     yield f"    torchrun --nproc-per-node {plan.world_size} train.py --steps 10"
@@ -63,6 +64,7 @@ def _lines(facts: TrainingFacts) -> Iterator[str]:
     yield "import argparse"
     yield "import os"
     yield "import time"
+    yield "from dataclasses import dataclass"
     yield "from pathlib import Path"
     yield ""
     yield "import torch"
@@ -81,6 +83,12 @@ def _lines(facts: TrainingFacts) -> Iterator[str]:
     yield "GLOBAL_BATCH = REPLICAS * MICROBATCH * NUM_MICROBATCHES"
     if piped:
         yield f"RANKS_OF_STAGES = {[index % plan.pp for index in range(plan.pp * plan.num_virtual_stages)]}  # along pp"
+    if facts.ties:
+        yield "# Paths and stages of every parameter that several stages hold a copy of."
+        yield f"TIES = [{', '.join('{' + ', '.join(f'{index}: {path!r}' for path, index in tie) + '}' for tie in facts.ties)}]"
+    if plan.zero_stage:
+        yield "# Paths of the repeated blocks: each is gathered, and freed, by itself."
+        yield f"BLOCKS = {list(facts.block_patterns)!r}"
     yield "# Inputs of the model: shape of one sample, dtype, and the number of values of an integer one."
     yield "INPUTS = {"
     for name, (shape, dtype, high) in facts.inputs.items():
@@ -99,16 +107,32 @@ def _lines(facts: TrainingFacts) -> Iterator[str]:
 
 def _build(facts: TrainingFacts, piped: bool) -> Iterator[str]:
     plan = facts.parallelism
-    yield "def build(device: torch.device, weights: dict[str, Tensor] | None) -> tuple[DeviceMesh, dict[int, nn.Module]]:"
-    yield '    """The mesh, and the stages of this rank by number, with their part of `weights` (fresh ones if None)."""'
+    yield "@dataclass(frozen=True)"
+    yield "class Rank:"
+    yield '    """What one rank holds: its stages of the model by number, and what it runs them with."""'
+    yield ""
+    yield "    mesh: DeviceMesh"
+    yield "    stages: dict[int, nn.Module]"
+    if piped:
+        yield "    schedule: PipelineSchedule"
+    if facts.ties:
+        yield "    tied: list[tuple[nn.Parameter, dist.ProcessGroup]]  # parameters that other stages have copies of"
+    yield ""
+    yield "    def parameters(self) -> dict[str, nn.Parameter]:"
+    yield '        """All parameters of this rank, by the names they have in the original model."""'
+    yield "        stages = self.stages.values()"
+    yield "        return {name: each for stage in stages for name, each in stage.named_parameters(remove_duplicate=False)}"
+    yield ""
+    yield ""
+    yield "def build(device: torch.device, weights: dict[str, Tensor] | None) -> Rank:"
+    yield '    """This rank, with its part of the original model\'s `weights` (fresh ones if None)."""'
     yield "    mesh = make_mesh(device.type, MESH)"
     if piped:
         yield '    mine = [index for index, rank in enumerate(RANKS_OF_STAGES) if rank == mesh.get_local_rank("pp")]'
+        yield "    stages = {index: STAGES[index](mesh) for index in mine}"
     else:
-        yield "    mine = [0]"
-    yield "    stages = {}"
-    yield "    for index in mine:"
-    yield "        stage = STAGES[index](mesh)" if facts.needs_mesh else "        stage = STAGES[index]()"
+        yield "    stages = {0: STAGES[0](mesh)}"
+    yield "    for stage in stages.values():"
     yield "        if weights is None:"
     yield "            initialize(stage, mesh, PLACEMENTS)"
     yield "        else:"
@@ -116,66 +140,58 @@ def _build(facts: TrainingFacts, piped: bool) -> Iterator[str]:
     yield "        stage.to(device)"
     if plan.zero_stage:
         axes = '"dp_replicate", "dp_shard"' if plan.dp_replicate > 1 else '"dp_shard"'
-        yield f"        shard_parameters(stage, blocks_of(stage), mesh[{axes}], zero_stage={plan.zero_stage})"
-    yield "        stages[index] = stage"
-    yield "    return mesh, stages"
-    if plan.zero_stage:
-        yield ""
-        yield ""
-        yield "def blocks_of(stage: nn.Module) -> list[nn.Module]:"
-        yield '    """The repeated blocks of a stage: each is gathered and freed by itself."""'
-        containers = ", ".join(f'"{path}"' for path in dict.fromkeys(path for paths in facts.block_containers for path in paths))
-        yield f"    containers = [{containers}]"
-        yield "    names = [name for name, _ in stage.named_modules()]"
-        yield "    return [stage.get_submodule(name) for name in names if name.rpartition(\".\")[0] in containers]"
+        yield f"        shard_parameters(stage, BLOCKS, mesh[{axes}], zero_stage={plan.zero_stage})"
+    arguments = "mesh, stages"
+    if piped:
+        yield f'    schedule = pipeline(stages, BORDERS, "{plan.schedule}", NUM_MICROBATCHES, mesh, device)'
+        arguments += ", schedule"
+    if facts.ties:
+        yield "    tied = tied_parameters(stages, TIES, RANKS_OF_STAGES, mesh)"
+        arguments += ", tied"
+    yield f"    return Rank({arguments})"
 
 
 def _step(facts: TrainingFacts, piped: bool) -> Iterator[str]:
     plan = facts.parallelism
-    yield "def forward_backward(mesh: DeviceMesh, stages: dict[int, nn.Module], batch: dict[str, Tensor]) -> Tensor:"
-    yield '    """Gradients of the mean loss over the global batch; `batch` is the part of this rank\'s replica.'
+    yield "def forward_backward(rank: Rank, batch: dict[str, Tensor]) -> Tensor:"
+    yield '    """Leave the gradients of the mean loss over the global batch; `batch` is the part of this rank\'s replica.'
     yield ""
     yield '    Returns that loss, on every rank."""'
     if piped:
-        yield "    device = next(iter(batch.values())).device"
-        yield f'    schedule = pipeline(list(stages.values()), list(stages), BORDERS, "{plan.schedule}", NUM_MICROBATCHES, mesh, device)'
         yield "    losses: list[Tensor] = []"
-        yield "    target = next(iter(batch.values()))  # the loss is computed inside the last stage; this is not read"
-        yield "    last = len(STAGES) - 1 in stages"
-        yield "    schedule.step(**batch, target=target if last else None, losses=losses if last else None, return_outputs=False)"
-        yield "    total = torch.stack([loss.detach() for loss in losses]).sum() if last else torch.zeros((), device=device)"
+        yield "    if len(STAGES) - 1 in rank.stages:"
+        yield "        unread = next(iter(batch.values()))  # the last stage computes the loss itself; no target is read"
+        yield "        rank.schedule.step(**batch, target=unread, losses=losses, return_outputs=False)"
+        yield "    else:"
+        yield "        rank.schedule.step(**batch, return_outputs=False)"
+        yield "    device = next(iter(batch.values())).device"
+        yield f"    total = sum((loss.detach() for loss in losses), torch.zeros((), dtype={facts.loss_dtype}, device=device))"
+    elif plan.num_microbatches == 1:
+        yield "    loss = rank.stages[0](**batch)"
+        yield "    loss.backward()"
+        yield "    total = loss.detach().clone()"
     else:
-        yield "    stage = stages[0]"
-        if plan.num_microbatches == 1:
-            yield "    loss = stage(**batch)"
-            yield "    loss.backward()"
-            yield "    total = loss.detach().clone()"
-        else:
-            yield "    losses = []"
-            yield "    for index in range(NUM_MICROBATCHES):"
-            yield "        rows = slice(index * MICROBATCH, (index + 1) * MICROBATCH)"
-            if plan.zero_stage == 1:
-                yield "        sync_in_backward(stage, index == NUM_MICROBATCHES - 1)"
-            yield "        loss = stage(**{name: tensor[rows] for name, tensor in batch.items()}) / NUM_MICROBATCHES"
-            yield "        loss.backward()"
-            yield "        losses.append(loss.detach())"
-            yield "    total = torch.stack(losses).sum()"
-    if facts.partial_gradients or facts.ties or (facts.data_axis and not plan.zero_stage):
-        yield "    for stage in stages.values():" if piped else ""
-        indent = "        " if piped else "    "
-        if facts.partial_gradients:
-            yield f"{indent}for axis, names in PARTIAL_GRADIENTS.items():"
-            yield f"{indent}    sum_gradients(matching(stage, names), mesh.get_group(axis))"
-        if facts.data_axis and not plan.zero_stage:
-            yield f'{indent}sum_gradients(stage.parameters(), mesh.get_group("{facts.data_axis}"))'
-    for tie in facts.ties:
-        ranks = [index % plan.pp for _, index in tie]
-        yield f"    group = tied_group(mesh, {ranks})"
-        yield "    if group is not None:"
-        yield f"        paths = {{{', '.join(f'{index}: {path!r}' for path, index in tie)}}}"
-        yield "        sum_gradients([stages[i].get_parameter(path) for i, path in paths.items() if i in stages], group)"
+        yield "    losses = []"
+        yield "    for index in range(NUM_MICROBATCHES):"
+        yield "        rows = slice(index * MICROBATCH, (index + 1) * MICROBATCH)"
+        if plan.zero_stage == 1:
+            yield "        sync_in_backward(rank.stages[0], index == NUM_MICROBATCHES - 1)"
+        yield "        loss = rank.stages[0](**{name: each[rows] for name, each in batch.items()}) / NUM_MICROBATCHES"
+        yield "        loss.backward()"
+        yield "        losses.append(loss.detach())"
+        yield "    total = torch.stack(losses).sum()"
+    if facts.partial_gradients:
+        yield "    for axis, names in PARTIAL_GRADIENTS.items():"
+        yield "        for stage in rank.stages.values():"
+        yield "            sum_gradients(matching(stage, names), rank.mesh.get_group(axis))"
+    if facts.data_axis and not plan.zero_stage:
+        yield "    for stage in rank.stages.values():"
+        yield f'        sum_gradients(stage.parameters(), rank.mesh.get_group("{facts.data_axis}"))'
+    if facts.ties:
+        yield "    for parameter, group in rank.tied:"
+        yield "        sum_gradients([parameter], group)"
     for axis in facts.loss_axes:
-        yield f'    dist.all_reduce(total, group=mesh.get_group("{axis}"))'
+        yield f'    dist.all_reduce(total, group=rank.mesh.get_group("{axis}"))'
     yield "    return total"
 
 
@@ -191,9 +207,9 @@ _MAIN = '''def synthetic_batch(seed: int) -> dict[str, Tensor]:
     return batch
 
 
-def replica_part(batch: dict[str, Tensor], mesh: DeviceMesh, device: torch.device) -> dict[str, Tensor]:
+def replica_part(batch: dict[str, Tensor], rank: Rank, device: torch.device) -> dict[str, Tensor]:
     """The samples of this rank's data-parallel replica."""
-    coordinate = dict(zip(MESH, mesh.get_coordinate() or [], strict=True))
+    coordinate = dict(zip(MESH, rank.mesh.get_coordinate() or [], strict=True))
     replica = coordinate.get("dp_replicate", 0) * MESH.get("dp_shard", 1) + coordinate.get("dp_shard", 0)
     rows = slice(replica * MICROBATCH * NUM_MICROBATCHES, (replica + 1) * MICROBATCH * NUM_MICROBATCHES)
     return {name: tensor[rows].to(device) for name, tensor in batch.items()}
@@ -221,9 +237,8 @@ def main() -> None:
     device = start()
     weights = torch.load(arguments.weights, mmap=True, weights_only=True) if arguments.weights else None
     data = torch.load(arguments.data, mmap=True, weights_only=True) if arguments.data else None
-    mesh, stages = build(device, weights)
-    parameters = [parameter for stage in stages.values() for parameter in stage.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate)
+    rank = build(device, weights)
+    optimizer = torch.optim.AdamW(dict.fromkeys(rank.parameters().values()), lr=arguments.learning_rate)
     for step in range(arguments.steps):
         began = time.perf_counter()
         if data is None:
@@ -231,7 +246,7 @@ def main() -> None:
         else:
             first = step * GLOBAL_BATCH % max(1, len(next(iter(data.values()))) - GLOBAL_BATCH + 1)
             batch = {name: tensor[first : first + GLOBAL_BATCH] for name, tensor in data.items()}
-        loss = forward_backward(mesh, stages, replica_part(batch, mesh, device))
+        loss = forward_backward(rank, replica_part(batch, rank, device))
         optimizer.step()
         optimizer.zero_grad()
         if dist.get_rank() == 0:

@@ -34,7 +34,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _PipelineSchedule, get_schedule_class
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
+from torch.distributed.pipelining.schedules import _PipelineSchedule as PipelineSchedule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -311,15 +312,16 @@ def make_mesh(device_type: str, axes: Mapping[str, int]) -> DeviceMesh:
     return mesh
 
 
-def shard_parameters(stage: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, zero_stage: int) -> None:
-    """ZeRO through `fully_shard`: each block by itself, and what is left with the stage.
+def shard_parameters(stage: nn.Module, blocks: Sequence[str], mesh: DeviceMesh, zero_stage: int) -> None:
+    """ZeRO through `fully_shard`: each block (by pattern of its path) by itself, what is left with the stage.
 
     Gradients are summed, not averaged: the loss of each rank is already divided by the count of all. Stage 3 frees
     gathered parameters after the forward; 1 and 2 keep them until the optimizer has run.
     """
-    for module in (*blocks, stage):
+    units = [module for name, module in stage.named_modules() if any(_matches(name, each) for each in blocks)]
+    for module in (*units, stage):
         fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3)
-    for module in (*blocks, stage):
+    for module in (*units, stage):
         module.set_gradient_divide_factor(1.0)  # type: ignore[attr-defined, operator]  # fully_shard added it
         module.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined, operator]  # the same
 
@@ -345,32 +347,37 @@ def initialize(model: nn.Module, mesh: DeviceMesh, placements: Placements, seed:
 
 
 def pipeline(
-    stages: Sequence[nn.Module],
-    indices: Sequence[int],
+    stages: Mapping[int, nn.Module],
     borders: Sequence[Sequence[tuple[tuple[int, ...], torch.dtype]]],
     schedule: str,
     num_microbatches: int,
     mesh: DeviceMesh,
     device: torch.device,
-) -> _PipelineSchedule:
-    """The schedule that drives this rank's `stages`, which are number `indices` of the pipeline.
+) -> PipelineSchedule:
+    """The schedule that drives this rank's `stages`, given by their number in the pipeline.
 
     `borders[i]` are shape and dtype of what stage i receives; the last stage returns the loss.
     """
-    built = []
-    for module, index in zip(stages, indices, strict=True):
-        received = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in borders[index])
-        sent = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in borders[index + 1])
-        built.append(
-            PipelineStage(
-                module, index, len(borders) - 1, device, input_args=received, output_args=sent, group=mesh.get_group("pp")
-            )
+
+    def activations(border: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, dtype=dtype, device=device, requires_grad=True) for shape, dtype in border)
+
+    built: list[Any] = [
+        PipelineStage(
+            module,
+            index,
+            len(borders) - 1,
+            device,
+            input_args=activations(borders[index]),
+            output_args=activations(borders[index + 1]),
+            group=mesh.get_group("pp"),
         )
+        for index, module in stages.items()
+    ]
     kind = get_schedule_class(schedule)
     options = {"loss_fn": lambda loss, _: loss / num_microbatches, "scale_grads": False}
-    if issubclass(kind, PipelineScheduleMulti):
-        return kind(built, num_microbatches, **options)
-    return kind(built[0], num_microbatches, **options)
+    several = issubclass(kind, PipelineScheduleMulti)
+    return kind(built if several else built[0], num_microbatches, **options)
 
 
 def keep_matmuls() -> tuple[Any, Any]:
@@ -385,20 +392,26 @@ def _keep_matmul(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoint
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def tied_group(mesh: DeviceMesh, ranks_of_tie: Sequence[int]) -> ProcessGroup | None:
-    """The group of this rank's pipeline among whose members a parameter is tied; None where it holds no copy.
+def tied_parameters(
+    stages: Mapping[int, nn.Module],
+    ties: Sequence[Mapping[int, str]],
+    ranks_of_stages: Sequence[int],
+    mesh: DeviceMesh,
+) -> list[tuple[nn.Parameter, ProcessGroup]]:
+    """Parameters of this rank that other stages have copies of, each with the group that adds up their gradients.
 
-    Every rank must call this, since a group is made by all.
+    A tie gives the path of the parameter in each stage that has it. Every rank must call this: all make each group.
     """
-    names = mesh.mesh_dim_names or ()
-    lines = mesh.mesh.movedim(names.index("pp"), -1).reshape(-1, mesh.size(names.index("pp")))
-    mine = None
-    for line in lines.tolist():
-        members = [line[rank] for rank in ranks_of_tie]
-        group = dist.new_group(members)
-        if dist.get_rank() in members:
-            mine = group
-    return mine
+    axis = (mesh.mesh_dim_names or ()).index("pp")
+    lines = mesh.mesh.movedim(axis, -1).reshape(-1, mesh.size(axis)).tolist()
+    found = []
+    for tie in ties:
+        for line in lines:
+            members = [line[ranks_of_stages[index]] for index in tie]
+            group = dist.new_group(members)
+            if dist.get_rank() in members:
+                found += [(stages[index].get_parameter(path), group) for index, path in tie.items() if index in stages]
+    return found
 
 
 def saved_buffer(name: str) -> Tensor:

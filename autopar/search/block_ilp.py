@@ -32,10 +32,11 @@ from itertools import product
 from typing import Literal
 
 from autopar.localize import Assignment, Localized, localize
-from autopar.placements import PR, RP, RR, Shard, State
+from autopar.placements import PR, RP, RR, Partial, Shard, State
 from autopar.pricing import Pricer, Traffic, total
+from autopar.search.shallow import local_counts
 from autopar.search.solver import LinearModel, solve
-from autopar.strategies import Strategy, conversion, natural_sections, strategies
+from autopar.strategies import Strategy, conversion, natural_sections, stored_state, strategies
 from graphs.ir import Op, OpGraph
 
 LOSS_STATES = (RR, PR)
@@ -63,13 +64,14 @@ class TensorClass:
     """Tensors that are made and read alike.
 
     `name` is one of them; `producer` is the representative op and result that make it, None for what the graph starts
-    from.
+    from; `count` is how many they are, at full depth.
     """
 
     name: str
     producer: tuple[int, int] | None
     readers: tuple[Reader, ...]
     members: tuple[str, ...]
+    count: int
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,19 @@ class AxisSolution:
 class AxisProblem:
     """The choice of strategies on one axis for one graph; strategies and prices are worked out once.
 
-    `graph` is local on all outer axes and knows its blocks; `pricer` knows the axis' group.
+    `graph` is local on all outer axes and knows its blocks; `pricer` knows the axis' group. `counts` says for how many
+    ops of a deeper model each op stands.
     """
 
-    def __init__(self, graph: OpGraph, axis: str, pricer: Pricer) -> None:
+    def __init__(self, graph: OpGraph, axis: str, pricer: Pricer, counts: Sequence[int] | None = None) -> None:
         self.graph = graph
         self.axis = axis
         self.pricer = pricer
         self.size = pricer.groups[axis].size
-        self.instances = _instances(graph)
+        self.counts = tuple(counts) if counts is not None else (1,) * len(graph.ops)
+        self.instances: dict[int, int] = {}
+        for index, count in zip(graph.representative, self.counts, strict=True):
+            self.instances[index] = self.instances.get(index, 0) + count
         distinct = replace(graph, ops=tuple(graph.ops[index] for index in self.instances), blocks=())
         sections = natural_sections(distinct, self.size)
         self.offered = {index: self._offered(index, sections) for index in self.instances}
@@ -114,7 +120,7 @@ class AxisProblem:
     @cached_property
     def tensor_classes(self) -> tuple[TensorClass, ...]:
         """All tensors that some op reads, in order of first appearance."""
-        return _tensor_classes(self.graph)
+        return _tensor_classes(self.graph, self.counts)
 
     @cached_property
     def op_times_s(self) -> Mapping[int, tuple[float, ...]]:
@@ -123,14 +129,15 @@ class AxisProblem:
         Instances differ only in which of their operands and results a fused chain keeps out of memory.
         """
         traffic = Traffic.of(self.graph)
-        kinds: dict[int, dict[object, list[Op]]] = {index: {} for index in self.instances}
-        for op, index in zip(self.graph.ops, self.graph.representative, strict=True):
+        kinds: dict[int, dict[object, tuple[Op, int]]] = {index: {} for index in self.instances}
+        for op, index, count in zip(self.graph.ops, self.graph.representative, self.counts, strict=True):
             storages = (self.graph.tensors[name].storage for name in (*op.inputs, *op.outputs))
             kind = tuple((traffic.is_read(storage), traffic.is_written(storage)) for storage in storages)
-            kinds[index].setdefault(kind, []).append(op)
+            one, others = kinds[index].get(kind, (op, 0))
+            kinds[index][kind] = one, others + count
         return {
             index: tuple(
-                sum(len(alike) * self._op_time_s(alike[0], strategy, traffic) for alike in kinds[index].values())
+                sum(count * self._op_time_s(one, strategy, traffic) for one, count in kinds[index].values())
                 for strategy in offered
             )
             for index, offered in self.offered.items()
@@ -200,13 +207,13 @@ class AxisProblem:
         return cost.total_s
 
     def stored_states(self, tensors: TensorClass) -> tuple[State, ...]:
-        """In what states a tensor that the graph starts from may be stored: parameters as some reader asks."""
-        if tensors.name not in self.graph.parameter_tensors:
-            return (RR,)
+        """In what states a parameter may be stored: the shards that some reader asks, or whole."""
         asked = (
             strategy.operands[reader.position] for reader in tensors.readers for strategy in self.offered[reader.op]
         )
-        return tuple(dict.fromkeys(state for state in (RR, *asked) if state.value != PR.value))
+        shards = (state for state in asked if isinstance(state.value, Shard))
+        whole = (RR, RP) if self.graph.tensors[tensors.name].requires_grad else (RR,)
+        return (*whole, *dict.fromkeys(shards))
 
     def reduction_s(self, name: str, state: State) -> float:
         """Time of summing a partial parameter gradient over the axis, once a step."""
@@ -227,11 +234,14 @@ class AxisProblem:
     def time_s(self, assignment: Assignment, num_microbatches: int = 1) -> float:
         """The price of an assignment, found independently of the program: localize the graph and price that."""
         local = localize(Localized.of(self.graph), assignment).graph
-        sums = sum(
-            self.reduction_s(parameter.tensor, assignment.sources.get(parameter.tensor, RR))
-            for parameter in self.graph.parameters
+        counts = local_counts(local.ops, dict(zip((op.name for op in self.graph.ops), self.counts, strict=True)))
+        costs = zip(self.pricer.graph(local), counts, strict=True)
+        sums_s = sum(
+            tensors.count * self.reduction_s(tensors.name, assignment.sources[tensors.name])
+            for tensors in self.tensor_classes
+            if tensors.name in self.graph.parameter_tensors
         )
-        return total(self.pricer.graph(local)).total_s + sums / num_microbatches
+        return sum(count * cost.total_s for cost, count in costs) + sums_s / num_microbatches
 
 
 class _Model:
@@ -267,9 +277,26 @@ class _Model:
         for state in problem.stored_states(tensors):
             cost = problem.reduction_s(tensors.name, state) / self.num_microbatches
             cost += self.price.parameter_s_per_byte * num_bytes / problem._parts(state)
-            found[state] = self.model.variable(len(tensors.members) * cost, integer=True)
+            found[state] = self.model.variable(tensors.count * cost, integer=True)
         self.model.row(1, 1, [(variable, 1.0) for variable in found.values()])
+        self._store_as_asked(tensors, found)
         return found
+
+    def _store_as_asked(self, tensors: TensorClass, stored: Mapping[State, int]) -> None:
+        """The rule of `autopar.strategies.stored_state` as rows: a shard if all ask it, and a partial gradient if, and
+        only if, some reader gives one."""
+        asks = [self._ask(tensors, reader) for reader in tensors.readers]
+        for state, variable in stored.items():
+            if isinstance(state.value, Shard):
+                for ask in asks:
+                    self.model.row(0, 1, [*((x, 1.0) for x in ask.get(state, ())), (variable, -1.0)])
+        partial = [[x for state, xs in ask.items() if isinstance(state.grad, Partial) for x in xs] for ask in asks]
+        if RP not in stored:
+            return
+        anyone = [(x, 1.0) for xs in partial for x in xs]
+        self.model.row(0, len(asks), [*anyone, (stored[RP], -1.0)])
+        for xs in partial:
+            self.model.row(0, 1, [(stored[RR], 1.0), *((x, 1.0) for x in xs)])
 
     def _carry(self, tensors: TensorClass) -> None:
         give = self._give(tensors)
@@ -280,7 +307,7 @@ class _Model:
         }
         if not any(cost is None or cost > 0 for cost in costs.values()):
             return  # every state can be had for nothing
-        count = len(tensors.members)
+        count = tensors.count
         shared: dict[tuple[State, State], int] = {}
         if len(asks) > 1:
             shared = {pair: self.model.variable(count * cost) for pair, cost in costs.items() if cost}
@@ -339,19 +366,17 @@ class _Model:
         sources = {name: RR for name in (*graph.inputs, *(b.tensor for b in graph.buffers), *graph.parameter_tensors)}
         for tensors in problem.tensor_classes:
             if tensors.name in self.y:
-                states = self.y[tensors.name]
-                stored = max(states, key=lambda state: values[states[state]])
-                sources.update(dict.fromkeys(tensors.members, stored))
+                asked = (problem.offered[r.op][chosen[r.op]].operands[r.position] for r in tensors.readers)
+                sources.update(dict.fromkeys(tensors.members, stored_state(asked)))
         choice = tuple(problem.offered[index][chosen[index]] for index in graph.representative)
         penalty_s = sum(
             problem.instances[index] * self.price.activation_s_per_byte * problem.saved_bytes[index][k]
             for index, k in chosen.items()
         )
         penalty_s += self.price.parameter_s_per_byte * sum(
-            graph.tensors[name].num_bytes / problem._parts(sources[name])
+            tensors.count * graph.tensors[tensors.name].num_bytes / problem._parts(sources[tensors.name])
             for tensors in problem.tensor_classes
             if tensors.name in self.y
-            for name in tensors.members
         )
         assignment = Assignment(problem.axis, problem.size, choice, sources)
         return AxisSolution(
@@ -370,34 +395,28 @@ def _by_state(pairs: Iterable[tuple[State, int]]) -> dict[State, Sequence[int]]:
     return dict(found)
 
 
-def _instances(graph: OpGraph) -> dict[int, int]:
-    """How many ops share the choice of each representative."""
-    counts: dict[int, int] = {}
-    for index in graph.representative:
-        counts[index] = counts.get(index, 0) + 1
-    return counts
-
-
-def _tensor_classes(graph: OpGraph) -> tuple[TensorClass, ...]:
+def _tensor_classes(graph: OpGraph, counts: Sequence[int]) -> tuple[TensorClass, ...]:
     representative = graph.representative
-    positions = {index: {name: at for at, name in reversed([*enumerate(graph.ops[index].inputs)])} for index in
-                 range(len(graph.ops))}
     found: dict[object, list[str]] = {}
     parts: dict[object, tuple[tuple[int, int] | None, tuple[Reader, ...]]] = {}
+    number: dict[object, int] = {}
     for name, consumers in graph.consumers.items():
         if not consumers:
             continue
-        readers = tuple(sorted({(representative[index], positions[index][name]) for index in consumers}))
+        places = {(representative[index], graph.ops[index].inputs.index(name)) for index in consumers}
+        readers = tuple(Reader(*place) for place in sorted(places))
         producer = None
         key: object = (name, readers)
+        count = counts[consumers[0]]
         if name in graph.producer:
             op = graph.producer[name]
             producer = (representative[op], graph.ops[op].outputs.index(name))
             key = (producer, readers)
+            count = counts[op]
         elif name in graph.parameter_tensors:
             tensor = graph.tensors[name]
             key = (tensor.shape, str(tensor.dtype), tensor.requires_grad, readers)
         found.setdefault(key, []).append(name)
-        parts[key] = (producer, tuple(Reader(*reader) for reader in readers))
-    return tuple(TensorClass(names[0], *parts[key], tuple(names)) for key, names in found.items())
-
+        parts[key] = (producer, readers)
+        number[key] = number.get(key, 0) + count
+    return tuple(TensorClass(names[0], *parts[key], tuple(names), number[key]) for key, names in found.items())

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from autopar.errors import PinConflictError, SearchTimeoutError
+from autopar.errors import InvalidParallelismError, PinConflictError, SearchTimeoutError
 from autopar.plan import Parallelism
 from autopar.search.bounds import Bounds
 from autopar.search.evaluate import Evaluated, Evaluator
@@ -20,7 +20,7 @@ from autopar.search.programs import MEMORY_PRICES, Program, Programs
 from autopar.search.space import Pins, candidates, divisors, scale_up_size
 from costmodel import OptimizerPolicy
 from graphs import Capture
-from graphs.ir import OpGraph
+from graphs.ir import OpGraph, Tensor
 from hardware_db import Cluster
 
 Progress = Callable[[str, int, int], None]
@@ -30,10 +30,12 @@ NUM_RUNNERS_UP = 4
 
 @dataclass(frozen=True)
 class Solved:
-    """A candidate with its program and its price. `floor_s` is the step time that no program of it can beat."""
+    """A candidate with its program, made at one of the memory prices, and its cost. `floor_s` is the step time of its
+    fastest program, whether or not that fits."""
 
     evaluated: Evaluated
     program: Program
+    price_level: int
     floor_s: float
 
     @property
@@ -71,12 +73,13 @@ class Planner:
         *,
         time_limit_s: float | None = None,
         progress: Progress | None = None,
+        shorten: bool = True,
     ) -> None:
         self.cluster = cluster
         self.capture = capture
         self.bounds = Bounds(capture, cluster, policy)
         self.evaluator = Evaluator(cluster, policy)
-        self.programs = Programs(capture, cluster)
+        self.programs = Programs(capture, cluster, shorten=shorten)
         self.policy = policy
         self.deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self.progress = progress or (lambda step, done, total: None)
@@ -143,23 +146,32 @@ class Planner:
 
     def solve(self, p: Parallelism, best_s: float = float("inf")) -> Solved:
         """The candidate with the fastest program that fits, else with the smallest one."""
-        first = self._price(p, 0)
-        floor_s = first.step_s
-        program = self.programs.program(p, 0)
-        evaluated = first
+        solved = self._solve_at(p, 0)
+        floor_s = solved.floor_s
         for level in range(1, len(MEMORY_PRICES) if p.tp > 1 else 1):
-            if evaluated.fits or floor_s >= best_s:
+            if solved.evaluated.fits or floor_s >= best_s:
                 break
-            evaluated = self._price(p, level)
-            program = self.programs.program(p, level)
-        return Solved(evaluated, program, floor_s)
+            solved = replace(self._solve_at(p, level), floor_s=floor_s)
+        return solved
 
-    def _price(self, p: Parallelism, level: int) -> Evaluated:
+    def finish(self, solved: Solved) -> Solved:
+        """The same at full depth, priced again from there: the names and numbers that a plan is made of."""
+        program = self.programs.finished(solved.parallelism, solved.price_level)
+        return replace(solved, program=program, evaluated=self._price(program, solved.parallelism))
+
+    def _solve_at(self, p: Parallelism, level: int) -> Solved:
         program = self.programs.program(p, level)
-        table = program.table(p.recompute)
+        evaluated = self._price(program, p)
+        return Solved(evaluated, program, level, evaluated.step_s)
+
+    def _price(self, program: Program, p: Parallelism) -> Evaluated:
         memory_bytes = self.cluster.device.memory_bytes - self.cluster.device.efficiency.reserved_memory_bytes
-        cuts = table.partition(p, self.policy, memory_bytes)
-        assert cuts is not None, f"{p} has more stages than units"
+        cuts = program.table(p.recompute).partition(p, self.policy, memory_bytes)
+        if cuts is None:
+            raise InvalidParallelismError(
+                f"{p.pp} x {p.num_virtual_stages} pipeline stages are more than the {len(program.chain.units)} pieces "
+                "that the model can be cut into; use fewer"
+            )
         return self.evaluator.evaluate(program.chain, p, cuts)
 
     def tensor_degrees(self) -> tuple[int, ...]:
@@ -250,6 +262,6 @@ def divides(graph: OpGraph, size: int) -> bool:
     return 2 * _elements(t for t in tensors if any(n % size == 0 for n in t.shape)) >= _elements(tensors)
 
 
-def _elements(tensors: Iterable[object]) -> int:
-    return sum(getattr(tensor, "num_elements") for tensor in tensors)  # noqa: B009
+def _elements(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.num_elements for tensor in tensors)
 

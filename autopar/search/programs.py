@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from autopar.data_parallel import data_parallel, gathered_ops
 from autopar.localize import Assignment, Localized, localize
@@ -16,6 +17,7 @@ from autopar.placements import Shard
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import Pricer
 from autopar.search.block_ilp import AxisProblem, AxisSolution, MemoryPrice
+from autopar.search.shallow import Shallow, local_counts, shallow
 from autopar.search.stages import StageTable
 from autopar.search.units import Chain, build_chain
 from costmodel import Group
@@ -63,28 +65,61 @@ class DataProgram:
     gathered: tuple[str, ...]
 
 
-class Programs:
-    """Makes the programs of one model on one cluster, each once."""
+class ProgramKey(NamedTuple):
+    """What distinguishes programs."""
 
-    def __init__(self, capture: Capture, cluster: Cluster, time_limit_s: float | None = None) -> None:
+    microbatch_size: int
+    data_size: int
+    tp: int
+    num_microbatches: int
+    price_level: int
+
+
+class Programs:
+    """Makes the programs of one model on one cluster, each once.
+
+    Programs for the search are of the shallow model, whose chain is as long as the full one's; `finished` makes the
+    program of the full model, with the names that it will be written with.
+    """
+
+    def __init__(
+        self, capture: Capture, cluster: Cluster, time_limit_s: float | None = None, *, shorten: bool = True
+    ) -> None:
         self.capture = capture
+        self.shallow = shallow(capture) if shorten else Shallow(capture, {})
         self.cluster = cluster
         self.time_limit_s = time_limit_s
         self.num_solved = 0
         self._data: dict[tuple[int, int], DataProgram] = {}
         self._problems: dict[tuple[int, int, int], AxisProblem] = {}
-        self._programs: dict[tuple[int, int, int, int, int], Program] = {}
+        self._programs: dict[ProgramKey, Program] = {}
         self._propagated: Assignment | None = None
 
     def program(self, p: Parallelism, price_level: int = 0) -> Program:
         """The program of a candidate at one of the `MEMORY_PRICES`."""
-        data_size = self._data_size(p)
-        key = (p.microbatch_size, data_size, p.tp, _bucket(p.num_microbatches), price_level if p.tp > 1 else 0)
-        if p.tp == 1:
-            key = (*key[:3], 1, 0)
+        key = self._key(p, price_level)
         if key not in self._programs:
             self._programs[key] = self._make(key)
         return self._programs[key]
+
+    def finished(self, p: Parallelism, price_level: int = 0) -> Program:
+        """The same program at full depth."""
+        program = self.program(p, price_level)
+        if not self.shallow.repeats:
+            return program
+        key = self._key(p, price_level)
+        whole = self.capture.at(key.microbatch_size * key.data_size)
+        data = _data_program(whole, data_parallel(whole, key.data_size) if key.data_size > 1 else None)
+        pricer = Pricer(self.cluster, self._groups(key.data_size, p.tp))
+        local = data.local
+        solution = program.solution
+        if solution is not None:
+            graph = replace(local.graph, blocks=find_blocks(local.graph))
+            problem = self._problem(key.microbatch_size, key.data_size, p.tp)
+            assignment = deepened(solution.assignment, problem.graph, graph)
+            solution = replace(solution, assignment=assignment)
+            local = localize(Localized(graph, local.states), assignment)
+        return Program(build_chain(whole, local, pricer), solution, program.strategies)
 
     def floor_s(self, microbatch_size: int, tp: int) -> float:
         """No program of this tensor-parallel degree takes less for a microbatch, whatever memory costs.
@@ -104,8 +139,16 @@ class Programs:
         """The program of one data-parallel replica."""
         key = (microbatch_size, data_size)
         if key not in self._data:
-            self._data[key] = self._make_data(*key)
+            whole = self.shallow.capture.at(microbatch_size * data_size)
+            self._data[key] = _data_program(whole, self._propagate(whole, data_size) if data_size > 1 else None)
         return self._data[key]
+
+    def _key(self, p: Parallelism, price_level: int) -> ProgramKey:
+        data_size = self._data_size(p)
+        if p.tp == 1:
+            return ProgramKey(p.microbatch_size, data_size, 1, 1, 0)
+        # A parameter's reduction is thought to be shared by few microbatches, or by many.
+        return ProgramKey(p.microbatch_size, data_size, p.tp, 1 if p.num_microbatches < 4 else 16, price_level)
 
     def _data_size(self, p: Parallelism) -> int:
         """How many replicas stand for `p.dp`: local shapes are the same for any number, so two do, unless samples meet
@@ -113,15 +156,6 @@ class Programs:
         if p.dp == 1:
             return 1
         return p.dp if self.data(p.microbatch_size, 2).gathered else 2
-
-    def _make_data(self, microbatch_size: int, size: int) -> DataProgram:
-        whole = self.capture.at(microbatch_size * size)
-        if size == 1:
-            return DataProgram(whole, Localized.of(whole), None, ())
-        assignment = self._propagate(whole, size)
-        local = localize(Localized.of(whole), assignment)
-        gathered = tuple(op.name for op in gathered_ops(whole, assignment))
-        return DataProgram(whole, local, assignment, gathered)
 
     def _propagate(self, whole: OpGraph, size: int) -> Assignment:
         """Data parallelism; what it decided for one microbatch size holds for all where no sections depend on it."""
@@ -133,28 +167,30 @@ class Programs:
             self._propagated = assignment
         return assignment
 
-    def _make(self, key: tuple[int, int, int, int, int]) -> Program:
-        microbatch_size, data_size, tp, num_microbatches, price_level = key
-        data = self.data(microbatch_size, data_size)
+    def _make(self, key: ProgramKey) -> Program:
+        data = self.data(key.microbatch_size, key.data_size)
         keys: dict[str, Mapping[str, str]] = {}
         if data.assignment is not None:
             keys["dp"] = _keys(data.whole, data.assignment)
-        if tp == 1:
-            pricer = Pricer(self.cluster, self._groups(data_size, tp))
-            return Program(build_chain(data.whole, data.local, pricer), None, keys)
-        problem = self._problem(microbatch_size, data_size, tp)
-        solution = problem.solve(num_microbatches, self._price(problem, price_level), self.time_limit_s)
+        if key.tp == 1:
+            pricer = Pricer(self.cluster, self._groups(key.data_size, key.tp))
+            return Program(build_chain(data.whole, data.local, pricer, self.shallow.repeats), None, keys)
+        problem = self._problem(key.microbatch_size, key.data_size, key.tp)
+        price = self._price(problem, key.price_level)
+        solution = problem.solve(key.num_microbatches, price, self.time_limit_s)
         self.num_solved += 1
         local = localize(Localized(problem.graph, data.local.states), solution.assignment)
         keys["tp"] = _keys(problem.graph, solution.assignment)
-        return Program(build_chain(data.whole, local, problem.pricer), solution, keys)
+        return Program(build_chain(data.whole, local, problem.pricer, self.shallow.repeats), solution, keys)
 
     def _problem(self, microbatch_size: int, data_size: int, tp: int) -> AxisProblem:
         key = (microbatch_size, data_size, tp)
         if key not in self._problems:
-            graph = self.data(microbatch_size, data_size).local.graph
-            graph = replace(graph, blocks=find_blocks(graph))
-            self._problems[key] = AxisProblem(graph, "tp", Pricer(self.cluster, self._groups(data_size, tp)))
+            data = self.data(microbatch_size, data_size)
+            graph = replace(data.local.graph, blocks=find_blocks(data.local.graph))
+            counts = local_counts(graph.ops, self.shallow.counts)
+            pricer = Pricer(self.cluster, self._groups(data_size, tp))
+            self._problems[key] = AxisProblem(graph, "tp", pricer, counts)
         return self._problems[key]
 
     def _price(self, problem: AxisProblem, level: int) -> MemoryPrice:
@@ -169,13 +205,28 @@ class Programs:
         return {"tp": Group(tp, 1), "dp": Group(max(1, widest), tp), "cp": Group(1, tp)}
 
 
+def _data_program(whole: OpGraph, assignment: Assignment | None) -> DataProgram:
+    if assignment is None:
+        return DataProgram(whole, Localized.of(whole), None, ())
+    gathered = tuple(op.name for op in gathered_ops(whole, assignment))
+    return DataProgram(whole, localize(Localized.of(whole), assignment), assignment, gathered)
+
+
+def deepened(assignment: Assignment, graph: OpGraph, full: OpGraph) -> Assignment:
+    """The assignment of a shallow graph, carried over to the full one by the names of representative ops."""
+    chosen = {op.name: strategy for op, strategy in zip(graph.ops, assignment.choice, strict=True)}
+    choice = tuple(chosen[full.ops[index].name] for index in full.representative)
+    position = {op.name: index for index, op in enumerate(graph.ops)}
+    sources = dict(assignment.sources)
+    for parameter in full.parameters:
+        readers = full.consumers[parameter.tensor]
+        if parameter.tensor not in sources and readers:
+            operand = full.ops[readers[0]].inputs.index(parameter.tensor)
+            alike = graph.ops[position[full.ops[full.representative[readers[0]]].name]]
+            sources[parameter.tensor] = assignment.sources[alike.inputs[operand]]
+    return replace(assignment, choice=choice, sources=sources)
+
+
 def _keys(graph: OpGraph, assignment: Assignment) -> dict[str, str]:
     """Strategy keys by the names of representative ops."""
-    return {
-        graph.ops[index].name: assignment.choice[index].key for index in dict.fromkeys(graph.representative)
-    }
-
-
-def _bucket(num_microbatches: int) -> int:
-    """By how many microbatches a parameter's reduction is thought to be shared: few, or many."""
-    return 1 if num_microbatches < 4 else 16
+    return {graph.ops[index].name: assignment.choice[index].key for index in dict.fromkeys(graph.representative)}

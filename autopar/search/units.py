@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from autopar.localize import Localized
@@ -37,7 +37,7 @@ class Unit:
     """One unit, for one microbatch on one rank.
 
     Attributes:
-        first_op: name of its first op in the local graph.
+        first_op: name of its first op, conversions that were inserted for it apart.
         modules: the modules its ops belong to; of a block, the block alone.
         is_block: whether it is a repeated block, so whether it may be recomputed.
         cost: of all its ops.
@@ -76,22 +76,30 @@ class Chain:
     parameters: Mapping[str, ParameterShard]
 
 
-def build_chain(whole: OpGraph, local: Localized, pricer: Pricer, axis: str = "tp") -> Chain:
-    """The chain of a local graph, whose blocks are those of the graph `whole` that it was made from."""
+def build_chain(
+    whole: OpGraph, local: Localized, pricer: Pricer, repeats: Mapping[str, int] | None = None, axis: str = "tp"
+) -> Chain:
+    """The chain of a local graph, whose blocks are those of the graph `whole` that it was made from.
+
+    `repeats` has the paths of blocks that stand for several in a row, and for how many.
+    """
     graph = local.graph
     builder = _Builder(graph, pricer.graph(graph))
     stretches = [*_stretches(whole, graph)]
-    starts = [start for start, _, _ in stretches]
-    units = tuple(
-        builder.unit(start, stop, block, crossing)
-        for (start, stop, block), crossing in zip(stretches, _crossing_bytes(graph, starts), strict=True)
-    )
+    crossings = _crossing_bytes(graph, [start for start, _, _ in stretches])
     parameters = {}
     for parameter in graph.parameters:
         tensor = graph.tensors[parameter.tensor]
         state = local.states.get(parameter.tensor, {}).get(axis)
         parameters[parameter.tensor] = ParameterShard(tensor.num_elements, tensor.num_bytes, state == RP)
-    return Chain(units, parameters)
+    units = []
+    for (start, stop, block), crossing in zip(stretches, crossings, strict=True):
+        unit = builder.unit(start, stop, block, crossing)
+        units.append(unit)
+        for number in range(1, (repeats or {}).get(block or "", 1)):
+            units.append(builder.copy(unit, number))
+            parameters |= {f"{name}#{number}": parameters[name] for name in unit.parameters}
+    return Chain(tuple(units), parameters)
 
 
 Stretch = tuple[int, int, str | None]
@@ -101,7 +109,8 @@ Stretch = tuple[int, int, str | None]
 def _stretches(whole: OpGraph, graph: OpGraph) -> Iterator[Stretch]:
     """Where every unit begins and ends.
 
-    Ops that localization inserted stand just before the op that needs them and belong to its unit.
+    Ops that localization inserted stand just before the op that needs them and belong to its unit, but sums of partial
+    values to the unit that made those: a stage sends sums, not terms.
     """
     block_of = {op.name: block.path for block in whole.blocks for op in whole.ops[block.start : block.stop]}
     original = {op.name for op in whole.ops}
@@ -112,11 +121,18 @@ def _stretches(whole: OpGraph, graph: OpGraph) -> Iterator[Stretch]:
             continue
         member = block_of.get(op.name)
         if member != current:
-            if end > start:
-                yield from _cut(graph, start, end, current)
-            start, current = end, member
+            begin = index
+            while begin > end and not _reduces(graph.ops[begin - 1]):
+                begin -= 1
+            if begin > start:
+                yield from _cut(graph, start, begin, current)
+            start, current = begin, member
         end = index + 1
     yield from _cut(graph, start, len(graph.ops), current)
+
+
+def _reduces(op: Op) -> bool:
+    return op.target in ("autopar.all_reduce", "autopar.all_reduce_partial", "autopar.reduce_scatter")
 
 
 def _cut(graph: OpGraph, start: int, stop: int, block: str | None) -> Iterator[Stretch]:
@@ -125,7 +141,7 @@ def _cut(graph: OpGraph, start: int, stop: int, block: str | None) -> Iterator[S
     if block is None:
         for index in range(start + 1, stop):
             op = graph.ops[index]
-            if op.module == graph.ops[index - 1].module or kind_of(op, graph.tensors) == "view":
+            if op.module == graph.ops[index - 1].module or kind_of(op, graph.tensors) in ("view", "communication"):
                 continue
             if _num_crossing(graph, begin, index) == 1:
                 yield begin, index, None
@@ -163,6 +179,7 @@ class _Builder:
         self.graph = graph
         self.tensors: Mapping[str, Tensor] = graph.tensors
         self.costs = costs
+        self.made_in_blocks: set[str] = set()
         # Parameters and the batch are in memory anyway.
         self.fixed = {*graph.parameter_tensors, *graph.inputs, *(buffer.tensor for buffer in graph.buffers)}
 
@@ -172,6 +189,7 @@ class _Builder:
         saved: dict[Recompute, Saved] = dict.fromkeys(RECOMPUTE_MODES, self._saved(ops))
         again: dict[Recompute, float] = dict.fromkeys(RECOMPUTE_MODES, 0.0)
         if block is not None:
+            self.made_in_blocks.update(name for op in ops for name in op.outputs)
             entering = self._entering(ops)
             kept = [(op, price) for op, price in zip(ops, self.costs[start:stop], strict=True) if self._is_kept(op)]
             results = {name: self.tensors[name].num_bytes for op, _ in kept for name in op.outputs}
@@ -180,7 +198,7 @@ class _Builder:
             again["full"] = cost.forward_total_s
             again["selective"] = cost.forward_total_s - sum(price.forward_total_s for _, price in kept)
         return Unit(
-            first_op=ops[0].name,
+            first_op=next((op.name for op in ops if not is_conversion(op)), ops[0].name),
             modules=(block,) if block is not None else tuple(dict.fromkeys(op.module for op in ops)),
             is_block=block is not None,
             cost=cost,
@@ -191,6 +209,22 @@ class _Builder:
                 dict.fromkeys(name for op in ops for name in op.inputs if name in self.graph.parameter_tensors)
             ),
             received_bytes=received_bytes,
+        )
+
+    def copy(self, unit: Unit, number: int) -> Unit:
+        """The same block once more: what blocks make and own is its own, what they share is shared."""
+
+        def own(saved: Saved) -> Saved:
+            storages = {
+                f"{name}#{number}" if name in self.made_in_blocks else name: size
+                for name, size in saved.storages.items()
+            }
+            return replace(saved, storages=storages)
+
+        return replace(
+            unit,
+            saved={mode: own(saved) for mode, saved in unit.saved.items()},
+            parameters=tuple(f"{name}#{number}" for name in unit.parameters),
         )
 
     def _saved(self, ops: Sequence[Op]) -> Saved:

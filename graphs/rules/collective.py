@@ -19,8 +19,8 @@ from graphs.rules.rule import Rule
 Tensors = tuple[Tensor, ...]
 
 _COLLECTIVES = (
-    "all_gather all_gather_replicated reduce_scatter all_reduce all_reduce_partial shard shard_partial
-    all_to_all copy" " first_only first_grad"
+    "all_gather all_gather_replicated reduce_scatter all_reduce all_reduce_partial shard shard_partial"
+    " all_to_all copy first_only first_grad"
 )
 
 

@@ -61,7 +61,7 @@ def _indexed(
 
 @register("aten.gather")
 def gather(op: Op, operands: Tensors, results: Tensors) -> Rule:
-    """`out[i, j] = x[index[i, j], j]`: where `index` is shorter than `x` elsewhere, that dimension stays whole."""
+    """`out[i, j] = x[index[i, j], j]`: a dimension j in which `index` is shorter than `x` stays whole."""
     dims, place = _same_elsewhere(op, operands)
     source = without(dims, [place], keep=True)
     return make_rule(operands, results, [source, dims], [dims], linear=((0,),))

@@ -15,7 +15,7 @@ Tensors = tuple[Tensor, ...]
 
 @register("aten.linear.default")
 def linear(op: Op, operands: Tensors, results: Tensors) -> Rule:
-    """`x[..., h] w[o, h] -> [..., o]`; a sum with a bias cannot be split, it would add the bias repeatedly."""
+    """`x[..., h] w[o, h] -> [..., o]`; a sum with a bias is not split, that would add the bias repeatedly."""
     args = arguments(op)
     leading = numbered(len(operands[0].shape) - 1)
     biased = args["bias"] is not None

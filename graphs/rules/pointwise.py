@@ -24,8 +24,10 @@ _UNTAGGED = (
 
 
 @register(POINTWISE, *aten(_UNTAGGED))
-def pointwise(op: Op, operands: Tensors, results: Tensors) -> Rule:
+def pointwise(op: Op, operands: Tensors, results: Tensors) -> Rule | None:
     """Every dimension of the result is a factor; an operand lacks those in which it broadcasts."""
+    if not all(_broadcasts(tensor.shape, results[0].shape) for tensor in (*operands, *results)):
+        return None
     dims = numbered(len(results[0].shape))
     return make_rule(
         operands,
@@ -34,6 +36,11 @@ def pointwise(op: Op, operands: Tensors, results: Tensors) -> Rule:
         [dims] * len(results),
         linear=_linear(op, operands, results),
     )
+
+
+def _broadcasts(shape: tuple[int, ...], result: tuple[int, ...]) -> bool:
+    missing = len(result) - len(shape)
+    return missing >= 0 and all(size in (1, out) for size, out in zip(shape, result[missing:], strict=True))
 
 
 @register("aten.copy", "aten.type_as", "aten.to.other")

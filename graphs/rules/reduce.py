@@ -51,7 +51,6 @@ _ALONG = (
     " argsort topk fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2"
     " fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift"
 )
-_LINEAR_ALONG = ("aten.cumsum", "aten.fft_")
 
 
 @register(*aten(_ALONG))
@@ -66,7 +65,7 @@ def along(op: Op, operands: Tensors, results: Tensors) -> Rule:
     else:
         dims = without(numbered(rank), rows, keep=True)
         unsplittable = frozenset()
-    linear = ((0,),) if op.target.startswith(_LINEAR_ALONG) and results[0].dtype.is_floating_point else ()
+    linear = ((0,),) if op.target.startswith("aten.cumsum") and results[0].dtype.is_floating_point else ()
     return make_rule(
         operands, results, [dims], [dims] * len(results), unsplittable=unsplittable, linear=linear
     )

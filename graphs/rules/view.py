@@ -67,7 +67,7 @@ def unsqueeze(op: Op, operands: Tensors, results: Tensors) -> Rule:
 
 @register("aten.squeeze")
 def squeeze(op: Op, operands: Tensors, results: Tensors) -> Rule:
-    """Dimensions of size 1 go, all or the named ones; larger ones among those stay whole, lest they become 1."""
+    """Dimensions of size 1 go, all or the named ones. Larger ones among them stay whole, lest they go."""
     shape = operands[0].shape
     named = chosen_dims(op.args[1] if len(op.args) > 1 else None, len(shape))
     dims = without(numbered(len(shape)), named, keep=True)

@@ -9,6 +9,7 @@ import pytest
 from autopar.errors import AutoparError
 from autopar.plan import Parallelism, Plan
 from autopar.report import explain, units, view
+from autopar.report.view import group_placements
 
 GB = 1e9
 
@@ -143,3 +144,19 @@ def test_durations_read_in_the_unit_people_use(value: float, text: str) -> None:
 )
 def test_counts_keep_three_digits(value: float, text: str) -> None:
     assert units.count(value) == text
+
+
+def test_like_placements_of_all_instances_of_a_block_are_one_line() -> None:
+    """Parameters are grouped by block; an instance that differs is named."""
+    placements = {f"layers.{index}.mlp.up.weight": "tp: S(0)" for index in range(8)}
+    placements |= {"layers.0.norm.weight": "R", "layers.1.norm.weight": "S(0)", "head.weight": "tp: S(0)"}
+    blocks = {
+        block.path: {p.parameter: p.placement for p in block.placements}
+        for block in group_placements(placements)
+    }
+    assert blocks == {
+        "layers.*": {"mlp.up.weight": "tp: S(0)"},
+        "layers.0": {"norm.weight": "R"},
+        "layers.1": {"norm.weight": "S(0)"},
+        "head": {"weight": "tp: S(0)"},
+    }

@@ -1,4 +1,4 @@
-"""Op calls with the splits that they should offer: `factor` where results are sharded, `+factor` for a sum."""
+"""Op calls with the splits that they should offer: `factor` with sharded results, `+factor` for a sum."""
 
 from __future__ import annotations
 

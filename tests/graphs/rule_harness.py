@@ -122,6 +122,14 @@ def shard(rule: Rule, side: str, index: int, tensor: torch.Tensor, factor: str, 
     return join(rule, side, index, [tensor], factor, lambda piece: [_chunk(piece, rank)])
 
 
+def shards_of(call: Call, factor: str) -> list[list[torch.Tensor]]:
+    """The operands of every rank."""
+    return [
+        [shard(call.rule, "operand", i, tensor, factor, rank) for i, tensor in enumerate(call.operands)]
+        for rank in range(NUM_SHARDS)
+    ]
+
+
 def unshard(rule: Rule, side: str, index: int, parts: Sequence[torch.Tensor], factor: str) -> torch.Tensor:
     """The whole from the parts of all ranks."""
     return join(rule, side, index, parts, factor, lambda *pieces: list(pieces))
@@ -135,7 +143,7 @@ def join(
     factor: str,
     combine: Callable[..., list[torch.Tensor]],
 ) -> torch.Tensor:
-    """Lay the axis of `factor` first, combine pieces along it, and lay it back. Itself where no dimension holds it."""
+    """Lay the axis of `factor` first, combine pieces along it, lay it back."""
     dims = (rule.operands if side == "operand" else rule.results)[index]
     held = [position for position, dim in enumerate(dims) if factor in dim]
     if not held:

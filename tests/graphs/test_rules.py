@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from tests.graphs.rule_cases import CASES
-from tests.graphs.rule_harness import NUM_SHARDS, Case, record, run, run_split, shard, splittable, unshard
+from tests.graphs.rule_harness import (
+    NUM_SHARDS,
+    Case,
+    record,
+    run,
+    run_split,
+    shard,
+    shards_of,
+    splittable,
+    unshard,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -15,8 +25,8 @@ def _seed() -> None:
 
 
 def assert_equal(made: torch.Tensor, whole: torch.Tensor, what: str) -> None:
-    tolerance = {"atol": 0.1, "rtol": 0.05} if whole.dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(made, whole, msg=lambda text: f"{what}: {text}", **tolerance)
+    atol, rtol = (0.1, 0.05) if whole.dtype == torch.bfloat16 else (None, None)
+    torch.testing.assert_close(made, whole, atol=atol, rtol=rtol, msg=lambda text: f"{what}: {text}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -31,11 +41,7 @@ def test_offers_exactly_these_splits(case: Case) -> None:
 def test_shards_make_the_whole_result(case: Case) -> None:
     call = record(case)
     for factor in splittable(call.rule):
-        shards = [
-            [shard(call.rule, "operand", i, tensor, factor, rank) for i, tensor in enumerate(call.operands)]
-            for rank in range(NUM_SHARDS)
-        ]
-        local = run_split(call, factor, shards)
+        local = run_split(call, factor, shards_of(call, factor))
         for index, whole in enumerate(call.results):
             parts = [results[index] for results in local]
             if factor in call.rule.reductions:
@@ -52,50 +58,42 @@ def test_operands_without_the_factor_get_partial_gradients(case: Case) -> None:
     """The backward reading: the gradient of a split operand is the slice of the whole one, that of an operand
     which every rank has whole is the sum of what the ranks compute."""
     call = record(case)
-    differentiable = [
-        i for i, tensor in enumerate(call.operands) if tensor.is_floating_point() and i not in case.constants
-    ]
-    targets = [i for i, tensor in enumerate(call.results) if tensor.is_floating_point()]
-    if not differentiable or not targets:
+    operands = [track(t, i not in case.constants) for i, t in enumerate(call.operands)]
+    made = run(call.op, operands)
+    targets = [i for i, result in enumerate(made) if result.requires_grad]
+    if not targets:
         pytest.skip("nothing here has a gradient")
-    cotangents = [torch.randn_like(result) for result in call.results if result.is_floating_point()]
-    whole = [tensor.clone().requires_grad_(i in differentiable) for i, tensor in enumerate(call.operands)]
-    made = [run(call.op, whole)[i] for i in targets]
-    if not any(result.requires_grad for result in made):
-        pytest.skip("torch has no gradient here")
-    expected = torch.autograd.grad(
-        sum((c * r).sum() for c, r in zip(cotangents, made, strict=True)),
-        [whole[i] for i in differentiable],
-        allow_unused=True,
+    tracked = [i for i, operand in enumerate(operands) if operand.requires_grad]
+    cotangents = {i: torch.randn_like(made[i]) for i in targets}
+    expected = gradients(
+        [made[i] for i in targets], [operands[i] for i in tracked], list(cotangents.values())
     )
     for factor in splittable(call.rule):
-        shards = [
-            [
-                shard(call.rule, "operand", i, tensor, factor, rank)
-                .clone()
-                .requires_grad_(i in differentiable)
-                for i, tensor in enumerate(call.operands)
-            ]
-            for rank in range(NUM_SHARDS)
-        ]
+        shards = [[track(t, i in tracked) for i, t in enumerate(ts)] for ts in shards_of(call, factor)]
         local = run_split(call, factor, shards)
+        # A result that is whole on every rank is one result: its gradient enters once.
         ranks = [0] if factor in call.rule.whole else range(NUM_SHARDS)
-        total = sum(
-            (shard(call.rule, "result", i, c, factor, rank) * local[rank][i]).sum()
-            for rank in ranks
-            for i, c in zip(targets, cotangents, strict=True)
+        found = gradients(
+            [local[rank][i] for rank in ranks for i in targets],
+            [shards[rank][i] for i in tracked for rank in range(NUM_SHARDS)],
+            [shard(call.rule, "result", i, cotangents[i], factor, rank) for rank in ranks for i in targets],
         )
-        leaves = [shards[rank][i] for i in differentiable for rank in range(NUM_SHARDS)]
-        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
-        for position, i in enumerate(differentiable):
-            parts = gradients[position * NUM_SHARDS : (position + 1) * NUM_SHARDS]
-            if expected[position] is None:
-                assert all(part is None or not part.any() for part in parts)
-                continue
-            terms = [torch.zeros_like(shards[0][i]) if part is None else part for part in parts]
+        for position, i in enumerate(tracked):
+            terms = found[position * NUM_SHARDS : (position + 1) * NUM_SHARDS]
             held = any(factor in dim for dim in call.rule.operands[i])
-            gradient = unshard(call.rule, "operand", i, terms, factor) if held else torch.stack(terms).sum(0)
-            assert_equal(gradient, expected[position], f"factor {factor}, gradient of operand {i}")
+            whole = unshard(call.rule, "operand", i, terms, factor) if held else torch.stack(terms).sum(0)
+            assert_equal(whole, expected[position], f"factor {factor}, gradient of operand {i}")
+
+
+def track(tensor: torch.Tensor, wanted: bool) -> torch.Tensor:
+    return tensor.clone().requires_grad_(wanted and (tensor.is_floating_point() or tensor.is_complex()))
+
+
+def gradients(
+    results: list[torch.Tensor], operands: list[torch.Tensor], cotangents: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    found = torch.autograd.grad(results, operands, cotangents, allow_unused=True)
+    return [torch.zeros_like(t) if grad is None else grad for t, grad in zip(operands, found, strict=True)]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.linear], ids=str)

@@ -1,0 +1,194 @@
+"""What a user calls: `plan` searches the best way to train a model on a cluster, `evaluate` prices a given one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import hardware_db
+from torch import Tensor, nn
+
+import graphs
+from autopar.errors import InvalidParallelismError
+from autopar.plan import Certificate, Parallelism, Plan, Recompute, ScheduleName
+from autopar.search.describe import alternative, build_plan, memory_excess, training_policy
+from autopar.search.infeasible import infeasible
+from autopar.search.planner import Planner, Progress, SearchResult, Solved
+from autopar.search.space import Pins
+from autopar.search.validate import check_parallelism
+from graphs import Capture
+from hardware_db import Cluster
+
+Inputs = Mapping[str, Tensor] | Callable[[int], Mapping[str, Tensor]]
+
+RELATIVE_ERROR = 1e-3
+"""By how much the shallow model of the search may differ from the full one before the search runs at full depth."""
+
+
+@runtime_checkable
+class Buildable(Protocol):
+    """A model that can be built and fed, such as `autopar.models.ModelSpec`."""
+
+    name: str
+    inputs: Callable[[int], Mapping[str, Tensor]]
+
+    def build_without_memory(self) -> nn.Module:
+        """The module with its parameters on the meta device."""
+        ...
+
+
+Model = nn.Module | Capture | Buildable
+
+
+def plan(
+    model: Model,
+    cluster: Cluster | str | Path,
+    *,
+    inputs: Inputs | None = None,
+    global_batch: int,
+    name: str | None = None,
+    progress: Progress | None = None,
+    time_limit_s: float | None = None,
+    microbatch_size: int | None = None,
+    tp: int | None = None,
+    pp: int | None = None,
+    dp: int | None = None,
+    zero_stage: int | None = None,
+    recompute: Recompute | None = None,
+    schedule: ScheduleName | None = None,
+    num_virtual_stages: int | None = None,
+) -> Plan:
+    """The fastest way found to train `model` on `cluster`, with a proof of how far from the best it can be.
+
+    Args:
+        model: a module (with `inputs`), a capture, or a `ModelSpec`.
+        cluster: as `hardware_db.cluster` takes it: `"dgx-h100*8"`, a named cluster, a file, or a `Cluster`.
+        inputs: keyword tensors of the module's forward, labels included, or a function from a batch size to them.
+        global_batch: samples in one optimizer step.
+        name: what to call the model.
+        progress: told `(what, done, total)` as the search goes on.
+        time_limit_s: stop searching after so long, with the best plan so far and its gap.
+        microbatch_size, tp, pp, dp, zero_stage, recompute, schedule, num_virtual_stages: settings to keep fixed.
+
+    Raises InfeasibleError when nothing fits, PinConflictError when the pins leave nothing to choose,
+    SearchTimeoutError when the limit passes first, and the errors of capture and of the hardware database.
+    """
+    started = time.monotonic()
+    pins = Pins(microbatch_size, tp, pp, dp, zero_stage, recompute, schedule, num_virtual_stages)
+    _check_batch(global_batch)
+    machine = _cluster(cluster)
+    if progress is not None:
+        progress("capture", 0, 1)
+    capture = _capture(model, inputs, name)
+    if progress is not None:
+        progress("capture", 1, 1)
+    policy = training_policy(capture.graph)
+    for shorten in (True, False):
+        planner = Planner(
+            capture, machine, policy, time_limit_s=time_limit_s, progress=progress, shorten=shorten
+        )
+        result = planner.search(global_batch, pins)
+        if result.best is None:
+            raise infeasible(planner, result, global_batch, pins)
+        best = planner.finish(result.best)
+        if _agree(best, result.best):
+            break
+    return build_plan(planner, best, _certificate(result, best, time.monotonic() - started), _alternatives(result, best))
+
+
+def evaluate(
+    model: Model,
+    cluster: Cluster | str | Path,
+    *,
+    inputs: Inputs | None = None,
+    global_batch: int,
+    name: str | None = None,
+    dp: int | None = None,
+    tp: int | None = None,
+    cp: int | None = None,
+    ep: int | None = None,
+    pp: int | None = None,
+    zero_stage: int | None = None,
+    dp_shard: int | None = None,
+    microbatch_size: int | None = None,
+    recompute: Recompute | None = None,
+    schedule: ScheduleName | None = None,
+    num_virtual_stages: int | None = None,
+) -> Plan:
+    """The cost of training `model` with the parallelism given: a plan whose certificate says "evaluated".
+
+    Degrees default to 1, `dp` to the devices that are left, the ZeRO stage to 0 and `dp_shard` to `dp` under ZeRO.
+    Strategies on the tensor axis are still the best ones. A plan that does not fit is no error: it has a warning, and
+    `prediction.peak_memory_bytes` above `cluster.memory_bytes`.
+
+    Raises InvalidParallelismError when the degrees do not fit the devices, the batch or the model.
+    """
+    _check_batch(global_batch)
+    machine = _cluster(cluster)
+    capture = _capture(model, inputs, name)
+    parallelism = check_parallelism(
+        capture.graph,
+        machine,
+        global_batch,
+        {"dp": dp, "tp": tp, "cp": cp, "ep": ep, "pp": pp, "zero_stage": zero_stage, "dp_shard": dp_shard,
+         "microbatch_size": microbatch_size, "recompute": recompute, "schedule": schedule,
+         "num_virtual_stages": num_virtual_stages},
+    )  # fmt: skip
+    planner = Planner(capture, machine, training_policy(capture.graph))
+    solved = planner.finish(planner.solve(parallelism))
+    step_s = solved.evaluated.step_s
+    certificate = Certificate(
+        status="evaluated", objective_s=step_s, bound_s=step_s, num_candidates=1, num_solved=1, pruned={}
+    )
+    warnings = [] if solved.evaluated.fits else [memory_excess(solved.evaluated)]
+    return build_plan(planner, solved, certificate, warnings=warnings)
+
+
+def _check_batch(global_batch: int) -> None:
+    if global_batch < 1:
+        raise InvalidParallelismError(f"a global batch of {global_batch} has no sample; give 1 or more")
+
+
+def _cluster(cluster: Cluster | str | Path) -> Cluster:
+    return cluster if isinstance(cluster, Cluster) else hardware_db.cluster(str(cluster))
+
+
+def _capture(model: Model, inputs: Inputs | None, name: str | None) -> Capture:
+    if isinstance(model, Capture):
+        return model
+    if isinstance(model, nn.Module):
+        if inputs is None:
+            raise InvalidParallelismError(
+                f"{type(model).__name__} needs example inputs: pass inputs={{'x': ..., 'labels': ...}}, or a function "
+                "from a batch size to such a mapping"
+            )
+        return graphs.capture(model, inputs, name=name)
+    return graphs.capture(model.build_without_memory(), inputs or model.inputs, name=name or model.name)
+
+
+def _agree(full: Solved, short: Solved) -> bool:
+    """Whether the shallow model told the truth about the full one."""
+    close = abs(full.evaluated.step_s - short.evaluated.step_s) <= RELATIVE_ERROR * full.evaluated.step_s
+    return full is short or (close and full.evaluated.fits)
+
+
+def _certificate(result: SearchResult, best: Solved, solve_s: float) -> Certificate:
+    step_s = best.evaluated.step_s
+    bound_s = min(step_s, result.bound_s)
+    return Certificate(
+        status="optimal" if bound_s >= step_s * (1 - 1e-6) else "feasible",
+        objective_s=step_s,
+        bound_s=bound_s,
+        num_candidates=result.num_candidates,
+        num_solved=result.num_solved,
+        pruned=result.pruned,
+        solve_s=solve_s,
+    )
+
+
+def _alternatives(result: SearchResult, best: Solved) -> list:
+    found = [alternative(str(other.parallelism), other, best.evaluated) for other in result.runners_up]
+    named = [alternative(label, other, best.evaluated) for label, other in result.baselines.items() if other is not None]
+    return found + named

@@ -1,0 +1,263 @@
+"""From what the search found to a `Plan`: names, predictions, and why the others lost."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from math import prod
+
+import torch
+
+from autopar.plan import (
+    Alternative,
+    Certificate,
+    ClusterSummary,
+    ModelSummary,
+    Parallelism,
+    Plan,
+    Prediction,
+    StagePlan,
+)
+from autopar.pricing import dtype_name
+from autopar.search.evaluate import Evaluated, Stage
+from autopar.search.planner import Planner, Solved
+from costmodel import Ledger, OptimizerPolicy, model_flops_utilization, optimizer_policy
+from graphs import Capture, CaptureError, rules
+from graphs.ir import OpGraph
+from hardware_db import Cluster
+
+TERM_NAMES: Mapping[str, str] = {
+    "compute": "compute",
+    "recompute": "recomputation",
+    "tensor_parallel": "tensor-parallel communication",
+    "parameter_gather": "parameter gathering",
+    "send_recv": "pipeline messages",
+    "pipeline_bubble": "pipeline bubble",
+    "gradient_sync": "gradient synchronisation",
+    "optimizer": "optimizer",
+}
+
+GB = 1e9
+
+
+def build_plan(
+    planner: Planner,
+    solved: Solved,
+    certificate: Certificate,
+    alternatives: Sequence[Alternative] = (),
+    warnings: Sequence[str] = (),
+) -> Plan:
+    """The plan for a candidate at full depth."""
+    evaluated = solved.evaluated
+    return Plan(
+        model=model_summary(planner.capture),
+        cluster=cluster_summary(planner.cluster, planner.capture),
+        parallelism=Parallelism.model_validate(evaluated.parallelism.model_dump()),
+        strategies=solved.program.strategies,
+        stages=tuple(_stage_plan(evaluated, index) for index in range(len(evaluated.stages))),
+        prediction=_prediction(planner, evaluated),
+        certificate=certificate,
+        alternatives=tuple(alternatives),
+        warnings=(*warnings, *rule_warnings(planner.capture.graph), *_gather_warnings(planner, evaluated.parallelism)),
+    )
+
+
+def training_policy(graph: OpGraph) -> OptimizerPolicy:
+    """AdamW in the precision of the model: with fp32 master weights where it is narrower than fp32."""
+    dtype = main_dtype(graph)
+    if dtype.itemsize == 8:
+        return OptimizerPolicy("adamw-fp64", 8, 8, (("exp_avg", 8), ("exp_avg_sq", 8)))
+    return optimizer_policy("adamw-mixed" if dtype.itemsize <= 2 else "adamw-fp32")
+
+
+def main_dtype(graph: OpGraph) -> torch.dtype:
+    """The dtype of most parameters."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in graph.parameters:
+        tensor = graph.tensors[parameter.tensor]
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def fingerprint(graph: OpGraph) -> str:
+    """SHA-256 of the graph's text: equal for equal models, whatever their weights."""
+    digest = hashlib.sha256()
+    for tensor in graph.tensors.values():
+        digest.update(f"{tensor.name} {tensor.shape} {tensor.dtype} {tensor.requires_grad}\n".encode())
+    for op in graph.ops:
+        digest.update(f"{op.name} {op.target} {op.args} {sorted(op.kwargs.items())} {op.outputs}\n".encode())
+    for parameter in graph.parameters:
+        digest.update(f"{parameter.name} {parameter.tensor} {parameter.aliases}\n".encode())
+    return digest.hexdigest()
+
+
+def model_summary(capture: Capture) -> ModelSummary:
+    graph = capture.graph
+    shapes = _sample_shapes(capture)
+    return ModelSummary(
+        name=graph.name,
+        fingerprint=fingerprint(graph),
+        num_parameters=graph.num_parameters,
+        dtype=dtype_name(main_dtype(graph)),
+        input_shapes=shapes,
+        tokens_per_sample=tokens_per_sample(capture),
+        num_ops=len(graph.ops),
+        flops_per_sample=graph.flops / 2,
+    )
+
+
+def _sample_shapes(capture: Capture) -> dict[str, tuple[int, ...]]:
+    try:
+        graph = capture.at(1)
+    except CaptureError:
+        graph = capture.graph
+    return {name: graph.tensors[name].shape for name in graph.inputs}
+
+
+def tokens_per_sample(capture: Capture) -> int:
+    """Positions of the first integer input of a sample, which are its tokens; 1 for models that read none."""
+    graph = capture.graph
+    for name in graph.inputs:
+        tensor = graph.tensors[name]
+        if not tensor.dtype.is_floating_point and tensor.dtype != torch.bool and len(tensor.shape) > 1:
+            return prod(tensor.shape[1:])
+    return 1
+
+
+def cluster_summary(cluster: Cluster, capture: Capture) -> ClusterSummary:
+    device = cluster.device
+    return ClusterSummary(
+        id=cluster.id,
+        name=cluster.name,
+        device=device.id,
+        num_devices=cluster.num_devices,
+        devices_per_node=cluster.devices_per_node,
+        memory_bytes=device.memory_bytes,
+        peak_flops_per_s=device.peak_flops_per_s(dtype_name(main_dtype(capture.graph))),
+        price_usd_per_device_hour=cluster.price_usd_per_device_hour,
+    )
+
+
+def _stage_plan(evaluated: Evaluated, index: int) -> StagePlan:
+    stage = evaluated.stages[index]
+    work = stage.work
+    return StagePlan(
+        index=index,
+        first_op=stage.units[0].first_op,
+        modules=module_ranges(module for unit in stage.units for module in unit.modules),
+        forward_s=work.forward_s + work.forward_communication_s,
+        backward_s=work.recompute_s + work.backward_s + work.backward_communication_s,
+        memory_bytes=ledger_entries(evaluated.ledgers[index % evaluated.parallelism.pp]),
+    )
+
+
+def ledger_entries(ledger: Ledger) -> dict[str, float]:
+    """The ledger by short names: `parameters`, `gradients`, ..."""
+    return {field.name.removesuffix("_bytes"): getattr(ledger, field.name) for field in fields(ledger)}
+
+
+def module_ranges(paths: Iterable[str]) -> tuple[str, ...]:
+    """Paths with runs of consecutive numbers written as ranges: `model.layers.0-15`. The root's own ops go unnamed."""
+    found: list[tuple[str, int, int, str]] = []
+    for path in dict.fromkeys(paths):
+        match = re.fullmatch(r"(.*?)(\d+)", path)
+        if match is None:
+            if path:
+                found.append((path, -1, -1, ""))
+            continue
+        prefix, number = match[1], int(match[2])
+        if found and found[-1][0] == prefix and found[-1][2] == number - 1:
+            found[-1] = (prefix, found[-1][1], number, "")
+        else:
+            found.append((prefix, number, number, ""))
+    return tuple(
+        prefix if first < 0 else f"{prefix}{first}" if first == last else f"{prefix}{first}-{last}"
+        for prefix, first, last, _ in found
+    )
+
+
+def _prediction(planner: Planner, evaluated: Evaluated) -> Prediction:
+    p = evaluated.parallelism
+    graph = planner.capture.graph
+    step_s = evaluated.step_s
+    flops = 3 * graph.flops / 2 * p.global_batch  # a backward is two forwards
+    peak = planner.cluster.device.peak_flops_per_s(dtype_name(main_dtype(graph)))
+    return Prediction(
+        step_s=step_s,
+        terms_s=dict(evaluated.step.terms),
+        tokens_per_s=tokens_per_sample(planner.capture) * p.global_batch / step_s,
+        model_flops_per_s_per_device=flops / step_s / p.world_size,
+        mfu=model_flops_utilization(flops, step_s, p.world_size, peak),
+        peak_memory_bytes=evaluated.peak_memory_bytes,
+        single_device_step_s=_single_device_step_s(planner, p),
+    )
+
+
+def _single_device_step_s(planner: Planner, p: Parallelism) -> float:
+    """The same batch on one device that has memory enough, in microbatches of the same size."""
+    alone = Parallelism(microbatch_size=p.microbatch_size, num_microbatches=p.global_batch // p.microbatch_size)
+    return planner.evaluator.evaluate(planner.programs.program(alone).chain, alone, (0,)).step_s
+
+
+def alternative(label: str, solved: Solved, best: Evaluated) -> Alternative:
+    """A runner-up and why it lost."""
+    evaluated = solved.evaluated
+    return Alternative(
+        label=label,
+        parallelism=Parallelism.model_validate(evaluated.parallelism.model_dump()),
+        step_s=evaluated.step_s,
+        peak_memory_bytes=evaluated.peak_memory_bytes,
+        reason=_why_worse(evaluated, best),
+    )
+
+
+def _why_worse(evaluated: Evaluated, best: Evaluated) -> str:
+    if not evaluated.fits:
+        return memory_excess(evaluated)
+    if evaluated.parallelism == best.parallelism:
+        return "this is the plan"
+    extra = {name: seconds - best.step.terms[name] for name, seconds in evaluated.step.terms.items()}
+    worst = max(extra, key=lambda name: extra[name])
+    ratio = evaluated.step_s / best.step_s
+    factor = f"{ratio:.2f}x slower" if ratio >= 1.005 else f"{100 * (ratio - 1):.1g} % slower"
+    return f"{factor}: {TERM_NAMES[worst]} +{duration(extra[worst])}"
+
+
+def memory_excess(evaluated: Evaluated) -> str:
+    """By how much a candidate exceeds memory, and its largest entries."""
+    fullest = max(evaluated.ledgers, key=lambda ledger: ledger.total_bytes)
+    entries = sorted(ledger_entries(fullest).items(), key=lambda entry: -entry[1])
+    largest = ", ".join(f"{name} {num_bytes / GB:.1f} GB" for name, num_bytes in entries[:2])
+    return f"out of memory by {evaluated.excess_bytes / GB:.1f} GB: {largest}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds >= 0.1:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{1e3 * seconds:.2g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.2g} us"
+
+
+def rule_warnings(graph: OpGraph) -> tuple[str, ...]:
+    """Kinds of op without a sharding rule: every rank runs them whole."""
+    unknown = dict.fromkeys(
+        op.target for op in graph.ops if op.inputs and rules.rule_for(op, graph) is None
+    )
+    return tuple(
+        f"no sharding rule for {target}: every rank runs it whole; graphs.rules.register can add one"
+        for target in unknown
+    )
+
+
+def _gather_warnings(planner: Planner, p: Parallelism) -> tuple[str, ...]:
+    if p.dp == 1:
+        return ()
+    gathered = planner.programs.data(p.microbatch_size, 2).gathered
+    if not gathered:
+        return ()
+    return (
+        f"samples meet in {', '.join(gathered[:3])}{' and others' if len(gathered) > 3 else ''}: "
+        "data parallelism gathers the batch there",
+    )

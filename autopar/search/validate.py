@@ -1,0 +1,142 @@
+"""Checks of a parallelism that a person gave, with errors that show the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from autopar.errors import InvalidParallelismError
+from autopar.plan import Parallelism
+from autopar.search.space import divisors, runs
+from graphs.ir import OpGraph
+from hardware_db import Cluster
+
+COUNTS = ("dp", "tp", "cp", "ep", "pp", "dp_shard", "microbatch_size", "num_virtual_stages")
+
+
+def check_parallelism(
+    graph: OpGraph, cluster: Cluster, global_batch: int, settings: Mapping[str, object]
+) -> Parallelism:
+    """The parallelism that the settings describe; None stands for what is usual.
+
+    Raises InvalidParallelismError when it does not fit the devices, the batch or the model.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in COUNTS:
+        value = given.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise InvalidParallelismError(f"{name}={value!r} is not a count; give 1 or more")
+
+    def count(name: str) -> int:
+        value = given.get(name, 1)
+        assert isinstance(value, int)
+        return value
+
+    inner = count("tp") * count("cp") * count("pp")
+    if "dp" not in given and cluster.num_devices % inner == 0:
+        given["dp"] = cluster.num_devices // inner
+    product = count("dp") * inner
+    if product != cluster.num_devices:
+        raise InvalidParallelismError(
+            f"dp {count('dp')} x cp {count('cp')} x tp {count('tp')} x pp {count('pp')} = {product} devices, but "
+            f"{cluster.name} has {cluster.num_devices}; the product must be equal, and dp may be left out to be filled in"
+        )
+    check_dimensions(graph, count("tp"))
+    replicate, shard, zero_stage = _data_axes(count("dp"), given)
+    size = count("microbatch_size")
+    if global_batch % (count("dp") * size):
+        raise InvalidParallelismError(
+            f"a global batch of {global_batch} does not divide into dp {count('dp')} x microbatch {size} = "
+            f"{count('dp') * size} samples; the nearest batches that do are "
+            f"{max(1, global_batch // (count('dp') * size)) * count('dp') * size} and "
+            f"{(global_batch // (count('dp') * size) + 1) * count('dp') * size}"
+        )
+    if count("ep") > 1:
+        check_experts(graph, count("ep"), count("dp"))
+    parallelism = Parallelism.model_validate(
+        {
+            "dp_replicate": replicate, "dp_shard": shard, "cp": count("cp"), "tp": count("tp"), "ep": count("ep"),
+            "pp": count("pp"), "zero_stage": zero_stage, "microbatch_size": size,
+            "num_microbatches": global_batch // (count("dp") * size),
+            "num_virtual_stages": count("num_virtual_stages"),
+            "schedule": given.get("schedule", "Interleaved1F1B" if count("num_virtual_stages") > 1 else "1F1B"),
+            "recompute": given.get("recompute", "none"),
+        }
+    )  # fmt: skip
+    check_schedule(parallelism)
+    return parallelism
+
+
+def _data_axes(dp: int, given: Mapping[str, object]) -> tuple[int, int, int]:
+    """Sizes of `dp_replicate` and `dp_shard`, and the ZeRO stage."""
+    zero_stage = given.get("zero_stage", 0)
+    if not isinstance(zero_stage, int) or zero_stage not in range(4):
+        raise InvalidParallelismError(f"zero_stage={zero_stage!r} is unknown; choose 0, 1, 2 or 3")
+    shard = given.get("dp_shard", dp if zero_stage else 1)
+    assert isinstance(shard, int)
+    if shard > 1 and not zero_stage:
+        raise InvalidParallelismError(f"dp_shard={shard} has nothing to shard at zero_stage=0; choose stage 1, 2 or 3")
+    if dp % shard:
+        raise InvalidParallelismError(
+            f"dp_shard={shard} does not divide dp={dp}; choose one of {', '.join(map(str, divisors(dp)))}"
+        )
+    return dp // shard, shard, zero_stage
+
+
+def check_dimensions(graph: OpGraph, tp: int) -> None:
+    """Raises InvalidParallelismError when no dimension of any parameter divides by `tp`."""
+    shapes = [graph.tensors[parameter.tensor].shape for parameter in graph.parameters]
+    if any(size % tp == 0 for shape in shapes for size in shape):
+        return
+    sizes = sorted({size for shape in shapes for size in shape}, reverse=True)
+    raise InvalidParallelismError(
+        f"tp={tp} divides no dimension of any parameter; their sizes are {', '.join(map(str, sizes[:12]))}"
+    )
+
+
+def check_experts(graph: OpGraph, ep: int, dp: int) -> None:
+    """Raises InvalidParallelismError for a model without experts, or a degree that they or the ranks do not allow."""
+    experts = num_experts(graph)
+    if experts == 0:
+        raise InvalidParallelismError(f"ep={ep}, but {graph.name} has no experts (no grouped matrix product); use ep=1")
+    if experts % ep or dp % ep:
+        raise InvalidParallelismError(
+            f"ep={ep} must divide both the {experts} experts of a layer and the {dp} data-parallel ranks that share them"
+        )
+
+
+def num_experts(graph: OpGraph) -> int:
+    """Experts of one layer: the leading dimension of the weights of grouped matrix products; 0 without any."""
+    return max((graph.tensors[name].shape[0] for name in expert_parameters(graph)), default=0)
+
+
+def expert_parameters(graph: OpGraph) -> frozenset[str]:
+    """Tensors of the parameters that grouped matrix products multiply by."""
+    found = set()
+    for op in graph.ops:
+        if "grouped_mm" in op.target:
+            found.update(_parameters_behind(graph, op.inputs[1]))
+    return frozenset(found)
+
+
+def _parameters_behind(graph: OpGraph, name: str) -> set[str]:
+    """The parameter that a value is a view or a copy of."""
+    while name in graph.producer:
+        inputs = graph.ops[graph.producer[name]].inputs
+        if len(inputs) != 1:
+            return set()
+        name = inputs[0]
+    return {name} if name in graph.parameter_tensors else set()
+
+
+def check_schedule(p: Parallelism) -> None:
+    """Raises InvalidParallelismError for sizes that the schedule does not run."""
+    if p.num_virtual_stages > 1 and p.pp == 1:
+        raise InvalidParallelismError(
+            f"{p.num_virtual_stages} virtual stages need a pipeline; use pp of 2 or more, or num_virtual_stages=1"
+        )
+    if not runs(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages):
+        raise InvalidParallelismError(
+            f"{p.schedule} does not run {p.num_microbatches} microbatches on {p.pp} ranks with "
+            f"{p.num_virtual_stages} stages each; Interleaved1F1B wants a multiple of pp microbatches, the others one "
+            "stage a rank"
+        )

@@ -1,0 +1,135 @@
+"""The whole way: plan a full-size model for a real cluster, then train a small sibling of it on this machine.
+
+    make demo
+
+Writes build/demo/full (a program for 64 GPUs and its launch files) and build/demo/small (a program for four
+local processes, which is run). Exit code 1 when its losses are not those of the original model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from autopar import api, models
+from autopar.cli.output import progress, short_warnings
+from autopar.launch import launch
+from autopar.model_scaling import small
+from autopar.models import ModelSpec
+from autopar.report import explain
+from autopar.report.table import table
+from autopar.rewrite.program import rewrite
+from graphs import capture
+
+MODEL, CLUSTER, GLOBAL_BATCH, TOKENS = "llama3-8b", "dgx-h100*8", 512, 1e12
+LOCAL = {"dp": 2, "tp": 2, "microbatch_size": 2, "global_batch": 8}
+STEPS = 4
+LEARNING_RATE = 1e-3
+TOLERANCE = 1e-4
+BUILD = Path(__file__).parents[1] / "build" / "demo"
+
+
+def main() -> int:
+    shutil.rmtree(BUILD, ignore_errors=True)
+    with short_warnings(quiet=False):
+        plan_full_size()
+        return train_small()
+
+
+def plan_full_size() -> None:
+    """Plan, explain, and write the program and its launch files."""
+    with heading(f"1. Plan {MODEL} for {CLUSTER}"), progress(quiet=False) as on_progress:
+        spec = models.load(MODEL)
+        model = capture(spec.build_without_memory(), spec.inputs, name=MODEL)
+        plan = api.plan(model, CLUSTER, global_batch=GLOBAL_BATCH, progress=on_progress)
+    print(explain(plan, TOKENS))
+    with heading("2. Write its program and launch files"):
+        directory = BUILD / "full"
+        rewrite(model, plan).save(directory)
+        for target in ("torchrun", "slurm"):
+            launch(plan, target).save(directory)
+        list_files(directory)
+
+
+def train_small() -> int:
+    """Train a sibling with the emitted program and by itself; 0 when the losses agree."""
+    sibling = small(models.load(MODEL))
+    num_ranks = LOCAL["dp"] * LOCAL["tp"]
+    with heading(
+        f"3. Compile {sibling.name} for {num_ranks} local processes, dp{LOCAL['dp']} x tp{LOCAL['tp']}"
+    ):
+        model = capture(sibling.build_without_memory(), sibling.inputs, name=sibling.name)
+        plan = api.evaluate(model, f"local-cpu*{num_ranks}", **LOCAL)
+        directory = BUILD / "small"
+        rewrite(model, plan).save(directory)
+        launch(plan, "torchrun").save(directory)
+        list_files(directory)
+    with heading(f"4. Train {STEPS} steps, with torchrun and in a single process"):
+        original = train_original(sibling, directory)
+        parallel = train_program(directory)
+    rows: list[Sequence[str]] = [("step", "single process", f"{num_ranks} ranks", "difference")]
+    gaps = [abs(one - many) for one, many in zip(original, parallel, strict=True)]
+    for step, losses in enumerate(zip(original, parallel, gaps, strict=True), 1):
+        rows.append((str(step), *(f"{loss:.6f}" for loss in losses)))
+    print("\n".join(table(rows)))
+    equal = max(gaps) <= TOLERANCE
+    verdict = "equal" if equal else "NOT EQUAL"
+    print(f"\n{verdict}: the losses differ by at most {max(gaps):.1e} (tolerance {TOLERANCE:.0e})")
+    return 0 if equal else 1
+
+
+def train_original(sibling: ModelSpec, directory: Path) -> list[float]:
+    """Losses of the original in this process; leaves its first weights and the data beside the program."""
+    torch.manual_seed(0)
+    model = sibling.build().train()
+    data = sibling.inputs(STEPS * LOCAL["global_batch"])
+    torch.save(model.state_dict(), directory / "weights.pt")
+    torch.save(dict(data), directory / "data.pt")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    losses = []
+    for step in range(STEPS):
+        rows = slice(step * LOCAL["global_batch"], (step + 1) * LOCAL["global_batch"])
+        loss = model(**{name: tensor[rows] for name, tensor in data.items()}).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def train_program(directory: Path) -> list[float]:
+    """Losses that the emitted program prints, started by its own launch script."""
+    command = [str(directory / "launch.sh"), "--steps", str(STEPS), "--learning-rate", str(LEARNING_RATE)]
+    command += ["--weights", "weights.pt", "--data", "data.pt"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    losses = [float(loss) for loss in re.findall(r"loss\s+([\d.]+)", done.stdout)]
+    assert len(losses) == STEPS, f"expected {STEPS} losses in the program's output:\n{done.stdout}"
+    return losses
+
+
+def list_files(directory: Path) -> None:
+    for path in sorted(directory.iterdir()):
+        print(f"  {path.relative_to(BUILD.parents[1])}  {path.read_text().count(chr(10))} lines")
+
+
+@contextmanager
+def heading(title: str) -> Iterator[None]:
+    print(f"{title}\n", flush=True)
+    began = time.perf_counter()
+    yield
+    print(f"\n  [{time.perf_counter() - began:.1f} s]\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
