@@ -81,7 +81,7 @@ def plan(
     machine = _cluster(cluster)
     if progress is not None:
         progress("capture", 0, 1)
-    capture = _capture(model, inputs, name)
+    capture = captured(model, inputs, name)
     if progress is not None:
         progress("capture", 1, 1)
     policy = training_policy(capture.graph)
@@ -127,7 +127,7 @@ def evaluate(
     """
     _check_batch(global_batch)
     machine = _cluster(cluster)
-    capture = _capture(model, inputs, name)
+    capture = captured(model, inputs, name)
     parallelism = check_parallelism(
         capture.graph,
         machine,
@@ -155,7 +155,8 @@ def _cluster(cluster: Cluster | str | Path) -> Cluster:
     return cluster if isinstance(cluster, Cluster) else hardware_db.cluster(str(cluster))
 
 
-def _capture(model: Model, inputs: Inputs | None, name: str | None) -> Capture:
+def captured(model: Model, inputs: Inputs | None, name: str | None) -> Capture:
+    """The capture of a model in any of the forms that `plan` takes."""
     if isinstance(model, Capture):
         return model
     if isinstance(model, nn.Module):

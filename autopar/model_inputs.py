@@ -21,7 +21,9 @@ def inputs_for(config: Any, class_name: str, seq_len: int) -> Inputs:
 
     Raises `ValueError` for a model that is trained on something else than tokens or images with labels.
     """
-    if class_name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")):
+    if class_name.endswith(
+        ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+    ):
         if hasattr(config, "num_mel_bins"):
             return _speech(config, seq_len)
         return _language(int(config.get_text_config().vocab_size), seq_len)
@@ -81,6 +83,9 @@ def _speech(config: Any, seq_len: int) -> Inputs:
     def inputs(batch: int) -> Mapping[str, Tensor]:
         generator = _seeded(batch)
         features = torch.randn(batch, config.num_mel_bins, frames, generator=generator)
-        return {"input_features": features, "labels": _random_tokens(generator, config.vocab_size, batch, length)}
+        return {
+            "input_features": features,
+            "labels": _random_tokens(generator, config.vocab_size, batch, length),
+        }
 
     return inputs

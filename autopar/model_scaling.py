@@ -18,7 +18,14 @@ _VOCABULARY = 512
 _EXPERTS = 8
 _MIN_MULTIPLE = 32
 
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
+_LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+)
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -44,15 +51,18 @@ def small(
 ) -> ModelSpec:
     """A sibling of the same architecture with few, narrow layers and no dropout.
 
-    The ratio of query to key-value heads is kept up to 4, feed-forward widths keep theirs to the hidden size; the
-    number of heads of either kind is divisible by 4. A model that is not from a Hugging Face configuration is returned
+    The ratio of query to key-value heads is kept up to 4, feed-forward widths keep theirs to the hidden size;
+    the number of heads of either kind is divisible by 4. A model that is not from a Hugging Face
+    configuration is returned
     as it is: its size is in its own code.
     """
     if spec.config is None:
         return spec
     config = copy.deepcopy(spec.config)
     _shrink(config, num_layers, max(seq_len, _MIN_MULTIPLE))
-    return from_hugging_face_config(config, f"{spec.name}-small", seq_len=seq_len, dtype=dtype, source=spec.source)
+    return from_hugging_face_config(
+        config, f"{spec.name}-small", seq_len=seq_len, dtype=dtype, source=spec.source
+    )
 
 
 def _shrink(config: Any, num_layers: int, positions: int) -> None:
@@ -67,7 +77,11 @@ def _shrink(config: Any, num_layers: int, positions: int) -> None:
         queries = _KV_HEADS * min(max(heads // kv_heads, 1), _MAX_GROUP)
         head_dim = max(_MIN_WIDTH // queries, _MIN_HEAD_DIM)
         width = queries * head_dim
-        new |= dict.fromkeys(_HIDDEN, width) | dict.fromkeys(_HEADS, queries) | dict.fromkeys(_HEAD_DIMS, head_dim)
+        new |= (
+            dict.fromkeys(_HIDDEN, width)
+            | dict.fromkeys(_HEADS, queries)
+            | dict.fromkeys(_HEAD_DIMS, head_dim)
+        )
         new |= dict.fromkeys(_KEY_VALUE_HEADS, _KV_HEADS if kv_heads > 1 else 1)
         new |= {name: _scaled(old[name], width / hidden) for name in _WIDTHS if old.get(name)}
     depth = min(num_layers, _first(old, _LAYERS) or num_layers)
@@ -84,7 +98,9 @@ def _shrink_routing(old: Mapping[str, Any], new: dict[str, Any]) -> None:
     experts = next((new[name] for name in _NUM_EXPERTS if name in new), None)
     if experts is None:
         return
-    chosen = next((name for name in ("num_experts_per_tok", "top_k", "num_experts_per_token") if old.get(name)), None)
+    chosen = next(
+        (name for name in ("num_experts_per_tok", "top_k", "num_experts_per_token") if old.get(name)), None
+    )
     if chosen is not None:
         new[chosen] = min(old[chosen], max(experts // 4, 1) * 2)
     if old.get("n_group"):
@@ -95,10 +111,10 @@ def _shrink_routing(old: Mapping[str, Any], new: dict[str, Any]) -> None:
 
 
 def _apply(config: Any, old: Mapping[str, Any], new: Mapping[str, Any], depth: int) -> None:
-    """Set the fields that the configuration has; cut per-layer lists, silence dropout, keep token ids in range."""
+    """Set the fields a configuration has; cut per-layer lists, silence dropout, keep token ids in range."""
     layers = _first(old, _LAYERS)
     for name, value in old.items():
-        if value is None or name not in vars(config) and not hasattr(config, name):
+        if value is None or (name not in vars(config) and not hasattr(config, name)):
             continue
         if name in new:
             setattr(config, name, new[name])

@@ -2,8 +2,8 @@
 
     llama3-8b             a published configuration from `autopar/data/models`
     path/to/config.json   a Hugging Face configuration, or the directory that holds one
-    path.py:function      a function that returns a module, or `(module, inputs)` where inputs are keyword arguments of
-                          forward, or a function from a batch size to them
+    path.py:function      a function that returns a module, or `(module, inputs)` where inputs are keyword
+                          arguments of forward, or a function from a batch size to them
 
 Hugging Face models need `transformers`, which is optional.
 """
@@ -83,11 +83,16 @@ def load(spec: str, *, seq_len: int | None = None, dtype: torch.dtype | None = N
 def published_models() -> tuple[str, ...]:
     """Names of the built-in published configurations, sorted."""
     folder = resources.files("autopar") / "data" / "models"
-    return tuple(sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json")))
+    return tuple(
+        sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json"))
+    )
 
 
 def published_model(name: str) -> Mapping[str, Any]:
-    """A built-in configuration as data: name, source, num_parameters, config. Raises `ModelError` with a suggestion."""
+    """A built-in configuration as data: name, source, num_parameters, config.
+
+    Raises `ModelError` that suggests what may have been meant.
+    """
     known = published_models()
     if name not in known:
         raise ModelError(
@@ -99,9 +104,17 @@ def published_model(name: str) -> Mapping[str, Any]:
 
 
 def from_hugging_face_config(
-    config: Any, name: str, *, seq_len: int | None = None, dtype: torch.dtype | None = None, source: str | None = None
+    config: Any,
+    name: str,
+    *,
+    seq_len: int | None = None,
+    dtype: torch.dtype | None = None,
+    source: str | None = None,
 ) -> ModelSpec:
-    """A model from a `transformers` configuration. Raises `ModelError` where it has no known head or inputs."""
+    """A model from a `transformers` configuration.
+
+    Raises `ModelError` where it has no known head or inputs.
+    """
     model_class = _model_class(config)
     length = seq_len or _default_sequence_length(config)
     try:
@@ -128,7 +141,9 @@ def _from_config_file(path: Path, seq_len: int | None, dtype: torch.dtype | None
         hint = f"; for a function in it, write {path}:function" if file.suffix == ".py" else ""
         raise ModelError(f"{file} is not JSON: {error}{hint}") from error
     name = file.parent.resolve().name if file.name == "config.json" else file.stem
-    return from_hugging_face_config(_auto_config(settings), name, seq_len=seq_len, dtype=dtype, source=str(file))
+    return from_hugging_face_config(
+        _auto_config(settings), name, seq_len=seq_len, dtype=dtype, source=str(file)
+    )
 
 
 def _from_function(path: Path, name: str, dtype: torch.dtype | None) -> ModelSpec:
@@ -138,7 +153,9 @@ def _from_function(path: Path, name: str, dtype: torch.dtype | None) -> ModelSpe
         result = function()
         module, inputs = result if isinstance(result, tuple) else (result, None)
         if not isinstance(module, nn.Module):
-            raise ModelError(f"{path}:{name} must return a module or (module, inputs), got {type(module).__name__}")
+            raise ModelError(
+                f"{path}:{name} must return a module or (module, inputs), got {type(module).__name__}"
+            )
         return (module if dtype is None else module.to(dtype)), inputs
 
     given: list[Any] = []
@@ -157,7 +174,8 @@ def _from_function(path: Path, name: str, dtype: torch.dtype | None) -> ModelSpe
     else:
         raise ModelError(
             f"{path}:{name} returns a {type(module).__name__} without saying what its inputs are; return "
-            "(module, inputs), where inputs maps the names of forward's arguments, labels included, to tensors"
+            "(module, inputs), where inputs maps the names of forward's arguments, labels included, to
+            tensors"
         )
     tokens = inputs(1).get("input_ids")
     seq_len = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
@@ -169,14 +187,19 @@ def _import_function(path: Path, name: str) -> Callable[[], Any]:
         raise ModelError(f"no file {path}")
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(f"{path.stem}_{digest}", path)
-    assert spec is not None and spec.loader is not None, f"{path} is a python file"
+    assert spec is not None, f"{path} is a python file"
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look the module up
     spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and value.__module__ == spec.name]
-        raise ModelError(f"{path} has no function {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}")
+        names = [
+            key for key, value in vars(module).items() if callable(value) and value.__module__ == spec.name
+        ]
+        raise ModelError(
+            f"{path} has no function {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
+        )
     return cast("Callable[[], Any]", function)
 
 
@@ -206,7 +229,9 @@ def _model_class(config: Any) -> type[nn.Module]:
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM):
         if type(config) in auto._model_mapping:
             return cast("type[nn.Module]", auto._model_mapping[type(config)])
-    raise ModelError(f"model_type {config.model_type!r} has no language model; set `architectures` in its configuration")
+    raise ModelError(
+        f"model_type {config.model_type!r} has no language model; set `architectures` in its configuration"
+    )
 
 
 def _build(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:

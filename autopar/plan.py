@@ -188,4 +188,19 @@ class Plan(Frozen):
         return self.model_dump_json(indent=2) + "\n"
 
     def save(self, path: str | Path) -> None:
+        """Write the JSON to a file."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote. Raises pydantic's ValidationError, a ValueError, where it is none."""
+        return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+
+    def explain(self, token_budget: float | None = None, format: Literal["text", "json"] = "text") -> str:
+        """Why this plan: verdict, mesh, stages, placements, costs by term, and the runners-up.
+
+        With `token_budget`, the number of tokens to train on, it also tells how long that takes.
+        """
+        from autopar.report import explain  # the report reads plans, not the other way round
+
+        return explain(self, token_budget, format)

@@ -1,4 +1,4 @@
-"""What a model is: its operators, tensors, parameters and repeated blocks, captured from a plain `nn.Module`."""
+"""What a model is: operators, tensors, parameters and repeated blocks, captured from a plain `nn.Module`."""
 
 from graphs.batch import inputs_of_any_batch
 from graphs.blocks import find_blocks

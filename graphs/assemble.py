@@ -1,4 +1,4 @@
-"""An exported program as an `OpGraph`: the traced ops with the model's inputs, parameters, buffers and outputs."""
+"""An exported program as an `OpGraph`: traced ops with inputs, parameters, buffers and outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class _Assembler:
         self._first_path = {
             path: item.name for item in parameters_of(model) for path in (item.name, *item.aliases)
         }
-        self._placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+        self._placeholders = {
+            node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"
+        }
         self._input_names = iter(program.call_spec.in_spec.child(1).context)
         self._declared: dict[str, torch.Tensor] = {}
         self._inputs: list[str] = []
@@ -91,7 +93,9 @@ class _Assembler:
     def _outputs(self, results: tuple[Any, ...]) -> dict[str, str]:
         """The tensors that the model returns, by key."""
         specs = self._program.graph_signature.output_specs
-        users = [item for item, spec in zip(results, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
+        users = [
+            item for item, spec in zip(results, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT
+        ]
         keys = dict(_keys(self._program.call_spec.out_spec.unflatten(range(len(users)))))
         return {
             keys[index]: self._tracer.name_of(item)
@@ -122,7 +126,11 @@ def _keys(structure: Any, prefix: str = "") -> Iterator[tuple[int, str]]:
 
 
 def _loss(outputs: Mapping[str, str], tensors: Mapping[str, ir.Tensor]) -> str | None:
-    scalars = {key: name for key, name in outputs.items() if tensors[name].shape == () and tensors[name].requires_grad}
+    scalars = {
+        key: name
+        for key, name in outputs.items()
+        if tensors[name].shape == () and tensors[name].requires_grad
+    }
     if "loss" in scalars:
         return scalars["loss"]
     return next(iter(scalars.values())) if len(scalars) == 1 else None

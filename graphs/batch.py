@@ -1,7 +1,7 @@
 """The same graph at another batch size.
 
-Every shape and every count of a model is affine in the batch size b: v(b) = v(2) + (v(3) - v(2)) * (b - 2). So two
-graphs, captured at 2 and 3, give the graph at every batch.
+Every shape and every count of a model is affine in the batch size b: v(b) = v(2) + (v(3) - v(2)) * (b - 2).
+So two graphs, captured at 2 and 3, give the graph at every batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from graphs.errors import CaptureError
 from graphs.ir import Op, OpGraph, Ref
 
 LOW, HIGH = 2, 3
-"""The batch sizes at which a model is captured; 1 and 0 are special to broadcasting, so neither is one of them."""
+"""The batch sizes at which a model is captured; 1 is special to broadcasting, so it is none of them."""
 
 Inputs = Mapping[str, Any]
 
@@ -25,12 +25,14 @@ Inputs = Mapping[str, Any]
 def inputs_of_any_batch(example: Inputs | Callable[[int], Inputs]) -> Callable[[int], Inputs]:
     """Inputs as a function of the batch size.
 
-    An example is cut or repeated along dimension 0 of those tensors that have the example's batch size there, which is
-    the most common size of dimension 0.
+    An example is cut or repeated along dimension 0 of those tensors that have the example's batch size there,
+    which is the most common size of dimension 0.
     """
     if callable(example):
         return example
-    sizes = Counter(value.shape[0] for value in example.values() if isinstance(value, torch.Tensor) and value.dim())
+    sizes = Counter(
+        value.shape[0] for value in example.values() if isinstance(value, torch.Tensor) and value.dim()
+    )
     if not sizes:
         raise CaptureError("the example inputs hold no tensor with a batch dimension")
     common = sizes.most_common(1)[0][0]
@@ -93,10 +95,13 @@ def check_alike(low: OpGraph, high: OpGraph) -> None:
                 f"the model does something else at batch {HIGH} than at batch {LOW}, first in {first.name}: "
                 f"{first.target}{first.args} against {second.target}{second.args}",
                 module=first.module,
-                advice=f"plan for the captured batch size of {LOW}, or make forward independent of the batch size",
+                advice=f"plan for the captured batch size of {LOW}, or make forward independent of the batch
+                size",
             )
     if len(low.ops) != len(high.ops):
-        raise CaptureError(f"the model has {len(low.ops)} ops at batch {LOW} and {len(high.ops)} at batch {HIGH}")
+        raise CaptureError(
+            f"the model has {len(low.ops)} ops at batch {LOW} and {len(high.ops)} at batch {HIGH}"
+        )
 
 
 def _without_counts(op: Op) -> Op:
@@ -116,7 +121,9 @@ def _alike(first: Any, second: Any) -> bool:
     if isinstance(first, (tuple, list)):
         return len(first) == len(second) and all(_alike(a, b) for a, b in zip(first, second, strict=True))
     if isinstance(first, Mapping):
-        return first.keys() == second.keys() and all(_alike(value, second[key]) for key, value in first.items())
+        return first.keys() == second.keys() and all(
+            _alike(value, second[key]) for key, value in first.items()
+        )
     return bool(first == second)
 
 

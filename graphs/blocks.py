@@ -1,6 +1,7 @@
 """Repeated blocks of a model, found by isomorphism.
 
-Siblings in the module tree whose ops do the same to corresponding tensors are instances of one block class. The
+Siblings in the module tree whose ops do the same to corresponding tensors are instances of one block class.
+The
 outermost level that repeats is taken: a transformer's layers, not their projections.
 """
 
@@ -18,7 +19,7 @@ _MIN_LEAVES = 3
 
 
 def find_blocks(graph: OpGraph) -> tuple[Block, ...]:
-    """Instances of repeated blocks in the order of their ops, non-overlapping; classes are numbered by appearance.
+    """Instances of repeated blocks in the order of their ops; classes are numbered by appearance.
 
     The ops of an instance are contiguous. It depends on the graph alone, so it serves rewritten graphs too.
     """
@@ -28,7 +29,8 @@ def find_blocks(graph: OpGraph) -> tuple[Block, ...]:
     found.sort()
     classes: dict[Hashable, int] = {}
     return tuple(
-        Block(path, classes.setdefault(form, len(classes)), start, stop) for (start, stop), path, form in found
+        Block(path, classes.setdefault(form, len(classes)), start, stop)
+        for (start, stop), path, form in found
     )
 
 
@@ -92,7 +94,9 @@ def _is_a_sequence(graph: OpGraph, members: list[str], ranges: Mapping[str, Rang
     composite = all(child in containers for child in members)
     if all(child.rpartition(".")[2].isdigit() for child in members):
         return composite or len(members) >= _MIN_LEAVES
-    return composite and all(_depends(graph, ranges[first], ranges[second]) for first, second in pairwise(members))
+    return composite and all(
+        _depends(graph, ranges[first], ranges[second]) for first, second in pairwise(members)
+    )
 
 
 def _depends(graph: OpGraph, first: Range, second: Range) -> bool:
@@ -114,7 +118,12 @@ def canonical_form(graph: OpGraph, path: str, extent: Range) -> Hashable:
     def describe(value: Any) -> Hashable:
         if isinstance(value, Ref):
             if value.name not in numbers:
-                numbers[value.name] = ("outside", len(numbers), *_kind(graph, value.name, path), *spec(value.name))
+                numbers[value.name] = (
+                    "outside",
+                    len(numbers),
+                    *_kind(graph, value.name, path),
+                    *spec(value.name),
+                )
             return numbers[value.name]
         if isinstance(value, (tuple, list)):
             return tuple(describe(item) for item in value)

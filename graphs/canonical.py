@@ -1,9 +1,9 @@
 """One way to write each operator.
 
-Arguments follow the schema: positional without trailing defaults, keyword-only ones by keyword, no devices, dimensions
-counted from the front, slices with an explicit end. On top of that each function of `_FORMS` rewrites one operator:
-everything that only gives a new shape is `aten.reshape.default`, biases are added apart, conversions are
-`aten.to.dtype`, and what changes nothing disappears.
+Arguments follow the schema: positional without trailing defaults, keyword-only ones by keyword, no devices,
+dimensions counted from the front, slices with an explicit end. On top of that each function of `_FORMS`
+rewrites one operator: everything that only gives a new shape is `aten.reshape.default`, biases are added
+apart, conversions are `aten.to.dtype`, and what changes nothing disappears.
 """
 
 from __future__ import annotations
@@ -70,10 +70,7 @@ def bind(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     given = dict(kwargs)
     positional = [argument.name for argument in schema if not argument.kwarg_only]
     given.update(zip(positional, args, strict=False))
-    arguments = {
-        argument.name: given.get(argument.name, argument.default_value)
-        for argument in schema
-    }
+    arguments = {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
     for name in _PLACEMENT_ARGUMENTS & arguments.keys():
         arguments[name] = False if name == "non_blocking" else None
     call = Bound(target, arguments)
@@ -230,7 +227,9 @@ def slice_dim(
     start, end, step = slice(start, end, step).indices(size)
     if (start, end, step) == (0, size, 1):
         return tensor
-    result: torch.Tensor = emitter.record(bind(aten.slice.Tensor, (tensor, dim, start, max(start, end), step), {}))
+    result: torch.Tensor = emitter.record(
+        bind(aten.slice.Tensor, (tensor, dim, start, max(start, end), step), {})
+    )
     return result
 
 
@@ -245,7 +244,9 @@ def _narrow(emitter: Emitter, call: Bound) -> Any:
 def _select(emitter: Emitter, call: Bound) -> Any:
     if call.target is not aten.select.int or call["index"] >= 0:
         return None
-    return emitter.emit(call.target, call["self"], call["dim"], call["index"] + call["self"].shape[call["dim"]])
+    return emitter.emit(
+        call.target, call["self"], call["dim"], call["index"] + call["self"].shape[call["dim"]]
+    )
 
 
 def _split(emitter: Emitter, call: Bound) -> Any:

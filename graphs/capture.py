@@ -6,8 +6,8 @@
     measure     FLOPs and saved tensors
     find_blocks repeated blocks
 
-Of long runs of identical layers only a few are exported, and the graph is expanded afterwards (`graphs.repeats`).
-Nothing is computed and no memory is used, whatever the size of the model.
+Of long runs of identical layers only a few are exported, and the graph is expanded afterwards
+(`graphs.repeats`). Nothing is computed and no memory is used, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -52,17 +52,20 @@ class Capture:
         return interpolate(self.graph, self.other, batch)
 
 
-def capture(model: nn.Module, example_inputs: Inputs | Callable[[int], Inputs], *, name: str | None = None) -> Capture:
+def capture(
+    model: nn.Module, example_inputs: Inputs | Callable[[int], Inputs], *, name: str | None = None
+) -> Capture:
     """The operator graph of one training step's forward, `model(**inputs)`.
 
     Args:
         model: any module, on any device, meta included. It is left as it was.
-        example_inputs: keyword arguments of forward by name, labels included, so that the model returns its loss; or a
-            function from a batch size to them. Values of tensors do not matter, shapes and dtypes do.
+        example_inputs: keyword arguments of forward by name, labels included, so that the model returns its
+            loss; or a function from a batch size to them. Values of tensors do not matter, shapes and dtypes
+            do.
         name: the graph's name, by default the class of the model.
 
-    Raises `CaptureError`, or `DataDependentError` or `UnsupportedOpError`, which are kinds of it: each names the module
-    and the line of forward.
+    Raises `CaptureError`, or `DataDependentError` or `UnsupportedOpError`, which are kinds of it: each names
+    the module and the line of forward.
     """
     inputs_at = inputs_of_any_batch(example_inputs)
     title = name or type(model).__name__
@@ -87,8 +90,8 @@ def _capture_whole(model: nn.Module, inputs: Inputs, name: str) -> OpGraph:
 def _capture_shortened(model: nn.Module, inputs_at: Callable[[int], Inputs], name: str) -> Capture | None:
     """The capture from a few instances of what repeats, None where nothing repeats or not reliably.
 
-    The two batch sizes keep a different number of instances, so whatever depends on how many there are shows up as a
-    difference between the two graphs.
+    The two batch sizes keep a different number of instances, so whatever depends on how many there are shows
+    up as a difference between the two graphs.
     """
     graphs: list[OpGraph] = []
     for batch, kept in ((LOW, 3), (HIGH, 4)):

@@ -1,8 +1,8 @@
 """Autograd functions of the user's own.
 
-Export keeps the forward of a `torch.autograd.Function` and silently drops its backward. So their forward is captured
-as the plain operators it consists of, and afterwards each function is tried on small real tensors: where its backward
-is not the derivative of its forward, the capture would train another model, and is refused.
+Export keeps the forward of a `torch.autograd.Function` and silently drops its backward. So their forward is
+captured as the plain operators it consists of, and afterwards each function is tried on small real tensors:
+where its backward is not the derivative of its forward, the capture would train another model, and is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class CustomCall:
-    """One call: the function, its arguments with tensors as (shape, dtype), and the stack of the call, outermost first."""
+    """One call: function, arguments with tensors as their shape and dtype, stack with the outermost frame first."""
 
     cls: type[Function]
     arguments: tuple[Any, ...]
@@ -106,14 +106,22 @@ def _random(spec: _Spec, generator: torch.Generator) -> torch.Tensor:
     return torch.zeros(shape, dtype=spec.dtype)
 
 
-def _outputs_and_gradients(function: Any, arguments: list[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _outputs_and_gradients(
+    function: Any, arguments: list[Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     fresh = [
         item.clone().requires_grad_(item.is_floating_point()) if isinstance(item, torch.Tensor) else item
         for item in arguments
     ]
     result = function(*fresh)
-    outputs = [item for item in (result if isinstance(result, tuple) else (result,)) if isinstance(item, torch.Tensor)]
-    total = torch.stack([(item * torch.arange(1, item.numel() + 1).reshape(item.shape)).sum() for item in outputs]).sum()
+    outputs = [
+        item
+        for item in (result if isinstance(result, tuple) else (result,))
+        if isinstance(item, torch.Tensor)
+    ]
+    total = torch.stack(
+        [(item * torch.arange(1, item.numel() + 1).reshape(item.shape)).sum() for item in outputs]
+    ).sum()
     leaves = [item for item in fresh if isinstance(item, torch.Tensor) and item.requires_grad]
     gradients = torch.autograd.grad(total, leaves, materialize_grads=True)
     return [item.detach() for item in outputs], list(gradients)

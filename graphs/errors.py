@@ -1,13 +1,12 @@
 """What can go wrong when a model becomes a graph.
 
-    GraphError(ValueError)
-        CaptureError                 the model could not be captured
-            DataDependentError       control flow or a shape depends on the values of a tensor
-            UnsupportedOpError       an operator with no functional form, or one whose backward would be lost
+GraphError(ValueError)
+    CaptureError                 the model could not be captured
+        DataDependentError       control flow or a shape depends on the values of a tensor
+        UnsupportedOpError       an operator with no functional form, or one whose backward would be lost
 """
 
 from __future__ import annotations
-
 
 DATA_DEPENDENT_ADVICE = "replace the branch or the variable shape by torch.where, masking or a fixed size"
 
@@ -26,7 +25,9 @@ class CaptureError(GraphError):
         advice: what to do about it.
     """
 
-    def __init__(self, problem: str, *, module: str | None = None, source: str | None = None, advice: str = "") -> None:
+    def __init__(
+        self, problem: str, *, module: str | None = None, source: str | None = None, advice: str = ""
+    ) -> None:
         self.problem = problem
         self.module = module
         self.source = source

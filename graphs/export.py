@@ -33,8 +33,8 @@ _TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_t
 def export_training(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProgram:
     """The training graph of `model(**inputs)` as torch exports it.
 
-    Parameters and inputs are replaced by fake tensors on the cpu for the time of the export, buffers only where they
-    have no values. The model is left as it was. Raises `CaptureError` and its kin.
+    Parameters and inputs are replaced by fake tensors on the cpu for the time of the export, buffers only
+    where they have no values. The model is left as it was. Raises `CaptureError` and its kin.
     """
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
@@ -55,7 +55,8 @@ def export_training(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProg
                 f"forward calls the custom autograd function {function.cls.__qualname__}: {problem}",
                 module=path,
                 source=source,
-                advice="write it in plain torch, or register it as a torch.library.custom_op with register_autograd",
+                advice="write it in plain torch, or register it as a torch.library.custom_op with
+                register_autograd",
             )
     return program
 
@@ -73,7 +74,9 @@ def fake_like(value: Any, fake_mode: FakeTensorMode) -> Any:
 def _in_training(model: nn.Module) -> Iterator[None]:
     """Training mode, with activation checkpointing off: what to recompute is decided later."""
     modes = [(module, module.training) for module in model.modules()]
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    checkpointed = [
+        module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True
+    ]
     model.train()
     for module in checkpointed:
         module.gradient_checkpointing = False
@@ -89,7 +92,9 @@ def _in_training(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _without_memory(model: nn.Module, fake_mode: FakeTensorMode) -> Iterator[None]:
     """Fake parameters in place of the model's own, ties kept; fake buffers where the model's have no values."""
-    parameters = [(module, name, value) for module in model.modules() for name, value in module._parameters.items()]
+    parameters = [
+        (module, name, value) for module in model.modules() for name, value in module._parameters.items()
+    ]
     buffers = [(module, name, value) for module in model.modules() for name, value in module._buffers.items()]
     fakes: dict[int, nn.Parameter] = {}
     try:
@@ -134,7 +139,10 @@ def _explained(error: Exception, model: nn.Module) -> CaptureError:
         chain.append(cause)
     path, source = _where([frame for item in chain for frame in _frames(item.__traceback__)], model)
     if any(isinstance(item, _DATA_DEPENDENT) for item in chain) or "data-dependent" in str(error).lower():
-        operator = next((str(item.func) for item in chain if isinstance(item, _DATA_DEPENDENT[:2])), "a condition, a number or a size read from it")
+        operator = next(
+            (str(item.func) for item in chain if isinstance(item, _DATA_DEPENDENT[:2])),
+            "a condition, a number or a size read from it",
+        )
         return DataDependentError(
             f"forward depends on the values of a tensor ({operator})",
             module=path,

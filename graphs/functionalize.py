@@ -1,7 +1,8 @@
 """In-place operators as functional ones.
 
-A tensor that is written to gets a new version. Views remember how they were made, so that a write through a view
-makes a new version of the base (`select_scatter` and its kin), and a view read after a write is made anew.
+A tensor that is written to gets a new version. Views remember how they were made, so that a write through a
+view makes a new version of the base (`select_scatter` and its kin), and a view read after a write is made
+anew.
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ class Versions:
 
 def is_in_place(target: OpOverload) -> bool:
     """Whether an operator writes to an argument."""
-    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in target._schema.arguments)
+    return any(
+        argument.alias_info is not None and argument.alias_info.is_write
+        for argument in target._schema.arguments
+    )
 
 
 def functional_form(tracer: Any, call: Bound) -> torch.Tensor:
@@ -150,7 +154,9 @@ def _write_back(emitter: Emitter, view: _View, value: torch.Tensor) -> torch.Ten
     )
 
 
-def _scatter(emitter: Emitter, target: OpOverload, base: torch.Tensor, value: torch.Tensor, *place: int) -> torch.Tensor:
+def _scatter(
+    emitter: Emitter, target: OpOverload, base: torch.Tensor, value: torch.Tensor, *place: int
+) -> torch.Tensor:
     result: torch.Tensor = emitter.record(Bound(target, _scatter_arguments(target, base, value, place)))
     return result
 
@@ -160,4 +166,7 @@ def _scatter_arguments(
 ) -> dict[str, Any]:
     names = [argument.name for argument in target._schema.arguments]
     given = dict(zip(names, (base, value, *place), strict=False))
-    return {argument.name: given.get(argument.name, argument.default_value) for argument in target._schema.arguments}
+    return {
+        argument.name: given.get(argument.name, argument.default_value)
+        for argument in target._schema.arguments
+    }

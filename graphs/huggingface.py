@@ -1,8 +1,8 @@
 """What Hugging Face models need around an export.
 
-They are recognised by their looks: `transformers` is optional. In an export they would build a dense mask even where
-attention is plainly causal, because a mask with padding cannot be told from one without; here it can, from whether
-the caller gives one.
+They are recognised by their looks: `transformers` is optional. In an export they would build a dense mask
+even where attention is plainly causal, because a mask with padding cannot be told from one without; here it
+can, from whether the caller gives one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TRACEABLE_ATTENTION = frozenset({"sdpa", "eager"})
 
 @contextmanager
 def prepared_for_export(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
-    """No key-value caches, attention that torch can trace, grouped experts, and no mask where none is given."""
+    """No caches, attention that torch can trace, grouped experts, and no mask where none is given."""
     configs = _configs(model)
     before = [(config, dict(vars(config))) for config in configs]
     masks = sys.modules.get("transformers.masking_utils")
@@ -33,7 +33,9 @@ def prepared_for_export(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator
         replaced: dict[str, Any] = {"is_torchdynamo_exporting": lambda: False}
         if "position_ids" not in inputs:  # positions that the model counts itself never restart inside a row
             replaced["find_packed_sequence_indices"] = lambda position_ids: None
-        with patch.multiple(masks, **{name: value for name, value in replaced.items() if hasattr(masks, name)}):
+        with patch.multiple(
+            masks, **{name: value for name, value in replaced.items() if hasattr(masks, name)}
+        ):
             yield
     finally:
         for config, attributes in before:

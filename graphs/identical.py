@@ -15,24 +15,32 @@ _TENSOR_SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
 def identical_modules(first: nn.Module, other: nn.Module, offset: int) -> bool:
     """Whether two modules differ in the values of tensors only.
 
-    `offset` is how much further on in their container `other` stands: integers that differ by exactly that (a layer's
-    own index) are taken as equal.
+    `offset` is how much further on in their container `other` stands: integers that differ by exactly that (a
+    layer's own index) are taken as equal.
     """
     if type(first) is not type(other) or first._modules.keys() != other._modules.keys():
         return False
-    if not _same_tensors(first._parameters, other._parameters) or not _same_tensors(first._buffers, other._buffers):
+    if not _same_tensors(first._parameters, other._parameters) or not _same_tensors(
+        first._buffers, other._buffers
+    ):
         return False
     mine, theirs = _settings(first), _settings(other)
-    if mine.keys() != theirs.keys() or not all(_same(value, theirs[key], offset) for key, value in mine.items()):
+    if mine.keys() != theirs.keys() or not all(
+        _same(value, theirs[key], offset) for key, value in mine.items()
+    ):
         return False
     pairs = zip(first._modules.values(), other._modules.values(), strict=True)
-    return all(a is b or (a is not None and b is not None and identical_modules(a, b, offset)) for a, b in pairs)
+    return all(
+        a is b or (a is not None and b is not None and identical_modules(a, b, offset)) for a, b in pairs
+    )
 
 
 def uniform_settings(model: nn.Module, container: str, length: int, positions: Sequence[int]) -> bool:
-    """Whether no list with one entry per child, in the modules above or their configurations, tells children apart."""
+    """Whether no list with an entry per child, in the modules above or their configurations, tells them apart."""
     for values in _lists_above(model, container):
-        if len(values) == length and any(not _same(values[positions[0]], values[index], 0) for index in positions):
+        if len(values) == length and any(
+            not _same(values[positions[0]], values[index], 0) for index in positions
+        ):
             return False
     return True
 

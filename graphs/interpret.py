@@ -34,8 +34,9 @@ def call(op: Op, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def run(graph: OpGraph, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every tensor of the graph, by name.
 
-    `values` gives the inputs, the parameters and the buffers by tensor name; a buffer with a recorded value need not
-    be given. Gradients flow as in any torch program. Raises `KeyError` for a tensor that is not given.
+    `values` gives the inputs, the parameters and the buffers by tensor name; a buffer with a recorded value
+    need not be given. Gradients flow as in any torch program. Raises `KeyError` for a tensor that is not
+    given.
     """
     known = {buffer.tensor: buffer.value for buffer in graph.buffers if buffer.value is not None}
     known.update(values)

@@ -60,7 +60,9 @@ def with_leaves_of(graph: OpGraph, model: nn.Module) -> OpGraph:
     parameters = parameters_of(model)
     tensors = {name: graph.tensors[name] for name in graph.inputs}
     tensors |= {item.tensor: _leaf(item.tensor, model.get_parameter(item.name)) for item in parameters}
-    tensors |= {item.tensor: _leaf(item.tensor, model.get_buffer(item.name)) for item in buffers if item.tensor in own}
+    tensors |= {
+        item.tensor: _leaf(item.tensor, model.get_buffer(item.name)) for item in buffers if item.tensor in own
+    }
     tensors |= {item.tensor: graph.tensors[item.tensor] for item in buffers if item.tensor not in own}
     tensors |= {name: graph.tensors[name] for op in graph.ops for name in op.outputs}
     return replace(graph, tensors=tensors, parameters=parameters, buffers=buffers, modules=modules_of(model))

@@ -1,7 +1,7 @@
 """What each operator costs and keeps: floating-point operations, and what autograd saves for the backward.
 
-The graph is run once on fake tensors, so shapes are followed exactly and nothing is computed. Where the kernels of an
-accelerator keep something else than those of a cpu, `_as_on_accelerator` says what.
+The graph is run once on fake tensors, so shapes are followed exactly and nothing is computed. Where the
+kernels of an accelerator keep something else than those of a cpu, `_as_on_accelerator` says what.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ _DROPOUT_MASK_BYTES = 1
 def measured(graph: OpGraph) -> OpGraph:
     """The graph with its tensors as they turn out, and `flops`, `saved` and `saved_internal_bytes` of every op.
 
-    FLOPs are those of the forward, as `torch.utils.flop_counter.FlopCounterMode` counts them. A storage that autograd
-    keeps and that belongs to a tensor of the graph is listed in `saved` of every op that keeps it.
+    FLOPs are those of the forward, as `torch.utils.flop_counter.FlopCounterMode` counts them. A storage that
+    autograd keeps and that belongs to a tensor of the graph is listed in `saved` of every op that keeps it.
     """
-    with FakeTensorMode() as fake_mode, FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter:
+    with (
+        FakeTensorMode() as fake_mode,
+        FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter,
+    ):
         values = _leaves(graph, fake_mode)
         owners = {value.untyped_storage()._cdata: name for name, value in values.items()}
         tensors = {name: graph.tensors[name] for name in values}
@@ -70,7 +73,11 @@ class _Saved(saved_tensors_hooks):
 
 
 def _leaves(graph: OpGraph, fake_mode: FakeTensorMode) -> dict[str, torch.Tensor]:
-    names = [*graph.inputs, *(item.tensor for item in graph.parameters), *(item.tensor for item in graph.buffers)]
+    names = [
+        *graph.inputs,
+        *(item.tensor for item in graph.parameters),
+        *(item.tensor for item in graph.buffers),
+    ]
     leaves = {}
     for name in names:
         spec = graph.tensors[name]
@@ -81,9 +88,9 @@ def _leaves(graph: OpGraph, fake_mode: FakeTensorMode) -> dict[str, torch.Tensor
 def _as_on_accelerator(op: Op, graph: OpGraph) -> Op:
     """The op as it must run here to save what an accelerator's kernel saves.
 
-    Fused attention keeps q, k, v, the output and the log-sum-exp there, with dropout too; the cpu kernel has no
-    dropout. Dropout itself keeps a mask of one byte an element (`_hidden_masks_bytes`), not one of the operand's
-    dtype.
+    Fused attention keeps q, k, v, the output and the log-sum-exp there, with dropout too; the cpu kernel has
+    no dropout. Dropout itself keeps a mask of one byte an element (`_hidden_masks_bytes`), not one of the
+    operand's dtype.
     """
     if op.target == "aten.scaled_dot_product_attention.default" and len(op.args) > 4 and op.args[4] > 0:
         return replace(op, args=(*op.args[:4], 0.0, *op.args[5:]))

@@ -11,8 +11,8 @@ from torch import nn
 def build_without_memory(factory: Callable[[], nn.Module]) -> nn.Module:
     """The module that `factory` builds, with every parameter on the meta device.
 
-    A parameter moves to meta as soon as a module registers it, before anything initialises it, so at most one of them
-    has memory at a time. Ties are kept. Buffers are real and have their values.
+    A parameter moves to meta as soon as a module registers it, before anything initialises it, so at most one
+    of them has memory at a time. Ties are kept. Buffers are real and have their values.
     """
     register = nn.Module.register_parameter
 

@@ -1,8 +1,9 @@
 """Capture one instance of what repeats: shorten long runs of identical modules, and expand the graph again.
 
-A run is a stretch of structurally identical children of one container. Only a few of them are exported; where the
-graph shows that the second and the last of these do the same, each to what the one before left, the second is cloned
-for every child left out. `expanded` returns None where it does not show that, and the whole model is exported instead.
+A run is a stretch of structurally identical children of one container. Only a few of them are exported; where
+the graph shows that the second and the last of these do the same, each to what the one before left, the
+second is cloned for every child left out. `expanded` returns None where it does not show that, and the whole
+model is exported instead.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from graphs.leaves import with_leaves_of
 from graphs.blocks import is_under, op_range
 from graphs.identical import identical_modules, uniform_settings
 from graphs.ir import Op, OpGraph, Ref, map_refs
+from graphs.leaves import with_leaves_of
 
 MIN_RUN = 5
 """Shorter runs are not worth shortening."""
@@ -48,7 +49,9 @@ def find_runs(model: nn.Module, kept: int) -> tuple[Run, ...]:
             runs += [
                 Run(path, names, kept)
                 for names in _stretches(module, shared)
-                if uniform_settings(model, path, len(module), [list(module._modules).index(name) for name in names])
+                if uniform_settings(
+                    model, path, len(module), [list(module._modules).index(name) for name in names]
+                )
             ]
     return tuple(runs)
 
@@ -108,12 +111,16 @@ def _expand_run(graph: OpGraph, run: Run) -> OpGraph | None:
     return _with_clones(graph, run, segments, starts[0], stop)
 
 
-def _with_clones(graph: OpGraph, run: Run, segments: Sequence[Sequence[Op]], start: int, stop: int) -> OpGraph:
+def _with_clones(
+    graph: OpGraph, run: Run, segments: Sequence[Sequence[Op]], start: int, stop: int
+) -> OpGraph:
     """The graph with the second instance cloned for every child that was left out."""
     first, second, *others = segments
     missing = len(run.children) - run.kept
     following = {
-        old: new for a, b in zip(first, second, strict=True) for old, new in zip(a.outputs, b.outputs, strict=True)
+        old: new
+        for a, b in zip(first, second, strict=True)
+        for old, new in zip(a.outputs, b.outputs, strict=True)
     }
     tensors = dict(graph.tensors)
     ops = [*first, *second]
@@ -146,7 +153,7 @@ def _copy_name(name: str, copy: int) -> str:
 
 
 def _repeats(graph: OpGraph, run: Run, segments: Sequence[Sequence[Op]]) -> bool:
-    """Whether every instance but the first does to its predecessor's results what the second does to the first's."""
+    """Whether every instance does to its predecessor's results what the second does to the first's."""
     first, second, *others = segments
     if any(len(segment) != len(first) for segment in segments[:-1]):
         return False
@@ -163,7 +170,7 @@ Instance = tuple[str, Sequence[Op] | None, Sequence[Op]]
 
 
 def _correspond(graph: OpGraph, left: Instance, right: Instance) -> bool:
-    """Whether two instances do the same. Where none precede, any tensors from outside may stand for each other."""
+    """Whether two instances do the same; where none precede, any tensors from outside may correspond."""
     (left_path, left_before, left_ops), (right_path, right_before, right_ops) = left, right
     if len(right_ops) > len(left_ops):
         return False
@@ -217,7 +224,7 @@ def _moved(path: str, source: str, destination: str) -> str:
 def _read_elsewhere(
     graph: OpGraph, run: Run, start: int, stop: int, segments: Sequence[Sequence[Op]]
 ) -> bool:
-    """Whether anything but its successor reads an instance other than the last, or others read its parameters."""
+    """Whether anything but its successor reads an instance before the last, or others read its parameters."""
     made = [{name for op in segment for name in op.outputs} for segment in segments]
     earlier = set().union(*made[:-1])
     own = {
@@ -226,7 +233,9 @@ def _read_elsewhere(
         if any(is_under(item.name, run.path(index)) for index in range(run.kept))
     }
     outside = [*graph.ops[:start], *graph.ops[stop:]]
-    if not earlier.isdisjoint(graph.outputs) or any(not (earlier | own).isdisjoint(op.inputs) for op in outside):
+    if not earlier.isdisjoint(graph.outputs) or any(
+        not (earlier | own).isdisjoint(op.inputs) for op in outside
+    ):
         return True
     return any(
         not made[other].isdisjoint(op.inputs)

@@ -11,7 +11,7 @@ from graphs.simplify import simplified
 
 
 def tidied(graph: OpGraph) -> OpGraph:
-    """The graph simplified, without dead ops, with ops and tensors named after operators: `linear`, `linear_1`, ..."""
+    """The graph simplified, without dead ops, all named after operators: `linear`, `linear_1`, ..."""
     return renamed(without_dead_ops(simplified(without_dead_ops(graph))))
 
 
@@ -44,7 +44,9 @@ def renamed(graph: OpGraph) -> OpGraph:
     for op in graph.ops:
         base = _short(op.target)
         name = _free(base, numbers, taken)
-        results = [name] if len(op.outputs) == 1 else [f"{name}_part{index}" for index in range(len(op.outputs))]
+        results = (
+            [name] if len(op.outputs) == 1 else [f"{name}_part{index}" for index in range(len(op.outputs))]
+        )
         taken.update(results)
         names.update(zip(op.outputs, results, strict=True))
         ops.append(_with_names(replace(op, name=name), names))

@@ -1,7 +1,8 @@
 """From an exported program to a straight line of functional operators.
 
-The program is interpreted on fake tensors. Each node is brought into canonical form (`graphs.canonical`), in-place
-operators become functional ones (`graphs.functionalize`), and whatever is then really called is recorded.
+The program is interpreted on fake tensors. Each node is brought into canonical form (`graphs.canonical`),
+in-place operators become functional ones (`graphs.functionalize`), and whatever is then really called is
+recorded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from graphs.errors import DATA_DEPENDENT_ADVICE, CaptureError, DataDependentErro
 from graphs.functionalize import Versions, functional_form, is_in_place
 
 _PURE_ASSERTIONS = frozenset({"aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar"})
-_INLINED_REGIONS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint"})
+_INLINED_REGIONS = frozenset(
+    {"wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint"}
+)
 
 
 @dataclass
@@ -55,7 +58,9 @@ class Tracer:
     def declare(self, name: str, like: torch.Tensor, *, requires_grad: bool) -> torch.Tensor:
         """A fresh fake tensor that stands for an input, a parameter or a buffer."""
         with self._fake_mode:
-            fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, requires_grad=requires_grad)
+            fake = torch.empty_strided(
+                like.shape, like.stride(), dtype=like.dtype, requires_grad=requires_grad
+            )
         self._record_tensor(name, fake)
         return fake
 
@@ -133,13 +138,22 @@ class Tracer:
 
         named = {key: as_refs(value) for key, value in kwargs.items()}
         self.trace.ops.append(
-            ir.Op(name, str(call.target), tuple(as_refs(item) for item in args), named, tuple(outputs), self._module)
+            ir.Op(
+                name,
+                str(call.target),
+                tuple(as_refs(item) for item in args),
+                named,
+                tuple(outputs),
+                self._module,
+            )
         )
 
     def _record_tensor(self, name: str, tensor: torch.Tensor) -> None:
         self._alive.append(tensor)  # an id is unique only while the tensor lives
         self._names[id(tensor)] = name
-        self.trace.tensors[name] = ir.Tensor(name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, name)
+        self.trace.tensors[name] = ir.Tensor(
+            name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, name
+        )
 
     def _detach(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a region without gradients sees of a tensor that has one."""

@@ -56,7 +56,9 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -66,7 +68,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A small residual network for images of 32 × 32."""
+    """A small residual network for images of 32 by 32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +159,9 @@ def classes(batch: int, count: int = 10) -> Tensor:
     return torch.arange(batch) % count
 
 
-def hugging_face(head: str, config: str, inputs: Callable[[int], Mapping[str, Tensor]], **settings: Any) -> Case:
+def hugging_face(
+    head: str, config: str, inputs: Callable[[int], Mapping[str, Tensor]], **settings: Any
+) -> Case:
     """A `transformers` model by the names of its head and configuration classes."""
 
     def build() -> nn.Module:
@@ -170,7 +174,12 @@ def hugging_face(head: str, config: str, inputs: Callable[[int], Mapping[str, Te
 
 
 def _bert_like(config: str, **more: Any) -> Case:
-    settings = {"intermediate_size": 128, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **more}
+    settings = {
+        "intermediate_size": 128,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **more,
+    }
     return hugging_face(f"{config.removesuffix('Config')}ForMaskedLM", config, language, **TEXT, **settings)
 
 
@@ -295,7 +304,13 @@ HUGGING_FACE = (
     ),
     hugging_face("FalconForCausalLM", "FalconConfig", language, **TEXT, **SPECIAL, alibi=False),
     hugging_face(
-        "GPTNeoXForCausalLM", "GPTNeoXConfig", language, **TEXT, **SPECIAL, intermediate_size=128, hidden_dropout=0.0
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        language,
+        **TEXT,
+        **SPECIAL,
+        intermediate_size=128,
+        hidden_dropout=0.0,
     ),
     hugging_face(
         "MambaForCausalLM",
@@ -308,7 +323,9 @@ HUGGING_FACE = (
         **SPECIAL,
     ),
     MIXTRAL,
-    _llama_like("Qwen3MoeConfig", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    _llama_like(
+        "Qwen3MoeConfig", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
     hugging_face(
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
@@ -379,7 +396,11 @@ HUGGING_FACE = (
         projection_dim=32,
     ),
     hugging_face(
-        "Dinov2ForImageClassification", "Dinov2Config", _vision, **{**_VISION, "mlp_ratio": 2}, drop_path_rate=0.0
+        "Dinov2ForImageClassification",
+        "Dinov2Config",
+        _vision,
+        **{**_VISION, "mlp_ratio": 2},
+        drop_path_rate=0.0,
     ),
 )
 

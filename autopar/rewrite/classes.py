@@ -19,7 +19,7 @@ from autopar.rewrite.stages import Stage
 from autopar.rewrite.tree import CALL, Node
 from graphs.ir import Buffer, Op, OpGraph, Ref, Tensor
 
-LITERAL_ELEMENTS = 64
+LITERAL_ELEMENTS = 8
 """A buffer of at most this many elements is written into the source; a larger one is saved beside it."""
 
 
@@ -486,8 +486,8 @@ class _Body:
                 if used is not None:
                     self.axes[str(used)] = None
             render = self._special(op)
-            comment = self._transition(op, axis) if axis else ""
-            return Statement(op.outputs, reads, render, names, weight=2, foldable=False, comment=comment or conversion)
+            comment = self._transition(op, axis) if axis else _SPLIT_OPS[conversion]
+            return Statement(op.outputs, reads, render, names, weight=2, foldable=False, comment=comment)
         if op.target == CALL:
             relative = op.module.removeprefix(f"{self.node.path}." if self.node.path else "")
 
@@ -641,6 +641,11 @@ class _Body:
             carried=carried,
         )
 
+
+_SPLIT_OPS = {
+    "embedding": "rows of the table are split: -> P/R",
+    "cross_entropy": "split rows give this rank's term, split classes the whole",
+}
 
 RESERVED = frozenset(
     {"self", "mesh", "torch", "nn", "F", "layer", "batch", "checkpoint", "embedding", "cross_entropy", "copy", "shard"}

@@ -34,11 +34,13 @@ class Program:
         plan: what it carries out.
         files: name -> text of `model.py`, `train.py`, `parity.py`, `plan.json` and the runtime.
         buffers: buffers of the model too large to stand in the source.
+        loss_name: under which key, or at which place, the original model returns its loss.
     """
 
     plan: Plan
     files: Mapping[str, str]
     buffers: Mapping[str, torch.Tensor]
+    loss_name: str
 
     @property
     def source(self) -> str:
@@ -70,7 +72,8 @@ def rewrite(capture: Capture, plan: Plan) -> Program:
     assert graph.loss is not None
     stages = cut(graph, [_start(local, stage.first_op) for stage in plan.stages], (graph.loss,))
     context = _context(capture, plan, local)
-    model = emit_model(context, stages, _header(plan), _class_name(plan.model.name))
+    root = capture.graph.modules.get("")
+    model = emit_model(context, stages, _header(plan), root.type_name if root else _class_name(plan.model.name))
     _, partial = parameter_tables(context, stages)
     training = emit_training(_training_facts(context, plan, stages, bool(partial)))
     runtime = Path(__file__).parents[1] / "runtime" / RUNTIME
@@ -81,7 +84,8 @@ def rewrite(capture: Capture, plan: Plan) -> Program:
         RUNTIME: runtime.read_text(encoding="utf-8"),
         "plan.json": plan.to_json(),
     }
-    return Program(plan, files, model.buffers)
+    loss_name = capture.graph.output_names[capture.graph.outputs.index(capture.graph.loss or "")]
+    return Program(plan, files, model.buffers, loss_name)
 
 
 def local_program(capture: Capture, plan: Plan) -> Localized:

@@ -231,4 +231,5 @@ _SPOKEN = {
     "cross_entropy_loss": "loss",
     "cross_entropy": "loss",
     "constant_pad_nd": "padded",
+    "arange": "positions",
 }

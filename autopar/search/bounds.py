@@ -33,6 +33,7 @@ class Bounds:
         self.cluster = cluster
         self.policy = policy
         self.graph: OpGraph = capture.graph
+        self.num_parameters = capture.graph.num_parameters
         self.batch = 2  # the reference batch of a capture
 
     @cached_property
@@ -80,14 +81,14 @@ class Bounds:
 
     def memory_bytes(self, p: Parallelism) -> float:
         """No rank of the fullest kind has less."""
-        share = self.graph.num_parameters / (p.pp * p.tp)
+        share = self.num_parameters / (p.pp * p.tp)
         states = model_state_ledger(share, self.policy, p.zero_stage, p.dp_shard).total_bytes
         activations = p.microbatch_size * self.saved_bytes[p.recompute] / (p.pp * p.tp)
         return states + activations + self.cluster.device.efficiency.reserved_memory_bytes
 
     def _update_s(self, p: Parallelism) -> float:
         """The optimizer's traffic at the device's full bandwidth."""
-        share = self.graph.num_parameters / (p.pp * p.tp * (p.dp_shard if p.zero_stage else 1))
+        share = self.num_parameters / (p.pp * p.tp * (p.dp_shard if p.zero_stage else 1))
         return self.policy.update_bytes * share / self.cluster.device.memory_bandwidth_bytes_per_s
 
     def _forward_s(self, op: Op) -> float:

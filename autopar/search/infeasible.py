@@ -20,7 +20,7 @@ MOST_DOUBLINGS = 6
 
 def infeasible(planner: Planner, result: SearchResult, global_batch: int, pins: Pins) -> InfeasibleError:
     """The error to raise, after trying what would help."""
-    nearest = better(result.nearest, smallest(planner, global_batch, pins))
+    nearest = smallest(planner, global_batch, pins)
     evaluated = nearest.evaluated
     fullest = max(evaluated.ledgers, key=lambda ledger: ledger.total_bytes)
     entries = sorted(ledger_entries(fullest).items(), key=lambda entry: -entry[1])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import overload
 
 from autopar.errors import InvalidParallelismError, PinConflictError, SearchTimeoutError
 from autopar.plan import Parallelism
@@ -27,16 +28,17 @@ Progress = Callable[[str, int, int], None]
 
 NUM_RUNNERS_UP = 4
 
+BASELINES = {"DDP": 0, "FSDP": 3}
+"""Plain data parallelism by name, and its ZeRO stage."""
+
 
 @dataclass(frozen=True)
 class Solved:
-    """A candidate with its program, made at one of the memory prices, and its cost. `floor_s` is the step time of its
-    fastest program, whether or not that fits."""
+    """A candidate with its program, made at one of the memory prices, and its cost."""
 
     evaluated: Evaluated
     program: Program
     price_level: int
-    floor_s: float
 
     @property
     def parallelism(self) -> Parallelism:
@@ -45,18 +47,16 @@ class Solved:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What the search found. `best` is None where nothing fits; then `nearest` exceeds memory the least.
+    """What the search found; `best` is None where nothing fits.
 
     `runners_up` are the best of other meshes, in order; `baselines` plain DDP and FSDP by name, None where the batch
-    does not divide over the devices.
+    does not divide over the devices. `pruned` counts the candidates that were dropped, by why.
     """
 
     best: Solved | None
-    nearest: Solved | None
     runners_up: tuple[Solved, ...]
     baselines: dict[str, Solved | None]
     bound_s: float
-    is_complete: bool
     num_candidates: int
     num_solved: int
     pruned: dict[str, int] = field(default_factory=dict)
@@ -85,48 +85,101 @@ class Planner:
         self.progress = progress or (lambda step, done, total: None)
 
     def search(self, global_batch: int, pins: Pins) -> SearchResult:
-        """The best plan for a global batch. Raises PinConflictError when the pins leave no candidate at all."""
+        """The best plan for a global batch. Raises PinConflictError when the pins leave no candidate at all, and
+        SearchTimeoutError when the time limit passes before there is any plan."""
         found = self.candidates(global_batch, pins)
         capacity = self.cluster.device.memory_bytes
         possible = [p for p in found if self.bounds.memory_bytes(p) <= capacity]
         sample_s = self._sample_floors_s(possible)
         order = sorted((self.bounds.step_s(p, sample_s[p.tp]), index) for index, p in enumerate(possible))
         outcome = _Outcome()
-        done = 0
-        is_complete = True
-        for done, (floor_s, index) in enumerate(order, 1):
-            if outcome.best is not None and floor_s >= outcome.best.evaluated.step_s:
-                done -= 1
+        waiting_s = float("inf")
+        num_seen = 0
+        for floor_s, index in order:
+            if floor_s >= outcome.best_s:
+                waiting_s = floor_s
                 break
             if self._is_late():
-                done -= 1
-                is_complete = False
+                waiting_s = floor_s
+                outcome.pruned["time limit"] = len(order) - num_seen
                 break
-            outcome.add(self.solve(possible[index], outcome.best_s))
-            self.progress("search", done, len(order))
+            num_seen += 1
+            self._try(possible[index], outcome)
+            self.progress("search", num_seen, len(order))
         self.progress("search", len(order), len(order))
-        if not is_complete and outcome.best is None:
+        outcome.pruned["memory floor"] = len(found) - len(possible)
+        if "time limit" not in outcome.pruned:
+            outcome.pruned["time floor"] += len(order) - num_seen
+        elif outcome.best is None:
             raise SearchTimeoutError(
-                f"no plan within the time limit: {done} of {len(order)} candidates were priced; allow more time, "
+                f"no plan within the time limit: {num_seen} of {len(order)} candidates were looked at; allow more time, "
                 "or pin some settings"
             )
-        waiting_s = min((floor_s for floor_s, _ in order[done:]), default=float("inf"))
-        best_s = outcome.best_s
         return SearchResult(
             best=outcome.best,
-            nearest=outcome.nearest if outcome.best is None else None,
             runners_up=outcome.runners_up(),
-            baselines={name: self._baseline(name, global_batch) for name in ("DDP", "FSDP")},
-            bound_s=min(best_s, waiting_s, outcome.floor_s),
-            is_complete=is_complete,
+            baselines={} if outcome.best is None else {n: self._baseline(n, global_batch) for n in BASELINES},
+            bound_s=min(outcome.best_s, waiting_s, outcome.floor_s),
             num_candidates=len(found),
-            num_solved=done,
-            pruned={
-                "memory floor": len(found) - len(possible),
-                "time floor" if is_complete else "time limit": len(order) - done,
-                "out of memory": outcome.num_too_big,
-            },
+            num_solved=outcome.num_priced,
+            pruned=outcome.pruned,
         )
+
+    def _try(self, p: Parallelism, outcome: _Outcome) -> None:
+        """Price the candidate unless its program is seen not to fit, or not to be fast enough."""
+        floor_s = self.bounds.step_s(p, self.programs.program(p).sample_s(p))
+        if floor_s >= outcome.best_s:
+            outcome.pruned["time floor"] += 1
+            return
+        solved = self.solve(p, only_if_it_fits=True)
+        if solved is None:
+            outcome.leave(floor_s)
+        else:
+            outcome.add(solved, floor_s)
+
+    def candidates(self, global_batch: int, pins: Pins) -> tuple[Parallelism, ...]:
+        """All candidates. Raises PinConflictError when there are none."""
+        found = tuple(candidates(self.cluster, global_batch, self.tensor_degrees(), self._num_units(), pins))
+        if not found:
+            raise PinConflictError(self._why_empty(global_batch, pins))
+        return found
+
+    @overload
+    def solve(self, p: Parallelism) -> Solved: ...
+    @overload
+    def solve(self, p: Parallelism, *, only_if_it_fits: bool) -> Solved | None: ...
+    def solve(self, p: Parallelism, *, only_if_it_fits: bool = False) -> Solved | None:
+        """The candidate with the fastest program that fits, else with the smallest one, or None if so wished."""
+        levels = range(len(MEMORY_PRICES) if p.tp > 1 else 1)
+        for level in levels:
+            program = self.programs.program(p, level)
+            cuts = self._cuts(program, p)
+            if program.table(p.recompute).peak_bytes(p, self.policy, cuts) <= self._budget_bytes:
+                return Solved(self.evaluator.evaluate(program.chain, p, cuts), program, level)
+        if only_if_it_fits:
+            return None
+        return Solved(self.evaluator.evaluate(program.chain, p, cuts), program, levels[-1])
+
+    def finish(self, solved: Solved) -> Solved:
+        """The same at full depth, priced again from there: the names and numbers that a plan is made of."""
+        p = solved.parallelism
+        program = self.programs.finished(p, solved.price_level)
+        evaluated = self.evaluator.evaluate(program.chain, p, self._cuts(program, p))
+        return replace(solved, program=program, evaluated=evaluated)
+
+    def _cuts(self, program: Program, p: Parallelism) -> tuple[int, ...]:
+        cuts = program.table(p.recompute).partition(p, self.policy, self._budget_bytes)
+        if cuts is None:
+            raise InvalidParallelismError(
+                f"{p.pp} x {p.num_virtual_stages} pipeline stages are more than the {len(program.chain.units)} pieces "
+                "that the model can be cut into; use fewer"
+            )
+        return cuts
+
+    @property
+    def _budget_bytes(self) -> float:
+        device = self.cluster.device
+        return device.memory_bytes - device.efficiency.reserved_memory_bytes
 
     def _sample_floors_s(self, found: Sequence[Parallelism]) -> dict[int, float]:
         """Per tensor-parallel degree, what a sample costs at the largest microbatch: smaller ones do no better."""
@@ -134,45 +187,6 @@ class Planner:
         for p in found:
             largest[p.tp] = max(largest.get(p.tp, 1), p.microbatch_size)
         return {tp: self.programs.floor_s(size, tp) / size for tp, size in largest.items()}
-
-    def candidates(self, global_batch: int, pins: Pins) -> tuple[Parallelism, ...]:
-        """All candidates. Raises PinConflictError when there are none."""
-        found = tuple(
-            candidates(self.cluster, global_batch, self.tensor_degrees(), self._num_units(), pins)
-        )
-        if not found:
-            raise PinConflictError(self._why_empty(global_batch, pins))
-        return found
-
-    def solve(self, p: Parallelism, best_s: float = float("inf")) -> Solved:
-        """The candidate with the fastest program that fits, else with the smallest one."""
-        solved = self._solve_at(p, 0)
-        floor_s = solved.floor_s
-        for level in range(1, len(MEMORY_PRICES) if p.tp > 1 else 1):
-            if solved.evaluated.fits or floor_s >= best_s:
-                break
-            solved = replace(self._solve_at(p, level), floor_s=floor_s)
-        return solved
-
-    def finish(self, solved: Solved) -> Solved:
-        """The same at full depth, priced again from there: the names and numbers that a plan is made of."""
-        program = self.programs.finished(solved.parallelism, solved.price_level)
-        return replace(solved, program=program, evaluated=self._price(program, solved.parallelism))
-
-    def _solve_at(self, p: Parallelism, level: int) -> Solved:
-        program = self.programs.program(p, level)
-        evaluated = self._price(program, p)
-        return Solved(evaluated, program, level, evaluated.step_s)
-
-    def _price(self, program: Program, p: Parallelism) -> Evaluated:
-        memory_bytes = self.cluster.device.memory_bytes - self.cluster.device.efficiency.reserved_memory_bytes
-        cuts = program.table(p.recompute).partition(p, self.policy, memory_bytes)
-        if cuts is None:
-            raise InvalidParallelismError(
-                f"{p.pp} x {p.num_virtual_stages} pipeline stages are more than the {len(program.chain.units)} pieces "
-                "that the model can be cut into; use fewer"
-            )
-        return self.evaluator.evaluate(program.chain, p, cuts)
 
     def tensor_degrees(self) -> tuple[int, ...]:
         """Degrees inside the scale-up domain by which most of the parameters can be split."""
@@ -187,19 +201,18 @@ class Planner:
     def _baseline(self, name: str, global_batch: int) -> Solved | None:
         """The best plain form of data parallelism: over all devices, whatever microbatch and recomputation suit it."""
         num_devices = self.cluster.num_devices
-        zero_stage = {"DDP": 0, "FSDP": 3}[name] if num_devices > 1 else 0
-        pins = Pins(tp=1, pp=1, zero_stage=zero_stage)
+        pins = Pins(tp=1, pp=1, zero_stage=BASELINES[name] if num_devices > 1 else 0)
         plain = [p for p in candidates(self.cluster, global_batch, (1,), 1, pins) if p.dp_shard in (1, num_devices)]
         capacity = self.cluster.device.memory_bytes
-        fitting = [p for p in plain if self.bounds.memory_bytes(p) <= capacity]
-        solved: Solved | None = None
-        for p in sorted(fitting, key=self.bounds.step_s):
-            if solved is not None and solved.evaluated.fits and self.bounds.step_s(p) >= solved.evaluated.step_s:
-                break
-            solved = better(solved, self.solve(p))
-        if solved is None and plain:
-            solved = self.solve(min(plain, key=lambda p: (self.bounds.memory_bytes(p), p.microbatch_size)))
-        return solved
+        best: Solved | None = None
+        for p in sorted(plain, key=self.bounds.step_s):
+            is_beaten = best is not None and self.bounds.step_s(p) >= best.evaluated.step_s
+            if not is_beaten and self.bounds.memory_bytes(p) <= capacity:
+                solved = self.solve(p, only_if_it_fits=True)
+                best = best if solved is None else better(best, solved)
+        if best is None and plain:
+            best = self.solve(min(plain, key=lambda p: (self.bounds.memory_bytes(p), p.microbatch_size)))
+        return best
 
     def _is_late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
@@ -219,20 +232,27 @@ class _Outcome:
 
     def __init__(self) -> None:
         self.best: Solved | None = None
-        self.nearest: Solved | None = None
         self.floor_s = float("inf")
-        self.num_too_big = 0
+        self.num_priced = 0
+        self.pruned = {"memory floor": 0, "time floor": 0, "out of memory": 0}
         self._by_mesh: dict[tuple[int, ...], Solved] = {}
 
     @property
     def best_s(self) -> float:
         return float("inf") if self.best is None else self.best.evaluated.step_s
 
-    def add(self, solved: Solved) -> None:
-        self.floor_s = min(self.floor_s, solved.floor_s)
-        self.nearest = better(self.nearest, solved)
+    def leave(self, floor_s: float) -> None:
+        """Note a candidate that does not fit with any program that was tried."""
+        self.pruned["out of memory"] += 1
+        self.floor_s = min(self.floor_s, floor_s)
+
+    def add(self, solved: Solved, floor_s: float) -> None:
+        """Note a candidate that was priced; its fastest program, if another, would take at least `floor_s`."""
+        self.num_priced += 1
+        if solved.price_level:
+            self.floor_s = min(self.floor_s, floor_s)
         if not solved.evaluated.fits:
-            self.num_too_big += 1
+            self.leave(floor_s)
             return
         self.best = better(self.best, solved)
         p = solved.parallelism

@@ -44,6 +44,14 @@ class Program:
     solution: AxisSolution | None
     strategies: Mapping[str, Mapping[str, str]]
 
+    def sample_s(self, p: Parallelism) -> float:
+        """What a sample costs, all stages together."""
+        return self.microbatch_s / p.microbatch_size
+
+    @cached_property
+    def microbatch_s(self) -> float:
+        return sum(unit.cost.total_s for unit in self.chain.units)
+
     @cached_property
     def tables(self) -> dict[Recompute, StageTable]:
         return {}
@@ -109,7 +117,8 @@ class Programs:
             return program
         key = self._key(p, price_level)
         whole = self.capture.at(key.microbatch_size * key.data_size)
-        data = _data_program(whole, data_parallel(whole, key.data_size) if key.data_size > 1 else None)
+        short = self.data(key.microbatch_size, key.data_size)
+        data = _data_program(whole, short.assignment and deepened(short.assignment, short.whole, whole))
         pricer = Pricer(self.cluster, self._groups(key.data_size, p.tp))
         local = data.local
         solution = program.solution
@@ -128,8 +137,7 @@ class Programs:
         batch, so half the batch costs at least half as much.
         """
         if tp == 1:
-            chain = self.program(Parallelism(microbatch_size=microbatch_size)).chain
-            return sum(unit.cost.total_s for unit in chain.units)
+            return self.program(Parallelism(microbatch_size=microbatch_size)).microbatch_s
         problem = self._problem(microbatch_size, 1, tp)
         self.num_solved += 1
         # Parameters' reductions are left out: as if shared by any number of microbatches.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from autopar.plan import Parallelism, Recompute
 from autopar.search.units import Chain
-from costmodel import OptimizerPolicy, model_state_ledger, peak_in_flight
+from costmodel import OptimizerPolicy, model_state_ledger, peak_activation_bytes, peak_in_flight
 
 Matrix = NDArray[np.float64]
 
@@ -41,6 +41,17 @@ class StageTable:
     def parameters(self) -> Matrix:
         """Elements of parameters; one that several units share counts for each of them."""
         return _sums(self._unit_elements())
+
+    @cached_property
+    def parameters_once(self) -> Matrix:
+        """Elements of parameters, each for the first unit that has it: right where all units are on one rank."""
+        seen: set[str] = set()
+        sizes = []
+        for unit in self.chain.units:
+            fresh = [name for name in unit.parameters if name not in seen]
+            seen.update(fresh)
+            sizes.append(float(sum(self.chain.parameters[name].num_elements for name in fresh)))
+        return _sums(sizes)
 
     @cached_property
     def largest_unit(self) -> Matrix:
@@ -70,11 +81,23 @@ class StageTable:
     def memory_bytes(self, p: Parallelism, policy: OptimizerPolicy, in_flight: float) -> Matrix:
         """M of a stage that holds `in_flight` microbatches."""
         per_element = model_state_ledger(1.0, policy, p.zero_stage, p.dp_shard).total_bytes
-        held = per_element * self.parameters + in_flight * self.saved_bytes + self.working_bytes
+        parameters = self.parameters_once if p.pp == 1 else self.parameters
+        held = per_element * parameters + self.working_bytes
+        if in_flight:
+            held = held + in_flight * self.saved_bytes
         if p.dp_shard > 1 and p.zero_stage >= 2:
             per_unit = policy.gradient_bytes + (2 * policy.parameter_bytes if p.zero_stage == 3 else 0)
             held = held + per_unit * self.largest_unit
         return held
+
+    def peak_bytes(self, p: Parallelism, policy: OptimizerPolicy, cuts: tuple[int, ...]) -> float:
+        """What the fullest rank holds with these cuts, a parameter or storage counted for each unit that has it."""
+        starts, stops = list(cuts), [*cuts[1:], self.num_units]
+        fixed = self.memory_bytes(p, policy, 0)[starts, stops]
+        peaks = peak_activation_bytes(
+            p.schedule, p.pp, p.num_microbatches, self.saved_bytes[starts, stops].tolist(), p.num_virtual_stages
+        )
+        return max(float(fixed[rank :: p.pp].sum()) + peaks[rank] for rank in range(p.pp))
 
     def partition(self, p: Parallelism, policy: OptimizerPolicy, memory_bytes: float) -> tuple[int, ...] | None:
         """The first units of the best stages, 0 first. Where memory fits no cuts at all, the best that ignore it;

@@ -19,7 +19,9 @@ def classes(graph: OpGraph) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(
-    ("item", "container"), [(GPT2, "transformer.h"), (LLAMA, "model.layers"), (BERT, "bert.encoder.layer")], ids=str
+    ("item", "container"),
+    [(GPT2, "transformer.h"), (LLAMA, "model.layers"), (BERT, "bert.encoder.layer")],
+    ids=str,
 )
 def test_layers_of_a_transformer(item, container):
     graph = graphs.capture(item.build(), item.inputs).graph

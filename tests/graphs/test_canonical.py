@@ -61,7 +61,10 @@ def targets(graph: graphs.OpGraph) -> list[str]:
         (lambda x: x.permute(0, 2, 1), [("transpose.int", 1, 2)]),
         (lambda x: x.movedim(0, -1), [("permute.default", [1, 2, 0])]),
         (lambda x: x.softmax(-1), [("softmax.int", 2)]),
-        (lambda x: x[:, None].expand(-1, 3, -1, -1), [("unsqueeze.default", 1), ("expand.default", [2, 3, 6, 4])]),
+        (
+            lambda x: x[:, None].expand(-1, 3, -1, -1),
+            [("unsqueeze.default", 1), ("expand.default", [2, 3, 6, 4])],
+        ),
         (lambda x: x.float(), [("to.dtype", torch.float32)]),
         (lambda x: torch.addmm(x[0, 0], x[0], x[0, :4]), None),
     ],
@@ -189,6 +192,8 @@ def test_a_region_without_gradients_is_detached():
 
 
 def test_sizes_are_plain_and_devices_are_left_out():
-    graph = assert_same(lambda x: x + torch.arange(4, device=x.device, dtype=x.dtype).view(1, -1).expand(6, -1))
+    graph = assert_same(
+        lambda x: x + torch.arange(4, device=x.device, dtype=x.dtype).view(1, -1).expand(6, -1)
+    )
     for op in graph.ops:
         assert not {"device", "pin_memory", "layout"} & op.kwargs.keys()

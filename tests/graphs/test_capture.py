@@ -1,4 +1,4 @@
-"""The captured graph computes what the model computes: the same loss, the same gradients, at any batch size."""
+"""The graph computes what the model computes: the same loss, the same gradients, at any batch size."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def prepared(item: Case):
 
 def loss_and_gradients_of_graph(graph: graphs.OpGraph, model: nn.Module, inputs):
     values = {
-        item.tensor: model.get_parameter(item.name).detach().clone().requires_grad_(
-            graph.tensors[item.tensor].requires_grad
-        )
+        item.tensor: model.get_parameter(item.name)
+        .detach()
+        .clone()
+        .requires_grad_(graph.tensors[item.tensor].requires_grad)
         for item in graph.parameters
     }
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
@@ -40,7 +41,10 @@ def loss_and_gradients_of_graph(graph: graphs.OpGraph, model: nn.Module, inputs)
     assert graph.loss is not None
     results[graph.loss].backward()
     for name, tensor in results.items():
-        assert (tuple(tensor.shape), tensor.dtype) == (graph.tensors[name].shape, graph.tensors[name].dtype), name
+        assert (tuple(tensor.shape), tensor.dtype) == (
+            graph.tensors[name].shape,
+            graph.tensors[name].dtype,
+        ), name
     return results[graph.loss].detach(), {item.name: values[item.tensor].grad for item in graph.parameters}
 
 
@@ -117,7 +121,7 @@ def test_a_constant_that_depends_on_the_batch_leaves_only_the_captured_size():
 def test_the_model_is_left_as_it_was():
     model = LLAMA.build().eval()
     model.model.layers[0].train()
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     config = dict(vars(model.config))
     modes = [module.training for module in model.modules()]
     graphs.capture(model, LLAMA.inputs)
@@ -132,7 +136,9 @@ def test_causal_attention_needs_no_mask_and_bidirectional_none_either():
         ops = [op for op in graphs.capture(item.build(), item.inputs).graph.ops if "attention" in op.target]
         assert len(ops) == 2
         for op in ops:
-            mask, _, is_causal = (*op.args[3:6], None, 0.0, False)[:3] if len(op.args) > 3 else (None, 0.0, False)
+            mask, _, is_causal = (
+                (*op.args[3:6], None, 0.0, False)[:3] if len(op.args) > 3 else (None, 0.0, False)
+            )
             assert mask is None
             assert is_causal is causal
 
@@ -170,7 +176,12 @@ def test_parameters_that_forward_does_not_read_are_listed():
             return self.used(x).sum()
 
     graph = graphs.capture(Lazy(), {"x": torch.randn(3, 4)}).graph
-    assert [item.name for item in graph.parameters] == ["used.weight", "used.bias", "unused.weight", "unused.bias"]
+    assert [item.name for item in graph.parameters] == [
+        "used.weight",
+        "used.bias",
+        "unused.weight",
+        "unused.bias",
+    ]
 
 
 def test_frozen_parameters_have_no_gradient():

@@ -1,4 +1,4 @@
-"""What cannot be captured is refused with the op, the module and what to do; never with torch's own traceback."""
+"""What cannot be captured is refused with the op, the module and what to do, not with torch's traceback."""
 
 from __future__ import annotations
 
@@ -152,7 +152,9 @@ def test_a_custom_function_with_an_honest_backward_is_captured(function):
     module = Outer(function)
     graph = graphs.capture(module, INPUTS).graph
     values = {item.tensor: module.get_parameter(item.name) for item in graph.parameters}
-    torch.testing.assert_close(graphs.run(graph, {**values, "x": INPUTS["x"][:2]})[graph.outputs[0]], module(INPUTS["x"][:2]))
+    torch.testing.assert_close(
+        graphs.run(graph, {**values, "x": INPUTS["x"][:2]})[graph.outputs[0]], module(INPUTS["x"][:2])
+    )
     assert Function.apply.__func__ is Function.__dict__["apply"].__func__
 
 

@@ -70,7 +70,9 @@ def test_experts_cost_their_rows_once():
 @pytest.mark.parametrize("item", DENSE[1:], ids=str)
 def test_saved_bytes_equal_what_autograd_keeps(item: Case):
     model = item.build()
-    assert saved_bytes_of_graph(graphs.capture(model, item.inputs).graph) == saved_bytes_of_model(model, item.inputs(2))
+    assert saved_bytes_of_graph(graphs.capture(model, item.inputs).graph) == saved_bytes_of_model(
+        model, item.inputs(2)
+    )
 
 
 def test_a_llama_layer_saves_what_the_formula_says():
@@ -83,7 +85,9 @@ def test_a_llama_layer_saves_what_the_formula_says():
     names = {name for op in ops for name in op.saved} & inside
     width, kv, mlp = 64, 32, 128
     norm = 2 * (4 + 2) * width + 2 * 4  # per norm: input in fp32, normalised in bf16, inverse root in fp32
-    attention = 2 * (width + kv + kv) + 2 * width + 4 * 4  # q, k, v, output, and a log-sum-exp per head in fp32
+    attention = (
+        2 * (width + kv + kv) + 2 * width + 4 * 4
+    )  # q, k, v, output, and a log-sum-exp per head in fp32
     linear_inputs = 2 * 2 * width
     gated = 2 * 4 * mlp  # gate, its activation, up, and their product
     expected = 2 * 16 * (norm + attention + linear_inputs + gated)  # cosine and sine are made once, outside
@@ -108,7 +112,9 @@ def test_dropout_keeps_a_mask_of_one_byte_as_on_an_accelerator():
 
 def test_attention_with_dropout_saves_as_the_fused_kernel():
     settings = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128, "n_positions": 64}
-    dropped = hugging_face("GPT2LMHeadModel", "GPT2Config", language, **settings, bos_token_id=0, eos_token_id=1)
+    dropped = hugging_face(
+        "GPT2LMHeadModel", "GPT2Config", language, **settings, bos_token_id=0, eos_token_id=1
+    )
     graph = graphs.capture(dropped.build(), dropped.inputs).graph
     attention = next(op for op in graph.ops if "attention" in op.target)
     assert attention.args[4] == 0.1

@@ -67,7 +67,9 @@ class Stack(nn.Module):
     def __init__(self, depth: int = 8, scales=None) -> None:
         super().__init__()
         self.embed = nn.Linear(8, 8)
-        self.layers = nn.ModuleList(Layer(index, 1.5 if scales is None else scales[index]) for index in range(depth))
+        self.layers = nn.ModuleList(
+            Layer(index, 1.5 if scales is None else scales[index]) for index in range(depth)
+        )
         self.head = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:

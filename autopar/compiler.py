@@ -1,0 +1,70 @@
+"""`compile`: from a model to the program of its plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import graphs
+from autopar import api
+from autopar.errors import RewriteError
+from autopar.plan import Plan
+from autopar.rewrite.parity import reference
+from autopar.rewrite.program import Program, rewrite
+from autopar.search.describe import fingerprint
+from graphs import Capture
+from hardware_db import Cluster
+
+
+def compile(  # the name users expect, as in torch.compile
+    model: api.Model,
+    plan: Plan | None = None,
+    *,
+    cluster: Cluster | str | Path | None = None,
+    inputs: api.Inputs | None = None,
+    global_batch: int | None = None,
+    name: str | None = None,
+) -> Program:
+    """A parallel torch program that trains `model`, the same mathematics on the plan's devices.
+
+    Args:
+        model: a module (with `inputs`), a capture, or a `ModelSpec`.
+        plan: how; without one, the best plan for `cluster` and `global_batch` is searched first.
+        cluster: where to train, as `autopar.plan` takes it. Only without `plan`.
+        inputs: keyword tensors of the module's forward, labels included, or a function from a batch size to them.
+        global_batch: samples in one optimizer step. Only without `plan`.
+        name: what to call the model.
+
+    Returns a `Program`: `.source` is the model as one rank runs it, `.save(dir)` writes everything torchrun needs.
+
+    Raises RewriteError where the plan was made for another model or asks for something that cannot be emitted, and
+    what `autopar.plan` raises.
+    """
+    capture = api.captured(model, inputs, name)
+    if plan is None:
+        if cluster is None or global_batch is None:
+            raise RewriteError("without a plan, compile needs cluster= and global_batch= to search for one")
+        plan = api.plan(capture, cluster, global_batch=global_batch)
+    elif plan.model.fingerprint != fingerprint(capture.graph):
+        raise RewriteError(
+            f"the plan was made for {plan.model.name} with {plan.model.num_ops} ops and {plan.model.num_parameters:,} "
+            f"parameters; this is {capture.graph.name} with {len(capture.graph.ops)} ops and "
+            f"{capture.graph.num_parameters:,} parameters, or other sizes or dtypes of inputs. Plan it anew, or pass "
+            "the model as it was planned"
+        )
+    return rewrite(capture, plan)
+
+
+def save_reference(program: Program, model: nn.Module, inputs: api.Inputs, directory: str | Path) -> Path:
+    """Run the original model in this process and save what it did, for the program's `parity.py` to be held against.
+
+    The model must have real parameters and fit this machine. Returns the path of `reference.pt` in `directory`.
+    """
+    parallelism = program.plan.parallelism
+    batch = graphs.inputs_of_any_batch(inputs)(parallelism.global_batch)
+    did = reference(model, batch, parallelism.num_microbatches, program.loss_name)
+    path = Path(directory) / "reference.pt"
+    torch.save(did, path)
+    return path
