@@ -1,4 +1,5 @@
-"""What a user calls: `plan` searches the best way to train a model on a cluster, `evaluate` prices a given one."""
+"""What a user calls: `plan` searches the best way to train a model on a cluster, `evaluate` prices a given
+one."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import hardware_db
 from torch import Tensor, nn
 
 import graphs
+import hardware_db
 from autopar.errors import InvalidParallelismError
-from autopar.plan import Certificate, Parallelism, Plan, Recompute, ScheduleName
+from autopar.plan import Certificate, Plan, Recompute, ScheduleName
 from autopar.search.describe import alternative, build_plan, memory_excess, training_policy
 from autopar.search.infeasible import infeasible
 from autopar.search.planner import Planner, Progress, SearchResult, Solved
@@ -24,7 +25,8 @@ from hardware_db import Cluster
 Inputs = Mapping[str, Tensor] | Callable[[int], Mapping[str, Tensor]]
 
 RELATIVE_ERROR = 1e-3
-"""By how much the shallow model of the search may differ from the full one before the search runs at full depth."""
+"""By how much the shallow model of the search may differ from the full one before the search runs at full
+depth."""
 
 
 @runtime_checkable
@@ -65,12 +67,14 @@ def plan(
     Args:
         model: a module (with `inputs`), a capture, or a `ModelSpec`.
         cluster: as `hardware_db.cluster` takes it: `"dgx-h100*8"`, a named cluster, a file, or a `Cluster`.
-        inputs: keyword tensors of the module's forward, labels included, or a function from a batch size to them.
+        inputs: keyword tensors of the module's forward, labels included, or a function from a batch size to
+            them.
         global_batch: samples in one optimizer step.
         name: what to call the model.
         progress: told `(what, done, total)` as the search goes on.
         time_limit_s: stop searching after so long, with the best plan so far and its gap.
-        microbatch_size, tp, pp, dp, zero_stage, recompute, schedule, num_virtual_stages: settings to keep fixed.
+        microbatch_size, tp, pp, dp, zero_stage, recompute, schedule, num_virtual_stages: settings to keep
+            fixed.
 
     Raises InfeasibleError when nothing fits, PinConflictError when the pins leave nothing to choose,
     SearchTimeoutError when the limit passes first, and the errors of capture and of the hardware database.
@@ -95,7 +99,9 @@ def plan(
         best = planner.finish(result.best)
         if _agree(best, result.best):
             break
-    return build_plan(planner, best, _certificate(result, best, time.monotonic() - started), _alternatives(result, best))
+    return build_plan(
+        planner, best, _certificate(result, best, time.monotonic() - started), _alternatives(result, best)
+    )
 
 
 def evaluate(
@@ -119,9 +125,9 @@ def evaluate(
 ) -> Plan:
     """The cost of training `model` with the parallelism given: a plan whose certificate says "evaluated".
 
-    Degrees default to 1, `dp` to the devices that are left, the ZeRO stage to 0 and `dp_shard` to `dp` under ZeRO.
-    Strategies on the tensor axis are still the best ones. A plan that does not fit is no error: it has a warning, and
-    `prediction.peak_memory_bytes` above `cluster.memory_bytes`.
+    Degrees default to 1, `dp` to the devices that are left, the ZeRO stage to 0 and `dp_shard` to `dp` under
+    ZeRO. Strategies on the tensor axis are still the best ones. A plan that does not fit is no error: it has
+    a warning, and `prediction.peak_memory_bytes` above `cluster.memory_bytes`.
 
     Raises InvalidParallelismError when the degrees do not fit the devices, the batch or the model.
     """
@@ -191,5 +197,9 @@ def _certificate(result: SearchResult, best: Solved, solve_s: float) -> Certific
 
 def _alternatives(result: SearchResult, best: Solved) -> list:
     found = [alternative(str(other.parallelism), other, best.evaluated) for other in result.runners_up]
-    named = [alternative(label, other, best.evaluated) for label, other in result.baselines.items() if other is not None]
+    named = [
+        alternative(label, other, best.evaluated)
+        for label, other in result.baselines.items()
+        if other is not None
+    ]
     return found + named

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_IMAGE_SIZE = 224  # where a configuration says nothing: convolutional networks take any
+
 Inputs = Callable[[int], Mapping[str, Tensor]]
 
 
@@ -22,7 +24,7 @@ def inputs_for(config: Any, class_name: str, seq_len: int) -> Inputs:
     Raises `ValueError` for a model that is trained on something else than tokens or images with labels.
     """
     if class_name.endswith(
-        ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+        ("ForCausalLM", "LMHeadModel", "MTModel", "ForMaskedLM", "ForConditionalGeneration")
     ):
         if hasattr(config, "num_mel_bins"):
             return _speech(config, seq_len)
@@ -32,8 +34,8 @@ def inputs_for(config: Any, class_name: str, seq_len: int) -> Inputs:
     if class_name.endswith("ForImageClassification"):
         return _classified_images(config)
     raise ValueError(
-        f"what {class_name} is trained on is not known; write a function that returns (model, inputs) and name it "
-        "as path.py:function"
+        f"what {class_name} is trained on is not known; write a function that returns (model, inputs), "
+        "and give it as path.py:function"
     )
 
 
@@ -65,11 +67,13 @@ def _classified_text(vocabulary: int, classes: int, seq_len: int) -> Inputs:
 
 
 def _classified_images(config: Any) -> Inputs:
-    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", _IMAGE_SIZE)
+    size = size if isinstance(size, int) else size[0]
 
     def inputs(batch: int) -> Mapping[str, Tensor]:
         generator = _seeded(batch)
-        pixels = torch.randn(batch, config.num_channels, size, size, generator=generator)
+        pixels = torch.randn(batch, vision.num_channels, size, size, generator=generator)
         return {"pixel_values": pixels, "labels": _random_tokens(generator, int(config.num_labels), batch)}
 
     return inputs

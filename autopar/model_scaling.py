@@ -22,12 +22,20 @@ _LAYERS = (
     "num_hidden_layers",
     "n_layer",
     "num_layers",
+    "n_layers",
     "encoder_layers",
     "decoder_layers",
     "num_decoder_layers",
 )
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
+_HEADS = (
+    "num_attention_heads",
+    "n_head",
+    "num_heads",
+    "n_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+)
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 _HEAD_DIMS = ("head_dim", "d_kv", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim")
 _WIDTHS = (
@@ -84,10 +92,15 @@ def _shrink(config: Any, num_layers: int, positions: int) -> None:
         )
         new |= dict.fromkeys(_KEY_VALUE_HEADS, _KV_HEADS if kv_heads > 1 else 1)
         new |= {name: _scaled(old[name], width / hidden) for name in _WIDTHS if old.get(name)}
+        new["rotary_dim"] = head_dim // 2
+        if (
+            old.get("expand") and old.get("state_size") and old.get("head_dim")
+        ):  # heads of a state-space model
+            new["num_heads"] = old["expand"] * width // head_dim
     depth = min(num_layers, _first(old, _LAYERS) or num_layers)
     new |= dict.fromkeys(_LAYERS, depth) | dict.fromkeys(_POSITIONS, positions)
     new |= {name: min(old[name], _EXPERTS) for name in _NUM_EXPERTS if old.get(name)}
-    new["vocab_size"] = _VOCABULARY
+    new["vocab_size"] = new["decoder_vocab_size"] = _VOCABULARY
     new["max_source_positions"] = positions
     _shrink_routing(old, new)
     _apply(config, old, new, depth)
@@ -111,15 +124,17 @@ def _shrink_routing(old: Mapping[str, Any], new: dict[str, Any]) -> None:
 
 
 def _apply(config: Any, old: Mapping[str, Any], new: Mapping[str, Any], depth: int) -> None:
-    """Set the fields a configuration has; cut per-layer lists, silence dropout, keep token ids in range."""
+    """Set the fields a configuration has; thin out lists per layer, silence dropout, keep token ids small."""
     layers = _first(old, _LAYERS)
     for name, value in old.items():
         if value is None or (name not in vars(config) and not hasattr(config, name)):
             continue
         if name in new:
             setattr(config, name, new[name])
-        elif isinstance(value, list) and len(value) == layers:
-            setattr(config, name, value[:depth])
+        elif layers is not None and isinstance(value, list) and len(value) == layers:
+            setattr(
+                config, name, [value[index * (layers - 1) // max(depth - 1, 1)] for index in range(depth)]
+            )
         elif isinstance(value, float) and ("drop" in name or name.endswith("_prob")):
             setattr(config, name, 0.0)
         elif name.endswith("_token_id") and isinstance(value, int) and value >= _VOCABULARY:
@@ -127,7 +142,8 @@ def _apply(config: Any, old: Mapping[str, Any], new: Mapping[str, Any], depth: i
 
 
 def _first(settings: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    return next((int(settings[name]) for name in names if settings.get(name)), None)
+    found = (settings[name] for name in names if settings.get(name))
+    return next((value for value in found if isinstance(value, int)), None)
 
 
 def _scaled(size: int, ratio: float) -> int:

@@ -116,6 +116,13 @@ def from_hugging_face_config(
     Raises `ModelError` where it has no known head or inputs.
     """
     model_class = _model_class(config)
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        and getattr(config, "decoder_start_token_id", None) is None
+    ):
+        config.decoder_start_token_id = (
+            config.pad_token_id or 0
+        )  # what shifts labels into the decoder's inputs
     length = seq_len or _default_sequence_length(config)
     try:
         inputs = inputs_for(config, model_class.__name__, length)
@@ -173,9 +180,9 @@ def _from_function(path: Path, name: str, dtype: torch.dtype | None) -> ModelSpe
         inputs = inputs_for(config, type(module).__name__, _default_sequence_length(config))
     else:
         raise ModelError(
-            f"{path}:{name} returns a {type(module).__name__} without saying what its inputs are; return "
-            "(module, inputs), where inputs maps the names of forward's arguments, labels included, to
-            tensors"
+            f"{path}:{name} returns a {type(module).__name__} without saying what its inputs are; "
+            "return (module, inputs), where inputs maps the names of forward's arguments, labels included, "
+            "to tensors"
         )
     tokens = inputs(1).get("input_ids")
     seq_len = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() > 1 else None

@@ -1,18 +1,19 @@
-"""What the ops of a local graph cost on a cluster: seconds of computing and of communication, forward and backward.
+"""What the ops of a local graph cost on a cluster: seconds of computing and of communication, forward and
+backward.
 
-A local graph is the program of one rank (`autopar.localize`), so shapes and FLOPs are what the rank really does and
-communication stands in it as ops of its own. Every op is one roofline `Work`:
+A local graph is the program of one rank (`autopar.localize`), so shapes and FLOPs are what the rank really
+does and communication stands in it as ops of its own. Every op is one roofline `Work`:
 
-* a matrix product or convolution reads its operands and writes its result; its backward is one such product for every
-  operand that has a gradient;
-* fused attention has a backward of 2.5 times its forward (five products for two, arXiv:2205.14135), and with a causal
-  mask does half of what the FLOP counter counts;
-* everything else is bound by memory: forward it reads its operands and writes its results, backward it reads the
-  results' gradients and what autograd saved and writes the operands' gradients;
+* a matrix product or convolution reads its operands and writes its result; its backward is one such product
+  for every operand that has a gradient;
+* fused attention has a backward of 2.5 times its forward (five products for two, arXiv:2205.14135), and with
+  a causal mask does half of what the FLOP counter counts;
+* everything else is bound by memory: forward it reads its operands and writes its results, backward it reads
+  the results' gradients and what autograd saved and writes the operands' gradients;
 * a view costs nothing.
 
-Chains of memory-bound ops are priced as the one kernel that a compiler makes of them: a value that only the next such
-op reads never touches memory (see `Traffic`), and neither does its gradient.
+Chains of memory-bound ops are priced as the one kernel that a compiler makes of them: a value that only the
+next such op reads never touches memory (see `Traffic`), and neither does its gradient.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def total(costs: Iterable[OpCost]) -> OpCost:
     return OpCost(*map(sum, columns)) if columns else OpCost()
 
 
-# --- what an op is -------------------------------------------------------------------------------------------------
+# --- what an op is ------------------------------------------------------------------------------------------
 
 _MATMUL = (
     "linear", "mm", "bmm", "matmul", "addmm", "baddbmm", "addbmm", "einsum", "bilinear", "_grouped_mm",
@@ -105,16 +106,17 @@ def kind_of(op: Op, tensors: Mapping[str, Tensor]) -> Kind:
     return "memory"
 
 
-# --- which values touch memory ---------------------------------------------------------------------------------------
+# --- which values touch memory ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Storages that a fused chain keeps in registers.
 
-    `unread` ones go from one memory-bound op to another, their only reader; `unwritten` are those of them that autograd
-    does not save either. Changes of placement and views on the way do not count as readers, so a graph and its local
-    form agree on both. `root` maps the storage of a converted tensor to the one it was converted from.
+    `unread` ones go from one memory-bound op to another, their only reader; `unwritten` are those of them
+    that autograd does not save either. Changes of placement and views on the way do not count as readers, so
+    a graph and its local form agree on both. `root` maps the storage of a converted tensor to the one it was
+    converted from.
     """
 
     unread: frozenset[str]
@@ -155,17 +157,19 @@ class Traffic:
         return self.root.get(storage, storage) not in self.unwritten
 
     def __or__(self, other: Traffic) -> Traffic:
-        return Traffic(self.unread | other.unread, self.unwritten | other.unwritten, {**self.root, **other.root})
+        return Traffic(
+            self.unread | other.unread, self.unwritten | other.unwritten, {**self.root, **other.root}
+        )
 
 
-# --- prices ----------------------------------------------------------------------------------------------------------
+# --- prices -------------------------------------------------------------------------------------------------
 
 
 class Pricer:
     """Prices the ops of local graphs on one cluster.
 
-    `groups` says where the ranks of each mesh axis lie. Collectives' lines are kept, since a search asks for few kinds
-    and many sizes.
+    `groups` says where the ranks of each mesh axis lie. Collectives' lines are kept, since a search asks for
+    few kinds and many sizes.
     """
 
     def __init__(self, cluster: Cluster, groups: Mapping[str, Group]) -> None:
@@ -203,7 +207,8 @@ class Pricer:
         )
 
     def bucketed_s(self, kind: CollectiveKind, num_bytes: float, group: Group) -> float:
-        """Seconds that many small tensors add to a collective over flat buckets: bandwidth only, so linear in bytes."""
+        """Seconds that many small tensors add to a collective over flat buckets: bandwidth only, so linear in
+        bytes."""
         return min((line.s_per_byte for line in self._lines_of(kind, group)), default=0.0) * num_bytes
 
     def collective_s(self, kind: CollectiveKind, num_bytes: float, group: Group) -> float:
@@ -270,18 +275,23 @@ class Pricer:
             num_bytes = sum(t.num_bytes for t in results if t.requires_grad and traffic.is_read(t.storage))
             num_bytes += sum(t.num_bytes for t in gradients)
             reachable = operands | {t.storage: t for t in results}
-            num_bytes += op.saved_internal_bytes + sum(reachable[s].num_bytes for s in op.saved if s in reachable)
+            num_bytes += op.saved_internal_bytes + sum(
+                reachable[s].num_bytes for s in op.saved if s in reachable
+            )
             backward_s = self.work_s(0, num_bytes, dtype)
         return OpCost(forward_s, backward_s, *self._own_collectives(op, tensors))
 
     def _own_collectives(self, op: Op, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Communication inside an op that knows it is split: a vocabulary-parallel loss reduces three row vectors."""
+        """Communication inside an op that knows it is split: a vocabulary-parallel loss reduces three row
+        vectors."""
         forward_s = backward_s = 0.0
         if op.target == "autopar.cross_entropy":
             rows = tensors[op.inputs[0]]
             num_bytes = rows.num_bytes / max(1, rows.shape[-1])
             if "class_axis" in op.kwargs:
-                forward_s += 3 * self.collective_s("all_reduce", num_bytes, self.groups[op.kwargs["class_axis"]])
+                forward_s += 3 * self.collective_s(
+                    "all_reduce", num_bytes, self.groups[op.kwargs["class_axis"]]
+                )
             if "row_axis" in op.kwargs:
                 forward_s += self.collective_s("all_reduce", 8, self.groups[op.kwargs["row_axis"]])
         return forward_s, backward_s

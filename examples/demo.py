@@ -20,17 +20,15 @@ from pathlib import Path
 
 import torch
 
-from autopar import api, models
+import autopar
+from autopar import models
+from autopar.api import captured
 from autopar.cli.output import progress, short_warnings
-from autopar.launch import launch
 from autopar.model_scaling import small
 from autopar.models import ModelSpec
-from autopar.report import explain
 from autopar.report.table import table
-from autopar.rewrite.program import rewrite
-from graphs import capture
 
-MODEL, CLUSTER, GLOBAL_BATCH, TOKENS = "llama3-8b", "dgx-h100*8", 512, 1e12
+MODEL, CLUSTER, GLOBAL_BATCH, TOKENS = "llama3-70b", "dgx-h100*8", 512, 1e12
 LOCAL = {"dp": 2, "tp": 2, "microbatch_size": 2, "global_batch": 8}
 STEPS = 4
 LEARNING_RATE = 1e-3
@@ -48,15 +46,14 @@ def main() -> int:
 def plan_full_size() -> None:
     """Plan, explain, and write the program and its launch files."""
     with heading(f"1. Plan {MODEL} for {CLUSTER}"), progress(quiet=False) as on_progress:
-        spec = models.load(MODEL)
-        model = capture(spec.build_without_memory(), spec.inputs, name=MODEL)
-        plan = api.plan(model, CLUSTER, global_batch=GLOBAL_BATCH, progress=on_progress)
-    print(explain(plan, TOKENS))
+        model = captured(models.load(MODEL), None, None)
+        plan = autopar.plan(model, CLUSTER, global_batch=GLOBAL_BATCH, progress=on_progress)
+    print(plan.explain(TOKENS))
     with heading("2. Write its program and launch files"):
         directory = BUILD / "full"
-        rewrite(model, plan).save(directory)
+        autopar.compile(model, plan).save(directory)
         for target in ("torchrun", "slurm"):
-            launch(plan, target).save(directory)
+            autopar.launch(plan, target).save(directory)
         list_files(directory)
 
 
@@ -67,11 +64,11 @@ def train_small() -> int:
     with heading(
         f"3. Compile {sibling.name} for {num_ranks} local processes, dp{LOCAL['dp']} x tp{LOCAL['tp']}"
     ):
-        model = capture(sibling.build_without_memory(), sibling.inputs, name=sibling.name)
-        plan = api.evaluate(model, f"local-cpu*{num_ranks}", **LOCAL)
+        model = captured(sibling, None, None)
+        plan = autopar.evaluate(model, f"local-cpu*{num_ranks}", **LOCAL)
         directory = BUILD / "small"
-        rewrite(model, plan).save(directory)
-        launch(plan, "torchrun").save(directory)
+        autopar.compile(model, plan).save(directory)
+        autopar.launch(plan, "torchrun").save(directory)
         list_files(directory)
     with heading(f"4. Train {STEPS} steps, with torchrun and in a single process"):
         original = train_original(sibling, directory)
@@ -120,7 +117,7 @@ def train_program(directory: Path) -> list[float]:
 
 def list_files(directory: Path) -> None:
     for path in sorted(directory.iterdir()):
-        print(f"  {path.relative_to(BUILD.parents[1])}  {path.read_text().count(chr(10))} lines")
+        print(f"  {path.relative_to(BUILD.parents[1])}  {path.stat().st_size:,} bytes")
 
 
 @contextmanager

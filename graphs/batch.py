@@ -95,8 +95,7 @@ def check_alike(low: OpGraph, high: OpGraph) -> None:
                 f"the model does something else at batch {HIGH} than at batch {LOW}, first in {first.name}: "
                 f"{first.target}{first.args} against {second.target}{second.args}",
                 module=first.module,
-                advice=f"plan for the captured batch size of {LOW}, or make forward independent of the batch
-                size",
+                advice=f"plan for a batch size of {LOW}, or make forward independent of the batch size",
             )
     if len(low.ops) != len(high.ops):
         raise CaptureError(

@@ -2,7 +2,7 @@
 
 Export keeps the forward of a `torch.autograd.Function` and silently drops its backward. So their forward is
 captured as the plain operators it consists of, and afterwards each function is tried on small real tensors:
-where its backward is not the derivative of its forward, the capture would train another model, and is refused.
+where its backward is not the derivative of its forward, the capture would train another model and is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class CustomCall:
-    """One call: function, arguments with tensors as their shape and dtype, stack with the outermost frame first."""
+    """One call: function, arguments with tensors as specs, and the stack with the outermost frame first."""
 
     cls: type[Function]
     arguments: tuple[Any, ...]

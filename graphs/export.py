@@ -27,6 +27,7 @@ from graphs.huggingface import prepared_for_export
 from graphs.leaves import has_values
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+_CHECKPOINTING = "gradient_checkpointing"  # how models of `transformers` switch it
 _TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
@@ -55,8 +56,7 @@ def export_training(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProg
                 f"forward calls the custom autograd function {function.cls.__qualname__}: {problem}",
                 module=path,
                 source=source,
-                advice="write it in plain torch, or register it as a torch.library.custom_op with
-                register_autograd",
+                advice="write it in plain torch, or as a torch.library.custom_op with register_autograd",
             )
     return program
 
@@ -74,24 +74,22 @@ def fake_like(value: Any, fake_mode: FakeTensorMode) -> Any:
 def _in_training(model: nn.Module) -> Iterator[None]:
     """Training mode, with activation checkpointing off: what to recompute is decided later."""
     modes = [(module, module.training) for module in model.modules()]
-    checkpointed = [
-        module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True
-    ]
+    checkpointed = [module for module in model.modules() if getattr(module, _CHECKPOINTING, False) is True]
     model.train()
     for module in checkpointed:
-        module.gradient_checkpointing = False
+        setattr(module, _CHECKPOINTING, False)
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
         for module in checkpointed:
-            module.gradient_checkpointing = True
+            setattr(module, _CHECKPOINTING, True)
 
 
 @contextmanager
 def _without_memory(model: nn.Module, fake_mode: FakeTensorMode) -> Iterator[None]:
-    """Fake parameters in place of the model's own, ties kept; fake buffers where the model's have no values."""
+    """Fake parameters in place of the model's, ties kept; fake buffers where the model's have no values."""
     parameters = [
         (module, name, value) for module in model.modules() for name, value in module._parameters.items()
     ]
@@ -111,8 +109,8 @@ def _without_memory(model: nn.Module, fake_mode: FakeTensorMode) -> Iterator[Non
     finally:
         for module, name, value in parameters:
             module._parameters[name] = value
-        for module, name, value in buffers:
-            module._buffers[name] = value
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
 
 
 @contextmanager

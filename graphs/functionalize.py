@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from graphs.canonical import Bound, Emitter, convert, expand, permute, reshape
+from graphs.canonical import Bound, Emitter, bind, convert, expand, permute, reshape
 from graphs.errors import UnsupportedOpError
 
 aten = torch.ops.aten
@@ -84,7 +84,7 @@ def is_in_place(target: OpOverload) -> bool:
 
 
 def functional_form(tracer: Any, call: Bound) -> torch.Tensor:
-    """Record the functional form of an in-place call and make its result the newest version of what it writes to."""
+    """Record the functional form of an in-place call; its result is the newest version of what it writes."""
     written = [
         argument.name
         for argument in call.target._schema.arguments
@@ -133,12 +133,12 @@ def _write_back(emitter: Emitter, view: _View, value: torch.Tensor) -> torch.Ten
     if packet == "aten.select":
         return _scatter(emitter, aten.select_scatter.default, base, value, call["dim"], call["index"])
     if packet == "aten.slice":
-        place = (call["dim"], call["start"], call["end"], call["step"])
-        return _scatter(emitter, aten.slice_scatter.default, base, value, *place)
+        start, end, step = call["start"], call["end"], call["step"]
+        return _scatter(emitter, aten.slice_scatter.default, base, value, call["dim"], start, end, step)
     if packet == "aten.split_with_sizes":
         start = sum(call["split_sizes"][: view.index])
-        place = (call["dim"], start, start + call["split_sizes"][view.index])
-        return _scatter(emitter, aten.slice_scatter.default, base, value, *place)
+        end = start + call["split_sizes"][view.index]
+        return _scatter(emitter, aten.slice_scatter.default, base, value, call["dim"], start, end)
     if packet in ("aten.reshape", "aten.unsqueeze", "aten.squeeze"):
         return reshape(emitter, value, base.shape)
     if packet == "aten.transpose":
@@ -157,16 +157,5 @@ def _write_back(emitter: Emitter, view: _View, value: torch.Tensor) -> torch.Ten
 def _scatter(
     emitter: Emitter, target: OpOverload, base: torch.Tensor, value: torch.Tensor, *place: int
 ) -> torch.Tensor:
-    result: torch.Tensor = emitter.record(Bound(target, _scatter_arguments(target, base, value, place)))
+    result: torch.Tensor = emitter.record(bind(target, (base, value, *place), {}))
     return result
-
-
-def _scatter_arguments(
-    target: OpOverload, base: torch.Tensor, value: torch.Tensor, place: Sequence[int]
-) -> dict[str, Any]:
-    names = [argument.name for argument in target._schema.arguments]
-    given = dict(zip(names, (base, value, *place), strict=False))
-    return {
-        argument.name: given.get(argument.name, argument.default_value)
-        for argument in target._schema.arguments
-    }

@@ -36,7 +36,7 @@ def identical_modules(first: nn.Module, other: nn.Module, offset: int) -> bool:
 
 
 def uniform_settings(model: nn.Module, container: str, length: int, positions: Sequence[int]) -> bool:
-    """Whether no list with an entry per child, in the modules above or their configurations, tells them apart."""
+    """Whether no list with an entry per child, in the modules above or their configurations, differs."""
     for values in _lists_above(model, container):
         if len(values) == length and any(
             not _same(values[positions[0]], values[index], 0) for index in positions

@@ -23,7 +23,7 @@ _DROPOUT_MASK_BYTES = 1
 
 
 def measured(graph: OpGraph) -> OpGraph:
-    """The graph with its tensors as they turn out, and `flops`, `saved` and `saved_internal_bytes` of every op.
+    """The graph with its tensors as they turn out, and what every op costs and saves.
 
     FLOPs are those of the forward, as `torch.utils.flop_counter.FlopCounterMode` counts them. A storage that
     autograd keeps and that belongs to a tensor of the graph is listed in `saved` of every op that keeps it.
@@ -38,7 +38,8 @@ def measured(graph: OpGraph) -> OpGraph:
         ops = []
         total = 0
         for op in graph.ops:
-            with _Saved() as kept:
+            kept = _Saved()
+            with kept:
                 results = call(_as_on_accelerator(op, graph), values)
             for name, value in results.items():
                 storage = owners.setdefault(value.untyped_storage()._cdata, name)
@@ -60,10 +61,6 @@ class _Saved(saved_tensors_hooks):
         self.storages: dict[int, int] = {}
         self._alive: list[torch.Tensor] = []
         super().__init__(self._pack, lambda tensor: tensor)
-
-    def __enter__(self) -> _Saved:
-        super().__enter__()
-        return self
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -107,13 +104,13 @@ def _hidden_masks_bytes(op: Op, graph: OpGraph) -> int:
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     """The fused cpu attention, counted as its accelerator kernels are."""
-    return sdpa_flop_count(query, key, value)
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _grouped_mm_flops(left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
     """Each row of `left` [tokens, k] meets one of the matrices of `right` [groups, k, n]."""
     *rows, inner = left
-    return 2 * prod(rows) * inner * int(right[-1])
+    return int(2 * prod(rows) * inner * right[-1])
 
 
 def _flop_formulas() -> dict[Any, Callable[..., int]]:

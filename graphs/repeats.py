@@ -89,7 +89,7 @@ def shortened(model: nn.Module, runs: Sequence[Run]) -> Iterator[None]:
 
 
 def expanded(graph: OpGraph, model: nn.Module, runs: Sequence[Run]) -> OpGraph | None:
-    """The graph of the whole model from that of the shortened one, None where the runs turn out not to repeat."""
+    """The graph of the whole model from that of the shortened one, None where a run does not repeat."""
     for run in runs:
         longer = _expand_run(graph, run)
         if longer is None:
@@ -227,11 +227,8 @@ def _read_elsewhere(
     """Whether anything but its successor reads an instance before the last, or others read its parameters."""
     made = [{name for op in segment for name in op.outputs} for segment in segments]
     earlier = set().union(*made[:-1])
-    own = {
-        item.tensor
-        for item in (*graph.parameters, *graph.buffers)
-        if any(is_under(item.name, run.path(index)) for index in range(run.kept))
-    }
+    leaves = [*(item.tensor for item in graph.parameters), *(item.tensor for item in graph.buffers)]
+    own = {name for name in leaves if any(is_under(name, run.path(index)) for index in range(run.kept))}
     outside = [*graph.ops[:start], *graph.ops[stop:]]
     if not earlier.isdisjoint(graph.outputs) or any(
         not (earlier | own).isdisjoint(op.inputs) for op in outside

@@ -46,7 +46,7 @@ def merge_reshapes(graph: OpGraph) -> OpGraph:
 
 
 def restore_rows(graph: OpGraph) -> OpGraph:
-    """`reshape(mm(reshape(x, [rows, k]), w) + b, [*lead, n])` as `matmul(x, w) + b`; `rows` flattens `lead`."""
+    """`reshape(mm(reshape(x, [rows, k]), w) + b, [*lead, n])` as `matmul(x, w) + b`; `rows` are `lead`."""
     replacements: dict[int, Op] = {}
     renames: dict[str, str] = {}
     tensors = dict(graph.tensors)
@@ -86,7 +86,7 @@ def _unflattened(graph: OpGraph, name: str) -> Tensor | None:
 
 
 def _until_reshape(graph: OpGraph, index: int) -> list[int] | None:
-    """A product, biases added to it, and the reshape that ends them: each the only reader of the one before."""
+    """A product, biases added to it, and the reshape at the end: each the only reader of the one before."""
     chain = [index]
     while True:
         name = graph.ops[chain[-1]].output

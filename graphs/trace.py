@@ -1,6 +1,6 @@
 """From an exported program to a straight line of functional operators.
 
-The program is interpreted on fake tensors. Each node is brought into canonical form (`graphs.canonical`),
+The program is interpreted on fake tensors. Each node is brought into canonical form (`graphs.forms`),
 in-place operators become functional ones (`graphs.functionalize`), and whatever is then really called is
 recorded.
 """
@@ -23,8 +23,9 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import GraphModule, Node
 
 from graphs import ir
-from graphs.canonical import Bound, bind, canonical_form, unbind
+from graphs.canonical import Bound, bind, unbind
 from graphs.errors import DATA_DEPENDENT_ADVICE, CaptureError, DataDependentError, UnsupportedOpError
+from graphs.forms import canonical_form
 from graphs.functionalize import Versions, functional_form, is_in_place
 
 _PURE_ASSERTIONS = frozenset({"aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar"})

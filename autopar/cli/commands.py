@@ -61,9 +61,9 @@ def explain(options: argparse.Namespace) -> int:
 def compile_program(options: argparse.Namespace) -> int:
     """`autopar compile`."""
     from autopar import api
-    from autopar.rewrite.program import rewrite
-    from graphs import capture
+    from autopar.compiler import compile
 
+    check_new(options.output / "model.py", force=options.force)
     named = Path(options.plan_or_cluster)
     saved = read_plan(named) if is_plan_file(named) else None
     if saved is None and options.global_batch is None:
@@ -73,12 +73,11 @@ def compile_program(options: argparse.Namespace) -> int:
             f"{named} is for a global batch of {saved.parallelism.global_batch}; drop --global-batch"
         )
     with short_warnings(quiet=options.quiet), progress(quiet=options.quiet) as on_progress:
-        spec = _model(options)
-        model = capture(spec.build_without_memory(), spec.inputs, name=spec.name)
+        model = api.captured(_model(options), None, None)
         if saved is None:
             cluster, global_batch = options.plan_or_cluster, options.global_batch
             saved = api.plan(model, cluster, global_batch=global_batch, progress=on_progress)
-        program = rewrite(model, saved)
+        program = compile(model, saved)
     program.save(options.output, force=options.force)
     for name in sorted(program.files):
         print(options.output / name)

@@ -63,10 +63,9 @@ def _status(verdict: Verdict) -> str:
         return f"does not fit: {over} over the memory of a device"
     if verdict.status == "evaluated":
         return "fits; evaluated as asked, no search was made"
-    certain = "the optimum of the cost model" if verdict.gap < 5e-4 else (
-        f"at most {units.percent(verdict.gap)} from the optimum of the cost model"
-    )  # fmt: skip
-    return f"{verdict.status}; {certain}"
+    if verdict.gap < 5e-4:
+        return f"{verdict.status} under the cost model"
+    return f"{verdict.status}; at most {units.percent(verdict.gap)} from the optimum of the cost model"
 
 
 def _peak(verdict: Verdict) -> str:
@@ -97,10 +96,10 @@ def _mesh(report: Report) -> list[str]:
         (axis.name, str(axis.size), "inside a node" if axis.within_node else "across nodes", axis.meaning)
         for axis in report.axes
     ]
-    product = " x ".join(str(axis.size) for axis in report.axes) or "1"
-    title = (
-        f"mesh: {product} = {report.num_devices} ranks, outermost axis first" if axes else "mesh: one rank"
-    )
+    product = " x ".join(str(axis.size) for axis in report.axes)
+    titles = ("mesh: one rank", f"mesh: {report.num_devices} ranks")
+    title = f"mesh: {product} = {report.num_devices} ranks, outermost axis first"
+    title = titles[len(axes)] if len(axes) < len(titles) else title
     return [title, *table(axes), *table(report.settings)]
 
 
@@ -140,7 +139,7 @@ def _operations(report: Report) -> list[str]:
     if len(rows) > 1:
         lines += table(rows, right=(1,))
     whole = sum(op.count for op in report.operations) - sum(int(row[1]) for row in rows[1:])
-    if axes:
+    if axes and whole:
         lines.append(f"{INDENT}{whole} more run whole on every rank of {', '.join(axes)}")
     if (data := [(op.count, dict(op.strategies).get("dp", "")) for op in report.operations]) and data[0][1]:
         split = sum(count for count, key in data if not key.startswith("replicate"))
@@ -187,7 +186,7 @@ def _runners_up(runners_up: Sequence[RunnerUp]) -> list[str]:
 def _search(search: Search, verdict: Verdict) -> list[str]:
     if verdict.status == "evaluated":
         return []
-    pruned = ", ".join(f"{number} by {reason}" for reason, number in search.pruned)
+    pruned = ", ".join(f"{number:,} by {reason}" for reason, number in search.pruned if number)
     text = f"search: {search.num_candidates:,} candidates, {search.num_solved:,} solved"
     text += f", pruned: {pruned}" if pruned else ""
     return wrap(

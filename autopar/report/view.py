@@ -243,7 +243,7 @@ def _axes(plan: Plan) -> tuple[Axis, ...]:
         "dp_replicate": "data-parallel replicas",
         "dp_shard": f"data-parallel replicas; {zero}",
         "cp": "context parallel: the sequence is split, keys and values are gathered",
-        "tp": "tensor and sequence parallel, as the placements below say",
+        "tp": "tensor and sequence parallel, op by op as listed below",
     }
     found = []
     stride = p.world_size

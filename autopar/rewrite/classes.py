@@ -85,7 +85,26 @@ class ClassPrinter:
         self.is_whole = stage.num_stages == 1
         self.names = Names(self.graph, (*self.graph.ops, *self.stage_ops), {name: name for name in self.graph.inputs})
         self.holders = _holders(self.graph, self.stage_ops)
+        self.held = self._held()
         return self._class(root, name, stage)
+
+    def _held(self) -> dict[str, str]:
+        """Paths of all parameters and buffers that the stage holds, with their tensors.
+
+        Of a tied parameter a pipeline stage holds the paths that it uses, a whole model all.
+        """
+        held: dict[str, str] = {}
+        read = {name for op in self.stage_ops for name in op.inputs}
+        for op in self.stage_ops:
+            for tensor in op.inputs:
+                for path in (self.holders.get((tensor, None), ""), self._path(tensor, op)):
+                    if path:
+                        held.setdefault(path, tensor)
+        if self.is_whole:
+            for parameter in self.graph.parameters:
+                if parameter.tensor in read:
+                    held.update({path: parameter.tensor for path in (parameter.name, *parameter.aliases)})
+        return held
 
     # --- one class -------------------------------------------------------------------------------------------------
 
@@ -200,7 +219,7 @@ class ClassPrinter:
         loose: dict[str, dict[str, str]] = {}
         buffers: list[str] = []
         buffer_tensors = {buffer.tensor for buffer in self.graph.buffers}
-        for path, tensor in self._held_paths(node, ops):
+        for path, tensor in self._held_paths(node):
             owner, _, attribute = path.removeprefix(prefix).rpartition(".")
             if tensor in buffer_tensors:
                 buffers.append(self._buffer(tensor, owner, attribute))
@@ -233,28 +252,21 @@ class ClassPrinter:
             if parameter.tensor not in read:
                 continue
             first = self.holders[parameter.tensor, None]
-            used = {self._path(parameter.tensor, op) for op in ops if parameter.tensor in op.inputs}
             for path in (parameter.name, *parameter.aliases):
-                if not self.is_whole and path not in used:
-                    continue  # the module of that path is in another stage
+                if path not in self.held:
+                    continue
                 inside = path.startswith(prefix) and first.startswith(prefix)
                 deeper = any(path.startswith(child) and first.startswith(child) for child in child_paths)
                 if path != first and inside and not deeper:
                     yield f"self.{_access(path.removeprefix(prefix))} = self.{_access(first.removeprefix(prefix))}  # tied"
 
-    def _held_paths(self, node: Node, ops: Sequence[Op]) -> Iterator[tuple[str, str]]:
+    def _held_paths(self, node: Node) -> Iterator[tuple[str, str]]:
         """Paths of parameters and buffers under this class and not under a child of it, with their tensors."""
         child_paths = [f"{item.path}." for item in node.items if isinstance(item, Node)]
         prefix = f"{node.path}." if node.path else ""
-        seen: set[str] = set()
-        for op in ops:
-            for tensor in op.inputs:
-                paths = (self.holders.get((tensor, None), ""), self._path(tensor, op))
-                for path in paths:
-                    if path and path not in seen and path.startswith(prefix):
-                        seen.add(path)
-                        if not any(path.startswith(child) for child in child_paths):
-                            yield path, tensor
+        for path, tensor in self.held.items():
+            if path.startswith(prefix) and not any(path.startswith(child) for child in child_paths):
+                yield path, tensor
 
     def _leaf(self, path: str, tensors: Mapping[str, str], ops: Sequence[Op]) -> str:
         """The constructor of a leaf module: torch's own where its parameters are just those, else a plain holder."""

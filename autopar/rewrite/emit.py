@@ -20,7 +20,7 @@ from graphs.ir import OpGraph
 
 RUNTIME_FUNCTIONS = (
     *("Parameters", "Split", "all_gather", "all_gather_replicated", "all_reduce", "all_reduce_partial", "all_to_all"),
-    *("copy", "cross_entropy", "embedding", "first_grad", "first_only", "keep_matmuls", "reduce_scatter"),
+    *("copy", "cross_entropy", "embedding", "first_grad", "first_only", "grouped_mm", "keep_matmuls", "reduce_scatter"),
     *("saved_buffer", "shard", "shard_partial"),
 )
 

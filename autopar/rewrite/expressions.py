@@ -47,7 +47,7 @@ def expression_of(
     that sizes can be named; `device` is the expression of the device on which ops without tensors make theirs.
     """
     namespace, name, overload = op.target.split(".", 2)
-    writer = _WRITERS.get(name) if namespace == "aten" else None
+    writer = _WRITERS.get(name) if namespace == "aten" else _FOREIGN.get(f"{namespace}.{name}")
     if writer is not None:
         written = writer(_Call(op, values, tensors, sizes(op)))
         if written is not None:
@@ -268,6 +268,13 @@ def _clone(call: _Call) -> Expression:
 def _split(call: _Call) -> Expression:
     return Expression(f"{call.tensor(0)}.split({', '.join(call.rest(1))})")
 
+
+def _grouped(call: _Call) -> Expression:
+    return Expression(f"grouped_mm({', '.join(call.rest(0))})")
+
+
+_FOREIGN: Mapping[str, Writer] = {"transformers.grouped_mm_fallback": _grouped}
+"""Ops of other libraries, which a program cannot call without them."""
 
 _WRITERS: Mapping[str, Writer] = {
     "add": _binary("+", SUM),

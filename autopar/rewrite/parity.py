@@ -106,7 +106,10 @@ from autopar_runtime import gather
 from model import PLACEMENTS
 from train import build, forward_backward, replica_part, start
 
+# Relative, by the least precise dtype of the parameters. Models cast to single precision inside, so that even in
+# double precision sums in another order differ; AdamW divides small gradients by themselves and enlarges that.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+PARAMETERS_FACTOR = 10
 
 
 def difference(found: Tensor, wanted: Tensor, floor: float) -> float:
@@ -143,11 +146,12 @@ def main() -> None:
     found = gather(named, rank.mesh, PLACEMENTS)
     worst["parameters"] = compare(found, reference["parameters"], reference["optimizer"]["lr"])
     dtype = max((each.dtype for each in named.values()), key=lambda each: TOLERANCE.get(each, 0.0))
-    equal = all(value <= TOLERANCE[dtype] for value, _ in worst.values())
+    limits = {what: TOLERANCE[dtype] * (PARAMETERS_FACTOR if what == "parameters" else 1) for what in worst}
+    equal = all(value <= limits[what] for what, (value, _) in worst.items())
     if dist.get_rank() == 0:
         for what, (value, where) in worst.items():
-            print(f"{what}: largest relative difference {value:.2e} ({where})")
-        print(f"{'equal' if equal else 'NOT EQUAL'} to the original within {TOLERANCE[dtype]:.0e}", flush=True)
+            print(f"{what}: largest relative difference {value:.2e} of {limits[what]:.0e} allowed ({where})")
+        print(f"{'equal' if equal else 'NOT EQUAL'} to the original", flush=True)
     dist.destroy_process_group()
     sys.exit(0 if equal else 1)
 

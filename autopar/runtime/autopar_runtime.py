@@ -151,6 +151,19 @@ def embedding(indices: Tensor, weight: Tensor, vocab: ProcessGroup, padding_idx:
     return found * mine.unsqueeze(-1)
 
 
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of `x` `[t, k]`, sorted by expert, times the matrix of their expert in `weight` `[e, k, n]`.
+
+    Expert e has the rows up to `ends[e]`; rows past the last end give zeros.
+    """
+    pieces, start = [], 0
+    for expert, end in enumerate(ends.tolist()):
+        pieces.append(x[start:end] @ weight[expert])
+        start = end
+    pieces.append(x.new_zeros(x.shape[0] - start, weight.shape[2]))
+    return torch.cat(pieces)
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

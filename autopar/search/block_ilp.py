@@ -1,26 +1,28 @@
 """The operator layer: the cheapest strategy of every op on one mesh axis, as a mixed-integer program.
 
-Sets and data. v are ops, k ∈ K(v) their strategies (`autopar.strategies`), t tensors; p, q states of a tensor on the
-axis. A strategy fixes the state it asks of every operand and the state of every result. Ops at the same place of
-isomorphic blocks share their choice, so v runs over representatives, with n_v instances; tensors made by the same
-representative and read by the same representatives are one t, with n_t instances. Every cost below is a true price of
-the local graph (`autopar.pricing`), forward and backward, for one microbatch.
+Sets and data. v are ops, k ∈ K(v) their strategies (`autopar.strategies`), t tensors; p, q states of a tensor
+on the axis. A strategy fixes the state it asks of every operand and the state of every result. Ops at the
+same place of isomorphic blocks share their choice, so v runs over representatives, with n_v instances;
+tensors made by the same representative and read by the same representatives are one t, with n_t instances.
+Every cost below is a true price of the local graph (`autopar.pricing`), forward and backward, for one
+microbatch.
 
-    minimise   Σ (a_vk + λ n_v m_vk) x_vk  +  Σ n_t c_tpq z_tpq  +  Σ n_t (r_tp / M + λ' b_tp) y_tp
+    minimise   Σ (a_vk + λ m_vk) x_vk  +  Σ n_t c_tpq z_tpq  +  Σ n_t (r_tp / M + λ' b_tp) y_tp
 
     x_vk ∈ {0,1}    op v uses strategy k                                                    `_choose`
     y_tp ∈ {0,1}    parameter t is stored in state p                                         `_store`
-    Σ_k x_vk = 1,   Σ_p y_tp = 1
+    Σ_k x_vk = 1,   Σ_p y_tp = 1,   y as the consumers ask                                   `_store_as_asked`
     give_tp = Σ_{k makes t in p} x_vk, or y_tp;   ask_tuq = Σ_{k of consumer u asks t in q} x_uk
     f_tupq ≥ 0      consumer u gets t in q from p                                            `_carry`
     Σ_q f_tupq = give_tp,   Σ_p f_tupq = ask_tuq      for every consumer u
     z_tpq ≥ f_tupq  for every u: one conversion serves all who need it                       `_carry`
     f_tupq = 0      where no conversion leads from p to q
 
-a is the time of the op in all its instances, c of a conversion, r of summing a partial parameter gradient over the axis, once in M
-microbatches; m are the bytes that autograd saves, b those of parameter, gradient and optimizer states, λ and λ' what a
-byte costs. With λ = λ' = 0 the objective is time; raising them walks the frontier of time and memory. The flow rows are
-those of a transport problem, so the relaxation is integral but for tensors with several consumers.
+a is the time of the op and m the bytes that autograd saves for it, in all its instances; c is the time of a
+conversion, r that of summing a partial parameter gradient over the axis, once in M microbatches; b are a
+parameter's bytes; λ and λ' say what a byte costs. With λ = λ' = 0 the objective is time; raising them walks
+the frontier of time and memory. The flow rows are those of a transport problem, so the relaxation is integral
+but for tensors with several consumers.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from functools import cached_property
 from itertools import product
 from typing import Literal
 
+from autopar.errors import SearchTimeoutError
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import PR, RP, RR, Partial, Shard, State
 from autopar.pricing import Pricer, Traffic, total
 from autopar.search.shallow import local_counts
-from autopar.search.solver import LinearModel, solve
+from autopar.search.solver import LinearModel, Term, solve
 from autopar.strategies import Strategy, conversion, natural_sections, stored_state, strategies
 from graphs.ir import Op, OpGraph
 
@@ -63,8 +66,8 @@ class Reader:
 class TensorClass:
     """Tensors that are made and read alike.
 
-    `name` is one of them; `producer` is the representative op and result that make it, None for what the graph starts
-    from; `count` is how many they are, at full depth.
+    `name` is one of them; `producer` is the representative op and result that make it, None for what the
+    graph starts from; `count` is how many they are, at full depth.
     """
 
     name: str
@@ -78,8 +81,8 @@ class TensorClass:
 class AxisSolution:
     """The best assignment found.
 
-    `time_s` is its price for one microbatch, parameter reductions spread over the microbatches included; `objective_s`
-    adds what memory was priced at, and nothing can cost less than `bound_s`.
+    `time_s` is its price for one microbatch, parameter reductions spread over the microbatches included;
+    `objective_s` adds what memory was priced at, and nothing can cost less than `bound_s`.
     """
 
     assignment: Assignment
@@ -92,11 +95,13 @@ class AxisSolution:
 class AxisProblem:
     """The choice of strategies on one axis for one graph; strategies and prices are worked out once.
 
-    `graph` is local on all outer axes and knows its blocks; `pricer` knows the axis' group. `counts` says for how many
-    ops of a deeper model each op stands.
+    `graph` is local on all outer axes and knows its blocks; `pricer` knows the axis' group. `counts` says for
+    how many ops of a deeper model each op stands.
     """
 
-    def __init__(self, graph: OpGraph, axis: str, pricer: Pricer, counts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, graph: OpGraph, axis: str, pricer: Pricer, counts: Sequence[int] | None = None
+    ) -> None:
         self.graph = graph
         self.axis = axis
         self.pricer = pricer
@@ -108,8 +113,11 @@ class AxisProblem:
         distinct = replace(graph, ops=tuple(graph.ops[index] for index in self.instances), blocks=())
         sections = natural_sections(distinct, self.size)
         self.offered = {index: self._offered(index, sections) for index in self.instances}
+        self._conversion_s: dict[tuple[int, bool, State, State], float | None] = {}
 
-    def _offered(self, index: int, sections: Mapping[int, tuple[tuple[int, ...], ...]]) -> tuple[Strategy, ...]:
+    def _offered(
+        self, index: int, sections: Mapping[int, tuple[tuple[int, ...], ...]]
+    ) -> tuple[Strategy, ...]:
         op = self.graph.ops[index]
         found = strategies(op, self.graph, self.size, sections)
         if self.graph.loss in op.outputs:
@@ -121,6 +129,13 @@ class AxisProblem:
     def tensor_classes(self) -> tuple[TensorClass, ...]:
         """All tensors that some op reads, in order of first appearance."""
         return _tensor_classes(self.graph, self.counts)
+
+    @cached_property
+    def parameter_classes(self) -> tuple[TensorClass, ...]:
+        """Those of them that are parameters."""
+        return tuple(
+            tensors for tensors in self.tensor_classes if tensors.name in self.graph.parameter_tensors
+        )
 
     @cached_property
     def op_times_s(self) -> Mapping[int, tuple[float, ...]]:
@@ -168,7 +183,7 @@ class AxisProblem:
 
     @cached_property
     def saved_bytes(self) -> Mapping[int, tuple[float, ...]]:
-        """Per representative op, the bytes that one instance saves for backward under each strategy.
+        """Per representative op, the bytes that all its instances save for backward under each strategy.
 
         A storage that several ops save is shared among them.
         """
@@ -179,20 +194,25 @@ class AxisProblem:
         free = {*self.graph.parameter_tensors, *self.graph.inputs, *(b.tensor for b in self.graph.buffers)}
 
         def saved(op: Op, strategy: Strategy) -> float:
-            states = dict(zip((*op.inputs, *op.outputs), (*strategy.operands, *strategy.results), strict=True))
+            states = dict(
+                zip((*op.inputs, *op.outputs), (*strategy.operands, *strategy.results), strict=True)
+            )
             num_bytes = op.saved_internal_bytes / (self.size if strategy.factor else 1)
             for name, state in states.items():
                 tensor = self.graph.tensors[name]
                 if tensor.storage in op.saved and tensor.storage not in free:
-                    num_bytes += tensor.num_bytes / self._parts(state) / savers[tensor.storage]
+                    num_bytes += tensor.num_bytes / self.parts(state) / savers[tensor.storage]
             return num_bytes
 
         return {
-            index: tuple(saved(self.graph.ops[index], strategy) for strategy in offered)
+            index: tuple(
+                self.instances[index] * saved(self.graph.ops[index], strategy) for strategy in offered
+            )
             for index, offered in self.offered.items()
         }
 
-    def _parts(self, state: State) -> int:
+    def parts(self, state: State) -> int:
+        """Into how many parts a tensor in this state is split."""
         return self.size if isinstance(state.value, Shard) else 1
 
     def conversion_s(self, name: str, source: State, target: State) -> float | None:
@@ -200,16 +220,20 @@ class AxisProblem:
         if source == target:
             return 0.0
         tensor = self.graph.tensors[name]
-        how = conversion(source, target, tensor.requires_grad)
-        if how is None:
-            return None
-        cost = self.pricer.conversion(how.name, tensor.num_bytes, self.axis, backward=tensor.requires_grad)
-        return cost.total_s
+        key = (tensor.num_bytes, tensor.requires_grad, source, target)
+        if key not in self._conversion_s:
+            how = conversion(source, target, tensor.requires_grad)
+            self._conversion_s[key] = how and self.pricer.conversion(
+                how.name, tensor.num_bytes, self.axis, backward=tensor.requires_grad
+            ).total_s  # fmt: skip
+        return self._conversion_s[key]
 
     def stored_states(self, tensors: TensorClass) -> tuple[State, ...]:
-        """In what states a parameter may be stored: the shards that some reader asks, or whole."""
+        """In what states a parameter may be stored: whole, or in the shards that some reader asks."""
         asked = (
-            strategy.operands[reader.position] for reader in tensors.readers for strategy in self.offered[reader.op]
+            strategy.operands[reader.position]
+            for reader in tensors.readers
+            for strategy in self.offered[reader.op]
         )
         shards = (state for state in asked if isinstance(state.value, Shard))
         whole = (RR, RP) if self.graph.tensors[tensors.name].requires_grad else (RR,)
@@ -222,79 +246,85 @@ class AxisProblem:
         num_bytes = self.graph.tensors[name].num_bytes
         return self.pricer.bucketed_s("all_reduce", num_bytes, self.pricer.groups[self.axis])
 
+    @cached_property
+    def _rows(self) -> _Rows:
+        return _Rows(self)
+
     def solve(
         self,
-        num_microbatches: int = 1,
-        price: MemoryPrice = MemoryPrice(),  # noqa: B008  (a frozen value)
+        num_microbatches: float = 1,
+        price: MemoryPrice = MemoryPrice(),
         time_limit_s: float | None = None,
     ) -> AxisSolution:
-        """The cheapest assignment. Raises RuntimeError when the limit passes before the solver has any."""
-        return _Model(self, num_microbatches, price).solve(time_limit_s)
+        """The cheapest assignment. Raises SearchTimeoutError when the limit passes before the solver has any."""
+        return self._rows.solve(num_microbatches, price, time_limit_s)
 
-    def time_s(self, assignment: Assignment, num_microbatches: int = 1) -> float:
+    def time_s(self, assignment: Assignment, num_microbatches: float = 1) -> float:
         """The price of an assignment, found independently of the program: localize the graph and price that."""
         local = localize(Localized.of(self.graph), assignment).graph
-        counts = local_counts(local.ops, dict(zip((op.name for op in self.graph.ops), self.counts, strict=True)))
+        counts = local_counts(
+            local.ops, dict(zip((op.name for op in self.graph.ops), self.counts, strict=True))
+        )
         costs = zip(self.pricer.graph(local), counts, strict=True)
         sums_s = sum(
             tensors.count * self.reduction_s(tensors.name, assignment.sources[tensors.name])
-            for tensors in self.tensor_classes
-            if tensors.name in self.graph.parameter_tensors
+            for tensors in self.parameter_classes
         )
         return sum(count * cost.total_s for cost, count in costs) + sums_s / num_microbatches
 
 
-class _Model:
-    """The program, built row by row, and its answer read back."""
+class _Rows:
+    """The program row by row. Its costs are time; `reductions_s` and the bytes by variable say what else to
+    add."""
 
-    def __init__(self, problem: AxisProblem, num_microbatches: int, price: MemoryPrice) -> None:
+    def __init__(self, problem: AxisProblem) -> None:
         self.problem = problem
-        self.num_microbatches = num_microbatches
-        self.price = price
         self.model = LinearModel()
+        self.reductions_s: dict[int, float] = {}
+        self.activation_bytes: dict[int, float] = {}
+        self.parameter_bytes: dict[int, float] = {}
         self.x = {index: self._choose(index) for index in problem.instances}
-        self.y: dict[str, dict[State, int]] = {}
+        self.y = {tensors.name: self._store(tensors) for tensors in problem.parameter_classes}
         for tensors in problem.tensor_classes:
-            if tensors.producer is None and tensors.name in problem.graph.parameter_tensors:
-                self.y[tensors.name] = self._store(tensors)
             self._carry(tensors)
 
     def _choose(self, index: int) -> tuple[int, ...]:
-        problem = self.problem
-        count = problem.instances[index]
-        costs = zip(problem.op_times_s[index], problem.saved_bytes[index], strict=True)
-        found = tuple(
-            self.model.variable(time_s + count * self.price.activation_s_per_byte * saved, integer=True)
-            for time_s, saved in costs
-        )
+        found = []
+        costs = zip(self.problem.op_times_s[index], self.problem.saved_bytes[index], strict=True)
+        for time_s, num_bytes in costs:
+            variable = self.model.variable(time_s, integer=True)
+            self.activation_bytes[variable] = num_bytes
+            found.append(variable)
         self.model.row(1, 1, [(variable, 1.0) for variable in found])
-        return found
+        return tuple(found)
 
     def _store(self, tensors: TensorClass) -> dict[State, int]:
         problem = self.problem
         num_bytes = problem.graph.tensors[tensors.name].num_bytes
         found = {}
         for state in problem.stored_states(tensors):
-            cost = problem.reduction_s(tensors.name, state) / self.num_microbatches
-            cost += self.price.parameter_s_per_byte * num_bytes / problem._parts(state)
-            found[state] = self.model.variable(tensors.count * cost, integer=True)
+            variable = self.model.variable(integer=True)
+            self.reductions_s[variable] = tensors.count * problem.reduction_s(tensors.name, state)
+            self.parameter_bytes[variable] = tensors.count * num_bytes / problem.parts(state)
+            found[state] = variable
         self.model.row(1, 1, [(variable, 1.0) for variable in found.values()])
         self._store_as_asked(tensors, found)
         return found
 
     def _store_as_asked(self, tensors: TensorClass, stored: Mapping[State, int]) -> None:
-        """The rule of `autopar.strategies.stored_state` as rows: a shard if all ask it, and a partial gradient if, and
-        only if, some reader gives one."""
+        """The rule of `autopar.strategies.stored_state` as rows: a shard if all ask it, and a partial
+        gradient if, and only if, some reader gives one."""
         asks = [self._ask(tensors, reader) for reader in tensors.readers]
         for state, variable in stored.items():
             if isinstance(state.value, Shard):
                 for ask in asks:
                     self.model.row(0, 1, [*((x, 1.0) for x in ask.get(state, ())), (variable, -1.0)])
-        partial = [[x for state, xs in ask.items() if isinstance(state.grad, Partial) for x in xs] for ask in asks]
         if RP not in stored:
             return
-        anyone = [(x, 1.0) for xs in partial for x in xs]
-        self.model.row(0, len(asks), [*anyone, (stored[RP], -1.0)])
+        partial = [
+            [x for state, xs in ask.items() if isinstance(state.grad, Partial) for x in xs] for ask in asks
+        ]
+        self.model.row(0, len(asks), [*((x, 1.0) for xs in partial for x in xs), (stored[RP], -1.0)])
         for xs in partial:
             self.model.row(0, 1, [(stored[RR], 1.0), *((x, 1.0) for x in xs)])
 
@@ -303,96 +333,100 @@ class _Model:
         asks = [self._ask(tensors, reader) for reader in tensors.readers]
         wanted = dict.fromkeys(state for ask in asks for state in ask)
         costs = {
-            (made, state): self.problem.conversion_s(tensors.name, made, state) for made, state in product(give, wanted)
+            (made, state): self.problem.conversion_s(tensors.name, made, state)
+            for made, state in product(give, wanted)
         }
         if not any(cost is None or cost > 0 for cost in costs.values()):
             return  # every state can be had for nothing
-        count = tensors.count
         shared: dict[tuple[State, State], int] = {}
         if len(asks) > 1:
-            shared = {pair: self.model.variable(count * cost) for pair, cost in costs.items() if cost}
+            shared = {pair: self.model.variable(tensors.count * cost) for pair, cost in costs.items() if cost}
         for ask in asks:
-            flows: dict[tuple[State, State], int] = {}
+            out: dict[State, list[Term]] = {state: [(x, -1.0) for x in xs] for state, xs in give.items()}
+            into: dict[State, list[Term]] = {state: [(x, -1.0) for x in xs] for state, xs in ask.items()}
             for pair in product(give, ask):
                 cost = costs[pair]
-                if cost is not None:
-                    flows[pair] = self.model.variable(0.0 if pair in shared else count * cost)
-            for pair in flows.keys() & shared.keys():
-                self.model.row(0, 1, [(shared[pair], 1.0), (flows[pair], -1.0)])
-            self._balance(give, flows, 0)
-            self._balance(ask, flows, 1)
+                if cost is None:
+                    continue
+                flow = self.model.variable(0.0 if pair in shared else tensors.count * cost)
+                out[pair[0]].append((flow, 1.0))
+                into[pair[1]].append((flow, 1.0))
+                if pair in shared:
+                    self.model.row(0, 1, [(shared[pair], 1.0), (flow, -1.0)])
+            for terms in (*out.values(), *into.values()):
+                self.model.row(0, 0, terms)
 
-    def _balance(
-        self, sides: Mapping[State, Sequence[int]], flows: Mapping[tuple[State, State], int], side: int
-    ) -> None:
-        """What flows out of (or into) a state is what is made (or asked) in it."""
-        for state, variables in sides.items():
-            through = [(flow, 1.0) for pair, flow in flows.items() if pair[side] == state]
-            self.model.row(0, 0, [*through, *((variable, -1.0) for variable in variables)])
-
-    def _give(self, tensors: TensorClass) -> dict[State, Sequence[int]]:
+    def _give(self, tensors: TensorClass) -> dict[State, list[int]]:
+        if tensors.name in self.y:
+            return {state: [variable] for state, variable in self.y[tensors.name].items()}
         if tensors.producer is None:
-            stored = self.y.get(tensors.name)
-            if stored is None:
-                always = self.model.variable(lower=1.0)
-                return {RR: (always,)}
-            return {state: (variable,) for state, variable in stored.items()}
+            return {RR: [self.model.variable(lower=1.0)]}
         index, result = tensors.producer
         return _by_state(
             (strategy.results[result], variable)
             for strategy, variable in zip(self.problem.offered[index], self.x[index], strict=True)
         )
 
-    def _ask(self, tensors: TensorClass, reader: Reader) -> dict[State, Sequence[int]]:
+    def _ask(self, tensors: TensorClass, reader: Reader) -> dict[State, list[int]]:
         return _by_state(
             (strategy.operands[reader.position], variable)
             for strategy, variable in zip(self.problem.offered[reader.op], self.x[reader.op], strict=True)
         )
 
-    def solve(self, time_limit_s: float | None) -> AxisSolution:
-        solution = solve(self.model, time_limit_s=time_limit_s)
+    def solve(self, num_microbatches: float, price: MemoryPrice, time_limit_s: float | None) -> AxisSolution:
+        added_s = [
+            *((variable, seconds / num_microbatches) for variable, seconds in self.reductions_s.items()),
+            *(
+                (variable, price.activation_s_per_byte * size)
+                for variable, size in self.activation_bytes.items()
+            ),
+            *(
+                (variable, price.parameter_s_per_byte * size)
+                for variable, size in self.parameter_bytes.items()
+            ),
+        ]
+        costs = list(self.model.costs)
+        for variable, seconds in added_s:
+            costs[variable] += seconds
+        solution = solve(replace(self.model, costs=costs), time_limit_s=time_limit_s)
         if not solution.values:
-            raise RuntimeError(
-                f"the solver found no strategies for axis {self.problem.axis!r} ({solution.status}) "
-                f"within {time_limit_s} s; allow more time"
+            raise SearchTimeoutError(
+                f"no strategies for axis {self.problem.axis!r} were found within {time_limit_s} s; allow more time"
             )
         values = solution.values
-        chosen = {
-            index: max(range(len(variables)), key=lambda k: values[variables[k]])
-            for index, variables in self.x.items()
-        }
-        problem = self.problem
-        graph = problem.graph
-        sources = {name: RR for name in (*graph.inputs, *(b.tensor for b in graph.buffers), *graph.parameter_tensors)}
-        for tensors in problem.tensor_classes:
-            if tensors.name in self.y:
-                asked = (problem.offered[r.op][chosen[r.op]].operands[r.position] for r in tensors.readers)
-                sources.update(dict.fromkeys(tensors.members, stored_state(asked)))
-        choice = tuple(problem.offered[index][chosen[index]] for index in graph.representative)
-        penalty_s = sum(
-            problem.instances[index] * self.price.activation_s_per_byte * problem.saved_bytes[index][k]
-            for index, k in chosen.items()
-        )
-        penalty_s += self.price.parameter_s_per_byte * sum(
-            tensors.count * graph.tensors[tensors.name].num_bytes / problem._parts(sources[tensors.name])
-            for tensors in problem.tensor_classes
-            if tensors.name in self.y
-        )
-        assignment = Assignment(problem.axis, problem.size, choice, sources)
+        sizes = (*self.activation_bytes.items(),), (*self.parameter_bytes.items(),)
+        priced = zip((price.activation_s_per_byte, price.parameter_s_per_byte), sizes, strict=True)
+        penalty_s = sum(rate * size * values[variable] for rate, part in priced for variable, size in part)
         return AxisSolution(
-            assignment,
+            self._assignment(values),
             solution.objective - penalty_s,
             solution.objective,
             solution.bound,
             "optimal" if solution.status == "optimal" else "feasible",
         )
 
+    def _assignment(self, values: Sequence[float]) -> Assignment:
+        problem = self.problem
+        graph = problem.graph
+        chosen = {
+            index: problem.offered[index][max(range(len(variables)), key=lambda k: values[variables[k]])]
+            for index, variables in self.x.items()
+        }
+        sources = dict.fromkeys(
+            (*graph.inputs, *(b.tensor for b in graph.buffers), *graph.parameter_tensors), RR
+        )
+        for tensors in problem.parameter_classes:
+            asked = (chosen[reader.op].operands[reader.position] for reader in tensors.readers)
+            sources.update(dict.fromkeys(tensors.members, stored_state(asked)))
+        choice = tuple(chosen[index] for index in graph.representative)
+        return Assignment(problem.axis, problem.size, choice, sources)
 
-def _by_state(pairs: Iterable[tuple[State, int]]) -> dict[State, Sequence[int]]:
+
+def _by_state(pairs: Iterable[tuple[State, int]]) -> dict[State, list[int]]:
     found: dict[State, list[int]] = {}
     for state, variable in pairs:
         found.setdefault(state, []).append(variable)
-    return dict(found)
+    return found
 
 
 def _tensor_classes(graph: OpGraph, counts: Sequence[int]) -> tuple[TensorClass, ...]:
@@ -419,4 +453,6 @@ def _tensor_classes(graph: OpGraph, counts: Sequence[int]) -> tuple[TensorClass,
         found.setdefault(key, []).append(name)
         parts[key] = (producer, readers)
         number[key] = number.get(key, 0) + count
-    return tuple(TensorClass(names[0], *parts[key], tuple(names), number[key]) for key, names in found.items())
+    return tuple(
+        TensorClass(names[0], *parts[key], tuple(names), number[key]) for key, names in found.items()
+    )

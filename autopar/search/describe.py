@@ -21,7 +21,7 @@ from autopar.plan import (
     StagePlan,
 )
 from autopar.pricing import dtype_name
-from autopar.search.evaluate import Evaluated, Stage
+from autopar.search.evaluate import Evaluated
 from autopar.search.planner import Planner, Solved
 from costmodel import Ledger, OptimizerPolicy, model_flops_utilization, optimizer_policy
 from graphs import Capture, CaptureError, rules
@@ -60,7 +60,11 @@ def build_plan(
         prediction=_prediction(planner, evaluated),
         certificate=certificate,
         alternatives=tuple(alternatives),
-        warnings=(*warnings, *rule_warnings(planner.capture.graph), *_gather_warnings(planner, evaluated.parallelism)),
+        warnings=(
+            *warnings,
+            *rule_warnings(planner.capture.graph),
+            *_gather_warnings(planner, evaluated.parallelism),
+        ),
     )
 
 
@@ -159,7 +163,8 @@ def ledger_entries(ledger: Ledger) -> dict[str, float]:
 
 
 def module_ranges(paths: Iterable[str]) -> tuple[str, ...]:
-    """Paths with runs of consecutive numbers written as ranges: `model.layers.0-15`. The root's own ops go unnamed."""
+    """Paths with runs of consecutive numbers written as ranges: `model.layers.0-15`. The root's own ops go
+    unnamed."""
     found: list[tuple[str, int, int, str]] = []
     for path in dict.fromkeys(paths):
         match = re.fullmatch(r"(.*?)(\d+)", path)
@@ -197,7 +202,9 @@ def _prediction(planner: Planner, evaluated: Evaluated) -> Prediction:
 
 def _single_device_step_s(planner: Planner, p: Parallelism) -> float:
     """The same batch on one device that has memory enough, in microbatches of the same size."""
-    alone = Parallelism(microbatch_size=p.microbatch_size, num_microbatches=p.global_batch // p.microbatch_size)
+    alone = Parallelism(
+        microbatch_size=p.microbatch_size, num_microbatches=p.global_batch // p.microbatch_size
+    )
     return planner.evaluator.evaluate(planner.programs.program(alone).chain, alone, (0,)).step_s
 
 
@@ -242,9 +249,7 @@ def duration(seconds: float) -> str:
 
 def rule_warnings(graph: OpGraph) -> tuple[str, ...]:
     """Kinds of op without a sharding rule: every rank runs them whole."""
-    unknown = dict.fromkeys(
-        op.target for op in graph.ops if op.inputs and rules.rule_for(op, graph) is None
-    )
+    unknown = dict.fromkeys(op.target for op in graph.ops if op.inputs and rules.rule_for(op, graph) is None)
     return tuple(
         f"no sharding rule for {target}: every rank runs it whole; graphs.rules.register can add one"
         for target in unknown

@@ -3,7 +3,8 @@
 One code path for the search and for `autopar.evaluate`. Communication of the data axes follows `fully_shard`:
 
     ZeRO 0   gradients all_reduced over all replicas, once a step
-    ZeRO 1   once a step: gradients reduce_scattered, updated parameters all_gathered; between replicas of the shards
+    ZeRO 1   once a step: gradients reduce_scattered, updated parameters all_gathered; between replicas of the
+    shards
              an all_reduce of the shard
     ZeRO 2   as 1, but gradients are reduce_scattered with every microbatch, or they could not stay sharded
     ZeRO 3   as 2, and instead of once a step parameters are gathered in every forward and every backward
@@ -65,8 +66,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A candidate with its price. `ledgers` has one entry per pipeline rank; `excess_bytes` is above zero where the
-    fullest rank does not fit."""
+    """A candidate with its price. `ledgers` has one entry per pipeline rank; `excess_bytes` is above zero
+    where the fullest rank does not fit."""
 
     parallelism: Parallelism
     stages: tuple[Stage, ...]
@@ -104,7 +105,8 @@ class Evaluator:
         bounds = zip(cuts, [*cuts[1:], len(chain.units)], strict=True)
         stages = tuple(self._stage(chain, parallelism, chain.units[a:b], pricer) for a, b in bounds)
         sends_s = [
-            pricer.collective_s("send_recv", chain.units[cut].received_bytes, pricer.groups["pp"]) for cut in cuts[1:]
+            pricer.collective_s("send_recv", chain.units[cut].received_bytes, pricer.groups["pp"])
+            for cut in cuts[1:]
         ]
         step = step_cost(
             [stage.work for stage in stages],
@@ -144,7 +146,11 @@ class Evaluator:
 
     def _ledgers(self, stages: Sequence[Stage], p: Parallelism) -> tuple[Ledger, ...]:
         activations = peak_activation_bytes(
-            p.schedule, p.pp, p.num_microbatches, [stage.saved_bytes for stage in stages], p.num_virtual_stages
+            p.schedule,
+            p.pp,
+            p.num_microbatches,
+            [stage.saved_bytes for stage in stages],
+            p.num_virtual_stages,
         )
         return tuple(
             self._ledger(stages[rank :: p.pp], p) + Ledger(activations_bytes=num_bytes)
@@ -197,7 +203,9 @@ class _DataTraffic:
             seen.update(unit.parameters)
             parts.append(_unit_traffic(own, p, pricer, policy))
         return reduce(
-            lambda a, b: _DataTraffic(a.forward_s + b.forward_s, a.backward_s + b.backward_s, a.step_s + b.step_s),
+            lambda a, b: _DataTraffic(
+                a.forward_s + b.forward_s, a.backward_s + b.backward_s, a.step_s + b.step_s
+            ),
             parts,
             _DataTraffic(),
         )
@@ -211,7 +219,9 @@ def _unit_traffic(
     groups = pricer.groups
     context_s = pricer.collective_s("all_reduce", gradient_bytes, groups["cp"])
     if p.zero_stage == 0:
-        return _DataTraffic(step_s=context_s + pricer.collective_s("all_reduce", gradient_bytes, groups["dp"]))
+        return _DataTraffic(
+            step_s=context_s + pricer.collective_s("all_reduce", gradient_bytes, groups["dp"])
+        )
     gather_s = pricer.collective_s("all_gather", parameter_bytes, groups["dp_shard"])
     scatter_s = pricer.collective_s("reduce_scatter", gradient_bytes, groups["dp_shard"])
     replicas_s = pricer.collective_s("all_reduce", gradient_bytes / p.dp_shard, groups["dp_replicate"])
@@ -237,7 +247,8 @@ def _saved_bytes(units: Sequence[Unit], p: Parallelism) -> float:
 
 
 def _partial_sums_as_sync(step: StepCost, stages: Sequence[Stage], num_ranks: int) -> StepCost:
-    """Sums of partial gradients over `tp` run after the backward, like the optimizer, but are synchronisation."""
+    """Sums of partial gradients over `tp` run after the backward, like the optimizer, but are
+    synchronisation."""
     moved_s = reduce(add, (stage.partial_sum_s for stage in stages[step.bottleneck_rank :: num_ranks]), 0.0)
     terms = dict(step.terms)
     terms["optimizer"] -= moved_s

@@ -40,7 +40,9 @@ def infeasible(planner: Planner, result: SearchResult, global_batch: int, pins: 
 def smallest(planner: Planner, global_batch: int, pins: Pins) -> Solved:
     """Of the candidates with the smallest memory floors, the one that exceeds memory the least."""
     found = planner.candidates(global_batch, pins)
-    order = sorted(found, key=lambda p: (planner.bounds.memory_bytes(p), p.num_virtual_stages, p.microbatch_size))
+    order = sorted(
+        found, key=lambda p: (planner.bounds.memory_bytes(p), p.num_virtual_stages, p.microbatch_size)
+    )
     best: Solved | None = None
     for p in order[:NUM_PROBES]:
         best = better(best, planner.solve(p))

@@ -1,9 +1,9 @@
 """The outer layer: go through the candidates, cheapest lower bound first, and keep the best.
 
-A candidate is dropped without being solved when its memory floor exceeds the device or its time floor the best plan so
-far; what is left is priced exactly. The certificate's bound is the least that any candidate could still cost: the floor
-of those never solved, and of those that did not fit with their fastest program the time of that program, which a program
-between the solved memory prices might come close to.
+A candidate is dropped without being solved when its memory floor exceeds the device or its time floor the
+best plan so far; what is left is priced exactly. The certificate's bound is the least that any candidate
+could still cost: the floor of those never solved; and of those whose fastest program does not fit, though a
+smaller one might, the time of that program, which one between the solved memory prices could come close to.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import overload
 
 from autopar.errors import InvalidParallelismError, PinConflictError, SearchTimeoutError
 from autopar.plan import Parallelism
@@ -19,6 +18,7 @@ from autopar.search.bounds import Bounds
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.programs import MEMORY_PRICES, Program, Programs
 from autopar.search.space import Pins, candidates, divisors, scale_up_size
+from autopar.search.stages import Shares
 from costmodel import OptimizerPolicy
 from graphs import Capture
 from graphs.ir import OpGraph, Tensor
@@ -49,8 +49,8 @@ class Solved:
 class SearchResult:
     """What the search found; `best` is None where nothing fits.
 
-    `runners_up` are the best of other meshes, in order; `baselines` plain DDP and FSDP by name, None where the batch
-    does not divide over the devices. `pruned` counts the candidates that were dropped, by why.
+    `runners_up` are the best of other meshes, in order; `baselines` plain DDP and FSDP by name, None where
+    the batch does not divide over the devices. `pruned` counts the candidates that were dropped, by why.
     """
 
     best: Solved | None
@@ -85,8 +85,8 @@ class Planner:
         self.progress = progress or (lambda step, done, total: None)
 
     def search(self, global_batch: int, pins: Pins) -> SearchResult:
-        """The best plan for a global batch. Raises PinConflictError when the pins leave no candidate at all, and
-        SearchTimeoutError when the time limit passes before there is any plan."""
+        """The best plan for a global batch. Raises PinConflictError when the pins leave no candidate at all,
+        and SearchTimeoutError when the time limit passes before there is any plan."""
         found = self.candidates(global_batch, pins)
         capacity = self.cluster.device.memory_bytes
         possible = [p for p in found if self.bounds.memory_bytes(p) <= capacity]
@@ -131,11 +131,18 @@ class Planner:
         if floor_s >= outcome.best_s:
             outcome.pruned["time floor"] += 1
             return
-        solved = self.solve(p, only_if_it_fits=True)
-        if solved is None:
-            outcome.leave(floor_s)
+        solved = self.solve_fitting(p)
+        if solved is not None:
+            outcome.add(solved, solved.evaluated.step_s if solved.price_level == 0 else self._fastest_s(p))
+        elif p.tp == 1 or not self._may_shrink(p):
+            outcome.leave()
         else:
-            outcome.add(solved, floor_s)
+            outcome.leave(self._fastest_s(p))
+
+    def _fastest_s(self, p: Parallelism) -> float:
+        """The time of the fastest program, cut as if memory were no matter, data-parallel communication left
+        out."""
+        return self.programs.program(p).table(p.recompute).floor_s(p) + self.bounds.update_s(p)
 
     def candidates(self, global_batch: int, pins: Pins) -> tuple[Parallelism, ...]:
         """All candidates. Raises PinConflictError when there are none."""
@@ -144,21 +151,48 @@ class Planner:
             raise PinConflictError(self._why_empty(global_batch, pins))
         return found
 
-    @overload
-    def solve(self, p: Parallelism) -> Solved: ...
-    @overload
-    def solve(self, p: Parallelism, *, only_if_it_fits: bool) -> Solved | None: ...
-    def solve(self, p: Parallelism, *, only_if_it_fits: bool = False) -> Solved | None:
-        """The candidate with the fastest program that fits, else with the smallest one, or None if so wished."""
-        levels = range(len(MEMORY_PRICES) if p.tp > 1 else 1)
-        for level in levels:
-            program = self.programs.program(p, level)
-            cuts = self._cuts(program, p)
-            if program.table(p.recompute).peak_bytes(p, self.policy, cuts) <= self._budget_bytes:
-                return Solved(self.evaluator.evaluate(program.chain, p, cuts), program, level)
-        if only_if_it_fits:
+    def solve(self, p: Parallelism) -> Solved:
+        """The candidate with the fastest program that fits, else with the smallest one."""
+        found = self.solve_fitting(p)
+        if found is not None:
+            return found
+        level = len(MEMORY_PRICES) - 1 if p.tp > 1 else 0
+        program = self.programs.program(p, level)
+        return Solved(self.evaluator.evaluate(program.chain, p, self._cuts(program, p)), program, level)
+
+    def solve_fitting(self, p: Parallelism) -> Solved | None:
+        """The candidate with the fastest of its programs that fit, or None."""
+        level = self._fitting_level(p)
+        if level is None:
             return None
-        return Solved(self.evaluator.evaluate(program.chain, p, cuts), program, levels[-1])
+        program = self.programs.program(p, level)
+        return Solved(self.evaluator.evaluate(program.chain, p, self._cuts(program, p)), program, level)
+
+    def _fitting_level(self, p: Parallelism) -> int | None:
+        """The lowest price of memory at which the program fits. The highest is tried first: if that does not
+        help, nothing between will."""
+        if self._peak_bytes(p, 0) <= self._budget_bytes:
+            return 0
+        highest = len(MEMORY_PRICES) - 1
+        if p.tp == 1 or not self._may_shrink(p) or self._peak_bytes(p, highest) > self._budget_bytes:
+            return None
+        return next(
+            level for level in range(1, highest + 1) if self._peak_bytes(p, level) <= self._budget_bytes
+        )
+
+    def _peak_bytes(self, p: Parallelism, level: int) -> float:
+        program = self.programs.program(p, level)
+        return program.table(p.recompute).peak_bytes(p, self.policy, self._cuts(program, p))
+
+    def _may_shrink(self, p: Parallelism) -> bool:
+        """Whether the fastest program would fit, somehow cut, if all that it leaves whole were split over
+        `tp`."""
+        table = self.programs.program(p).table(p.recompute)
+        parameters = self.bounds.num_parameters / p.tp / max(1.0, float(table.parameters_once[0, -1]))
+        saved = p.microbatch_size * self.bounds.saved_bytes[p.recompute] / p.tp
+        shares = Shares(min(1.0, parameters), min(1.0, saved / max(1.0, float(table.saved_bytes[0, -1]))))
+        cuts = table.partition(p, self.policy, self._budget_bytes, shares)
+        return cuts is not None and table.peak_bytes(p, self.policy, cuts, shares) <= self._budget_bytes
 
     def finish(self, solved: Solved) -> Solved:
         """The same at full depth, priced again from there: the names and numbers that a plan is made of."""
@@ -182,7 +216,8 @@ class Planner:
         return device.memory_bytes - device.efficiency.reserved_memory_bytes
 
     def _sample_floors_s(self, found: Sequence[Parallelism]) -> dict[int, float]:
-        """Per tensor-parallel degree, what a sample costs at the largest microbatch: smaller ones do no better."""
+        """Per tensor-parallel degree, what a sample costs at the largest microbatch: smaller ones do no
+        better."""
         largest: dict[int, int] = {}
         for p in found:
             largest[p.tp] = max(largest.get(p.tp, 1), p.microbatch_size)
@@ -191,7 +226,11 @@ class Planner:
     def tensor_degrees(self) -> tuple[int, ...]:
         """Degrees inside the scale-up domain by which most of the parameters can be split."""
         sizes = divisors(min(scale_up_size(self.cluster), self.cluster.num_devices))
-        usable = [size for size in sizes if self.cluster.num_devices % size == 0 and divides(self.capture.graph, size)]
+        usable = [
+            size
+            for size in sizes
+            if self.cluster.num_devices % size == 0 and divides(self.capture.graph, size)
+        ]
         return tuple(usable)
 
     def _num_units(self) -> int:
@@ -199,16 +238,19 @@ class Planner:
         return len(self.programs.program(single).chain.units)
 
     def _baseline(self, name: str, global_batch: int) -> Solved | None:
-        """The best plain form of data parallelism: over all devices, whatever microbatch and recomputation suit it."""
+        """The best plain form of data parallelism: over all devices, whatever microbatch and recomputation
+        suit it."""
         num_devices = self.cluster.num_devices
         pins = Pins(tp=1, pp=1, zero_stage=BASELINES[name] if num_devices > 1 else 0)
-        plain = [p for p in candidates(self.cluster, global_batch, (1,), 1, pins) if p.dp_shard in (1, num_devices)]
+        plain = [
+            p for p in candidates(self.cluster, global_batch, (1,), 1, pins) if p.dp_shard in (1, num_devices)
+        ]
         capacity = self.cluster.device.memory_bytes
         best: Solved | None = None
         for p in sorted(plain, key=self.bounds.step_s):
             is_beaten = best is not None and self.bounds.step_s(p) >= best.evaluated.step_s
             if not is_beaten and self.bounds.memory_bytes(p) <= capacity:
-                solved = self.solve(p, only_if_it_fits=True)
+                solved = self.solve_fitting(p)
                 best = best if solved is None else better(best, solved)
         if best is None and plain:
             best = self.solve(min(plain, key=lambda p: (self.bounds.memory_bytes(p), p.microbatch_size)))
@@ -241,18 +283,17 @@ class _Outcome:
     def best_s(self) -> float:
         return float("inf") if self.best is None else self.best.evaluated.step_s
 
-    def leave(self, floor_s: float) -> None:
-        """Note a candidate that does not fit with any program that was tried."""
+    def leave(self, floor_s: float = float("inf")) -> None:
+        """Note a candidate that does not fit with any program that was tried; another might take `floor_s`."""
         self.pruned["out of memory"] += 1
         self.floor_s = min(self.floor_s, floor_s)
 
     def add(self, solved: Solved, floor_s: float) -> None:
-        """Note a candidate that was priced; its fastest program, if another, would take at least `floor_s`."""
+        """Note a candidate that was priced; its fastest program, fitting or not, takes at least `floor_s`."""
         self.num_priced += 1
-        if solved.price_level:
-            self.floor_s = min(self.floor_s, floor_s)
+        self.floor_s = min(self.floor_s, floor_s)
         if not solved.evaluated.fits:
-            self.leave(floor_s)
+            self.leave()
             return
         self.best = better(self.best, solved)
         p = solved.parallelism
@@ -265,10 +306,19 @@ class _Outcome:
 
 
 def rank(solved: Solved) -> tuple[object, ...]:
-    """The order of candidates: those that fit by time, then those that do not by excess; simpler ones break ties."""
+    """The order of candidates: those that fit by time, then those that do not by excess; simpler ones break
+    ties."""
     e = solved.evaluated
     p = e.parallelism
-    simplicity = (p.pp, p.tp, p.zero_stage, p.num_virtual_stages, p.recompute != "none", -p.microbatch_size, str(p))
+    simplicity = (
+        p.pp,
+        p.tp,
+        p.zero_stage,
+        p.num_virtual_stages,
+        p.recompute != "none",
+        -p.microbatch_size,
+        str(p),
+    )
     return (not e.fits, e.step_s if e.fits else e.excess_bytes, *simplicity)
 
 
@@ -284,4 +334,3 @@ def divides(graph: OpGraph, size: int) -> bool:
 
 def _elements(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.num_elements for tensor in tensors)
-

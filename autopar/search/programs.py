@@ -1,7 +1,9 @@
-"""The local programs that candidates run: one per microbatch size, tensor-parallel degree and price of memory.
+"""The local programs that candidates run: one per microbatch size, tensor-parallel degree and price of
+memory.
 
-Candidates that differ in pipeline, ZeRO, recomputation or schedule run the same local program, so each is made once:
-capture at the microbatch size, localize over the data axis, choose strategies on the tensor axis, localize again, price.
+Candidates that differ in pipeline, ZeRO, recomputation or schedule run the same local program, so each is
+made once: capture at the microbatch size, localize over the data axis, choose strategies on the tensor axis,
+localize again, price.
 """
 
 from __future__ import annotations
@@ -27,17 +29,20 @@ from graphs.ir import OpGraph
 from hardware_db import Cluster
 
 MEMORY_PRICES = (0.0, 1.0, 10.0)
-"""What filling a device's memory costs, in times of the microbatch: the sweep from fastest to smallest program."""
+"""What filling a device's memory costs, in times of the microbatch: the sweep from fastest to smallest
+program."""
 
 STATE_BYTES_PER_PARAMETER_BYTE = 8
-"""Mixed-precision AdamW keeps 16 bytes for a parameter of 2, plain AdamW 16 for 4: what memory is priced by."""
+"""Mixed-precision AdamW keeps 16 bytes for a parameter of 2, plain AdamW 16 for 4: what memory is priced by.
+"""
 
 
 @dataclass(frozen=True)
 class Program:
     """A local program with its price.
 
-    `strategies` maps the axes to the strategy key of every representative op; `solution` is None without a tensor axis.
+    `strategies` maps the axes to the strategy key of every representative op; `solution` is None without a
+    tensor axis.
     """
 
     chain: Chain
@@ -65,7 +70,8 @@ class Program:
 
 @dataclass(frozen=True)
 class DataProgram:
-    """A graph at one microbatch size, local on the data axis. `whole` has the blocks and names that plans refer to."""
+    """A graph at one microbatch size, local on the data axis. `whole` has the blocks and names that plans
+    refer to."""
 
     whole: OpGraph
     local: Localized
@@ -86,8 +92,8 @@ class ProgramKey(NamedTuple):
 class Programs:
     """Makes the programs of one model on one cluster, each once.
 
-    Programs for the search are of the shallow model, whose chain is as long as the full one's; `finished` makes the
-    program of the full model, with the names that it will be written with.
+    Programs for the search are of the shallow model, whose chain is as long as the full one's; `finished`
+    makes the program of the full model, with the names that it will be written with.
     """
 
     def __init__(
@@ -133,8 +139,8 @@ class Programs:
     def floor_s(self, microbatch_size: int, tp: int) -> float:
         """No program of this tensor-parallel degree takes less for a microbatch, whatever memory costs.
 
-        Also per sample for every smaller microbatch: each price is the larger of constants and terms linear in the
-        batch, so half the batch costs at least half as much.
+        Also per sample for every smaller microbatch: each price is the larger of constants and terms linear
+        in the batch, so half the batch costs at least half as much.
         """
         if tp == 1:
             return self.program(Parallelism(microbatch_size=microbatch_size)).microbatch_s
@@ -148,7 +154,9 @@ class Programs:
         key = (microbatch_size, data_size)
         if key not in self._data:
             whole = self.shallow.capture.at(microbatch_size * data_size)
-            self._data[key] = _data_program(whole, self._propagate(whole, data_size) if data_size > 1 else None)
+            self._data[key] = _data_program(
+                whole, self._propagate(whole, data_size) if data_size > 1 else None
+            )
         return self._data[key]
 
     def _key(self, p: Parallelism, price_level: int) -> ProgramKey:
@@ -156,17 +164,20 @@ class Programs:
         if p.tp == 1:
             return ProgramKey(p.microbatch_size, data_size, 1, 1, 0)
         # A parameter's reduction is thought to be shared by few microbatches, or by many.
-        return ProgramKey(p.microbatch_size, data_size, p.tp, 1 if p.num_microbatches < 4 else 16, price_level)
+        return ProgramKey(
+            p.microbatch_size, data_size, p.tp, 1 if p.num_microbatches < 4 else 16, price_level
+        )
 
     def _data_size(self, p: Parallelism) -> int:
-        """How many replicas stand for `p.dp`: local shapes are the same for any number, so two do, unless samples meet
-        in the forward and what is gathered grows with their number."""
+        """How many replicas stand for `p.dp`: local shapes are the same for any number, so two do, unless
+        samples meet in the forward and what is gathered grows with their number."""
         if p.dp == 1:
             return 1
         return p.dp if self.data(p.microbatch_size, 2).gathered else 2
 
     def _propagate(self, whole: OpGraph, size: int) -> Assignment:
-        """Data parallelism; what it decided for one microbatch size holds for all where no sections depend on it."""
+        """Data parallelism; what it decided for one microbatch size holds for all where no sections depend on
+        it."""
         if self._propagated is not None and self._propagated.size == size:
             return self._propagated
         assignment = data_parallel(whole, size)
@@ -208,7 +219,8 @@ class Programs:
         return MemoryPrice(per_byte, STATE_BYTES_PER_PARAMETER_BYTE * per_byte)
 
     def _groups(self, data_size: int, tp: int) -> dict[str, Group]:
-        """The data axis as wide as it can be: what crosses it in the forward (the count of a loss) is that dear."""
+        """The data axis as wide as it can be: what crosses it in the forward (the count of a loss) is that
+        dear."""
         widest = self.cluster.num_devices // tp if data_size == 2 else data_size
         return {"tp": Group(tp, 1), "dp": Group(max(1, widest), tp), "cp": Group(1, tp)}
 
@@ -237,4 +249,6 @@ def deepened(assignment: Assignment, graph: OpGraph, full: OpGraph) -> Assignmen
 
 def _keys(graph: OpGraph, assignment: Assignment) -> dict[str, str]:
     """Strategy keys by the names of representative ops."""
-    return {graph.ops[index].name: assignment.choice[index].key for index in dict.fromkeys(graph.representative)}
+    return {
+        graph.ops[index].name: assignment.choice[index].key for index in dict.fromkeys(graph.representative)
+    }

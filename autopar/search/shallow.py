@@ -1,7 +1,9 @@
-"""A deep model made shallow for the search: of a long run of equal blocks the first, one in the middle, and the last.
+"""A deep model made shallow for the search: of a long run of equal blocks the first, one in the middle, and
+the last.
 
-Blocks of one class share their strategies, so all that a search must know of the others is how many there are: the
-middle one stands for them. What was found is carried back to the full depth (`programs`), where it is priced again.
+Blocks of one class share their strategies, so all that a search must know of the others is how many there
+are: the middle one stands for them. What was found is carried back to the full depth (`programs`), where it
+is priced again.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ def counts_by_name(graph: OpGraph, repeats: Mapping[str, int]) -> dict[str, int]
 
 
 def local_counts(ops: Sequence[Op], counts: Mapping[str, int]) -> tuple[int, ...]:
-    """The same for the ops of a localized graph: those that were inserted count like the one they were inserted for,
-    which is the next."""
+    """The same for the ops of a localized graph: those that were inserted count like the one they were
+    inserted for, which is the next."""
     found: list[int] = []
     current = 1
     for op in reversed(ops):
@@ -75,8 +77,8 @@ def _runs(graph: OpGraph) -> list[tuple[Block, ...]]:
 
 
 def _is_chain(graph: OpGraph, run: Sequence[Block]) -> bool:
-    """Whether each block reads only what was there before the run and what the block before it made, and what comes
-    after the run reads only the last block."""
+    """Whether each block reads only what was there before the run and what the block before it made, and what
+    comes after the run reads only the last block."""
     first, last = run[0].start, run[-1]
     earliest = first
     for before, block in zip([None, *run[:-1]], run, strict=True):
@@ -112,7 +114,11 @@ def _shorten(graph: OpGraph, runs: Iterable[tuple[Block, ...]]) -> OpGraph:
     }
     position = {op.name: index for index, op in enumerate(ops)}
     blocks = tuple(
-        replace(block, start=position[graph.ops[block.start].name], stop=position[graph.ops[block.stop - 1].name] + 1)
+        replace(
+            block,
+            start=position[graph.ops[block.start].name],
+            stop=position[graph.ops[block.stop - 1].name] + 1,
+        )
         for block in graph.blocks
         if block.path not in removed_blocks
     )

@@ -1,8 +1,9 @@
 """The seam to the mixed-integer solver: a model of ours in, an answer of ours out.
 
-This is the only module that knows OR-Tools. The models of `block_ilp` are nearly always integral by themselves, so the
-linear relaxation is solved first, by GLOP's simplex, and only where its corner is fractional does SCIP branch. On one
-decoder layer's model (3,200 variables, 1,700 rows) that takes 0.02 s, where HiGHS takes 0.07, SCIP 0.2 and CP-SAT 0.6.
+This is the only module that knows OR-Tools. The models of `block_ilp` are nearly always integral by
+themselves, so the linear relaxation is solved first, by GLOP's simplex, and only where its corner is
+fractional does SCIP branch. On one decoder layer's model (3,200 variables, 1,700 rows) that takes 0.02 s,
+where HiGHS takes 0.07, SCIP 0.2 and CP-SAT 0.6.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class LinearModel:
     integer: list[bool] = field(default_factory=list)
     rows: list[tuple[float, float, tuple[Term, ...]]] = field(default_factory=list)
 
-    def variable(self, cost: float = 0.0, lower: float = 0.0, upper: float = 1.0, *, integer: bool = False) -> int:
+    def variable(
+        self, cost: float = 0.0, lower: float = 0.0, upper: float = 1.0, *, integer: bool = False
+    ) -> int:
         """Adds a variable and returns its index."""
         self.costs.append(cost)
         self.bounds.append((lower, upper))
@@ -53,7 +56,8 @@ class Solution:
 
 
 _LARGEST_COST = 1e4
-"""The largest cost as the solver sees it, so that its absolute tolerances mean something to costs in microseconds."""
+"""The largest cost as the solver sees it, so that its absolute tolerances mean something to costs in
+microseconds."""
 
 _INTEGRAL = 1e-6
 
@@ -61,8 +65,8 @@ _INTEGRAL = 1e-6
 def solve(model: LinearModel, *, time_limit_s: float | None = None, relative_gap: float = 1e-6) -> Solution:
     """The best values of the model's variables, found by one thread without randomness.
 
-    The same model gives the same answer, unless the time limit cuts the search short. `status` is "unknown" where the
-    limit passed before any answer was found; then `values` is empty.
+    The same model gives the same answer, unless the time limit cuts the search short. `status` is "unknown"
+    where the limit passed before any answer was found; then `values` is empty.
     """
     relaxed = _run(model, "GLOP", time_limit_s, relative_gap)
     if relaxed.status != "optimal":
@@ -84,7 +88,9 @@ def _run(model: LinearModel, name: str, time_limit_s: float | None, relative_gap
     objective = solver.Objective()
     variables = []
     for cost, (lower, upper), integer in zip(model.costs, model.bounds, model.integer, strict=True):
-        variable = solver.IntVar(lower, upper, "") if integer and not is_relaxed else solver.NumVar(lower, upper, "")
+        variable = (
+            solver.IntVar(lower, upper, "") if integer and not is_relaxed else solver.NumVar(lower, upper, "")
+        )
         variables.append(variable)
         if cost:
             objective.SetCoefficient(variable, cost * scale)

@@ -1,4 +1,5 @@
-"""The candidates: every parallelism that fits the devices and the batch, and agrees with what the user pinned."""
+"""The candidates: every parallelism that fits the devices and the batch, and agrees with what the user
+pinned."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ class Pins:
         for name in ("microbatch_size", "tp", "pp", "dp", "num_virtual_stages"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise PinConflictError(f"{name}={value} is not a count; give 1 or more, or leave it to the search")
+                raise PinConflictError(
+                    f"{name}={value} is not a count; give 1 or more, or leave it to the search"
+                )
         _check_choice("zero_stage", self.zero_stage, get_args(ZeroStage))
         _check_choice("recompute", self.recompute, get_args(Recompute))
         _check_choice("schedule", self.schedule, get_args(ScheduleName))
@@ -53,8 +56,8 @@ def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
 def candidates(
     cluster: Cluster, global_batch: int, tensor_degrees: tuple[int, ...], num_units: int, pins: Pins
 ) -> Iterator[Parallelism]:
-    """All candidates, in a fixed order. `tensor_degrees` are the degrees by which the model can be split, `num_units`
-    the most stages that it can be cut into."""
+    """All candidates, in a fixed order. `tensor_degrees` are the degrees by which the model can be split,
+    `num_units` the most stages that it can be cut into."""
     num_devices = cluster.num_devices
     for tp in (pins.tp,) if pins.tp else tensor_degrees:
         for pp in (pins.pp,) if pins.pp else divisors(num_devices):
@@ -116,8 +119,11 @@ def _sizes(per_replica: int, pins: Pins) -> Iterator[int]:
         size *= 2
 
 
-def _schedules(pp: int, num_microbatches: int, num_units: int, pins: Pins) -> Iterator[tuple[ScheduleName, int]]:
-    """Schedules with their virtual stages. GPipe is never faster than 1F1B and holds more: only if it is asked for."""
+def _schedules(
+    pp: int, num_microbatches: int, num_units: int, pins: Pins
+) -> Iterator[tuple[ScheduleName, int]]:
+    """Schedules with their virtual stages. GPipe is never faster than 1F1B and holds more: only if it is
+    asked for."""
     if pp == 1:
         if (pins.num_virtual_stages or 1) == 1:
             yield pins.schedule if pins.schedule == "GPipe" else "1F1B", 1

@@ -1,28 +1,46 @@
 """Stages: where to cut a chain of units so that the slowest stage is as fast as memory allows.
 
-With T_ij the time that units [i, j) take for one microbatch, and M_sij what they hold as stage s, which has as many
-microbatches in flight as the schedule gives it,
+With T_ij the time that units [i, j) take for one microbatch, and M_sij what they hold as stage s, which has
+as many microbatches in flight as the schedule gives it,
 
     best_1(j) = T_0j                                     where M_10j ≤ memory
     best_s(j) = min over i < j of max(best_{s-1}(i), T_ij)   where M_sij ≤ memory
 
-and best_p(n) is the answer: exact, since the units are a chain, and quick, since there are few of them. The slowest
-stage decides because a step takes (m - 1) max T + Σ T and the sum does not depend on the cuts (Mist, arXiv:2503.19050).
-With several virtual stages on a rank each gets an equal share of the memory, which is sufficient, not necessary.
+and best_p(n) is the answer: exact, since the units are a chain, and quick, since there are few of them. The
+slowest stage decides because a step takes (m - 1) max T + Σ T and the sum does not depend on the cuts (Mist,
+arXiv:2503.19050). With several virtual stages on a rank each gets an equal share of the memory, which is
+sufficient, not necessary.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.plan import Parallelism, Recompute
 from autopar.search.units import Chain
-from costmodel import OptimizerPolicy, model_state_ledger, peak_activation_bytes, peak_in_flight
+from costmodel import (
+    OptimizerPolicy,
+    model_state_ledger,
+    peak_activation_bytes,
+    peak_in_flight,
+    pipeline_lower_bound_s,
+)
 
 Matrix = NDArray[np.float64]
+
+
+class Shares(NamedTuple):
+    """To what share parameters and saved activations are thought to shrink: 1 and 1 for the program as it is."""
+
+    parameters: float
+    saved: float
+
+
+WHOLE = Shares(1.0, 1.0)
 
 
 class StageTable:
@@ -36,6 +54,11 @@ class StageTable:
     @cached_property
     def times_s(self) -> Matrix:
         return _sums([unit.cost.total_s + unit.recompute_s[self.recompute] for unit in self.chain.units])
+
+    @cached_property
+    def forward_s(self) -> Matrix:
+        """The forward's part of T."""
+        return _sums([unit.cost.forward_total_s for unit in self.chain.units])
 
     @cached_property
     def parameters(self) -> Matrix:
@@ -76,32 +99,54 @@ class StageTable:
 
     def _unit_elements(self) -> list[float]:
         shards = self.chain.parameters
-        return [float(sum(shards[name].num_elements for name in unit.parameters)) for unit in self.chain.units]
+        return [
+            float(sum(shards[name].num_elements for name in unit.parameters)) for unit in self.chain.units
+        ]
 
-    def memory_bytes(self, p: Parallelism, policy: OptimizerPolicy, in_flight: float) -> Matrix:
-        """M of a stage that holds `in_flight` microbatches."""
-        per_element = model_state_ledger(1.0, policy, p.zero_stage, p.dp_shard).total_bytes
+    def _fixed_bytes(self, p: Parallelism, policy: OptimizerPolicy, shares: Shares) -> Matrix:
+        """The part of M that does not depend on what is in flight."""
+        per_element = (
+            shares.parameters * model_state_ledger(1.0, policy, p.zero_stage, p.dp_shard).total_bytes
+        )
         parameters = self.parameters_once if p.pp == 1 else self.parameters
         held = per_element * parameters + self.working_bytes
-        if in_flight:
-            held = held + in_flight * self.saved_bytes
         if p.dp_shard > 1 and p.zero_stage >= 2:
             per_unit = policy.gradient_bytes + (2 * policy.parameter_bytes if p.zero_stage == 3 else 0)
-            held = held + per_unit * self.largest_unit
+            held = held + shares.parameters * per_unit * self.largest_unit
         return held
 
-    def peak_bytes(self, p: Parallelism, policy: OptimizerPolicy, cuts: tuple[int, ...]) -> float:
-        """What the fullest rank holds with these cuts, a parameter or storage counted for each unit that has it."""
-        starts, stops = list(cuts), [*cuts[1:], self.num_units]
-        fixed = self.memory_bytes(p, policy, 0)[starts, stops]
+    def peak_bytes(
+        self, p: Parallelism, policy: OptimizerPolicy, cuts: tuple[int, ...], shares: Shares = WHOLE
+    ) -> float:
+        """What the fullest rank holds with these cuts; what several stages' units share counts for each of
+        them."""
+        at = list(cuts), [*cuts[1:], self.num_units]
+        fixed = self._fixed_bytes(p, policy, shares)[at]
+        saved = shares.saved * self.saved_bytes[at]
         peaks = peak_activation_bytes(
-            p.schedule, p.pp, p.num_microbatches, self.saved_bytes[starts, stops].tolist(), p.num_virtual_stages
+            p.schedule, p.pp, p.num_microbatches, saved.tolist(), p.num_virtual_stages
         )
         return max(float(fixed[rank :: p.pp].sum()) + peaks[rank] for rank in range(p.pp))
 
-    def partition(self, p: Parallelism, policy: OptimizerPolicy, memory_bytes: float) -> tuple[int, ...] | None:
-        """The first units of the best stages, 0 first. Where memory fits no cuts at all, the best that ignore it;
-        None when there are fewer units than stages."""
+    def floor_s(self, p: Parallelism) -> float:
+        """What the pipeline takes at least with the cuts that are best when memory is no matter."""
+        cuts = self._cheapest([np.ones_like(self.times_s, dtype=bool)] * (p.pp * p.num_virtual_stages))
+        assert cuts is not None
+        at = list(cuts), [*cuts[1:], self.num_units]
+        forward_s, both_s = self.forward_s[at], self.times_s[at]
+        return pipeline_lower_bound_s(
+            p.pp,
+            p.num_microbatches,
+            forward_s.tolist(),
+            (both_s - forward_s).tolist(),
+            num_virtual=p.num_virtual_stages,
+        )
+
+    def partition(
+        self, p: Parallelism, policy: OptimizerPolicy, memory_bytes: float, shares: Shares = WHOLE
+    ) -> tuple[int, ...] | None:
+        """The first units of the best stages, 0 first. Where memory fits no cuts at all, the best that ignore
+        it; None when there are fewer units than stages."""
         num_stages = p.pp * p.num_virtual_stages
         if num_stages > self.num_units:
             return None
@@ -109,9 +154,9 @@ class StageTable:
             return (0,)
         flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
         budget = memory_bytes / p.num_virtual_stages
-        held = {
-            rank: self.memory_bytes(p, policy, flights[rank] / p.num_virtual_stages) <= budget for rank in range(p.pp)
-        }
+        fixed = self._fixed_bytes(p, policy, shares)
+        saved = shares.saved / p.num_virtual_stages * self.saved_bytes
+        held = [fixed + flights[rank] * saved <= budget for rank in range(p.pp)]
         return self._cheapest([held[stage % p.pp] for stage in range(num_stages)]) or self._cheapest(
             [np.ones_like(self.times_s, dtype=bool)] * num_stages
         )
@@ -130,8 +175,6 @@ class StageTable:
         for previous in reversed(came_from):
             cuts.append(int(previous[cuts[-1]]))
         return (0, *reversed(cuts[1:]))
-
-
 
 
 def _sums(values: list[float]) -> Matrix:

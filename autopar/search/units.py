@@ -1,7 +1,7 @@
 """A local graph as a chain of units: what stages are made of.
 
-A unit is a run of ops that stays on one pipeline stage: one repeated block, or a stretch between blocks that may not be
-cut further. Everything a stage costs is a sum, or a union, over its units.
+A unit is a run of ops that stays on one pipeline stage: one repeated block, or a stretch between blocks that
+may not be cut further. Everything a stage costs is a sum, or a union, over its units.
 """
 
 from __future__ import annotations
@@ -77,7 +77,11 @@ class Chain:
 
 
 def build_chain(
-    whole: OpGraph, local: Localized, pricer: Pricer, repeats: Mapping[str, int] | None = None, axis: str = "tp"
+    whole: OpGraph,
+    local: Localized,
+    pricer: Pricer,
+    repeats: Mapping[str, int] | None = None,
+    axis: str = "tp",
 ) -> Chain:
     """The chain of a local graph, whose blocks are those of the graph `whole` that it was made from.
 
@@ -109,7 +113,8 @@ Stretch = tuple[int, int, str | None]
 def _stretches(whole: OpGraph, graph: OpGraph) -> Iterator[Stretch]:
     """Where every unit begins and ends.
 
-    Ops that localization inserted stand just before the op that needs them and belong to its unit, but sums of partial
+    Ops that localization inserted stand just before the op that needs them and belong to its unit, but sums
+    of partial
     values to the unit that made those: a stage sends sums, not terms.
     """
     block_of = {op.name: block.path for block in whole.blocks for op in whole.ops[block.start : block.stop]}
@@ -141,7 +146,10 @@ def _cut(graph: OpGraph, start: int, stop: int, block: str | None) -> Iterator[S
     if block is None:
         for index in range(start + 1, stop):
             op = graph.ops[index]
-            if op.module == graph.ops[index - 1].module or kind_of(op, graph.tensors) in ("view", "communication"):
+            if op.module == graph.ops[index - 1].module or kind_of(op, graph.tensors) in (
+                "view",
+                "communication",
+            ):
                 continue
             if _num_crossing(graph, begin, index) == 1:
                 yield begin, index, None
@@ -156,7 +164,9 @@ def _num_crossing(graph: OpGraph, start: int, border: int) -> int:
         {
             graph.tensors[name].storage
             for name in names
-            if graph.tensors[name].requires_grad and graph.consumers[name] and graph.consumers[name][-1] >= border
+            if graph.tensors[name].requires_grad
+            and graph.consumers[name]
+            and graph.consumers[name][-1] >= border
         }
     )
 
@@ -191,7 +201,11 @@ class _Builder:
         if block is not None:
             self.made_in_blocks.update(name for op in ops for name in op.outputs)
             entering = self._entering(ops)
-            kept = [(op, price) for op, price in zip(ops, self.costs[start:stop], strict=True) if self._is_kept(op)]
+            kept = [
+                (op, price)
+                for op, price in zip(ops, self.costs[start:stop], strict=True)
+                if self._is_kept(op)
+            ]
             results = {name: self.tensors[name].num_bytes for op, _ in kept for name in op.outputs}
             internal_bytes = sum(op.saved_internal_bytes for op, _ in kept)
             saved |= {"selective": Saved(entering | results, internal_bytes), "full": Saved(entering)}
@@ -206,7 +220,9 @@ class _Builder:
             saved=saved,
             working_bytes=max((self._working_bytes(op) for op in ops), default=0),
             parameters=tuple(
-                dict.fromkeys(name for op in ops for name in op.inputs if name in self.graph.parameter_tensors)
+                dict.fromkeys(
+                    name for op in ops for name in op.inputs if name in self.graph.parameter_tensors
+                )
             ),
             received_bytes=received_bytes,
         )
@@ -244,7 +260,8 @@ class _Builder:
         return {storage: self.tensors[storage].num_bytes for storage in read if storage not in self.fixed}
 
     def _is_kept(self, op: Op) -> bool:
-        """Whether selective recomputation keeps the op's results: products, attention, and what was communicated."""
+        """Whether selective recomputation keeps the op's results: products, attention, and what was
+        communicated."""
         if is_conversion(op):
             return op.target not in ("autopar.shard", "autopar.shard_partial", "autopar.copy")
         return kind_of(op, self.tensors) in ("matmul", "attention")

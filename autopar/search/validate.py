@@ -74,7 +74,9 @@ def _data_axes(dp: int, given: Mapping[str, object]) -> tuple[int, int, int]:
     shard = given.get("dp_shard", dp if zero_stage else 1)
     assert isinstance(shard, int)
     if shard > 1 and not zero_stage:
-        raise InvalidParallelismError(f"dp_shard={shard} has nothing to shard at zero_stage=0; choose stage 1, 2 or 3")
+        raise InvalidParallelismError(
+            f"dp_shard={shard} has nothing to shard at zero_stage=0; choose stage 1, 2 or 3"
+        )
     if dp % shard:
         raise InvalidParallelismError(
             f"dp_shard={shard} does not divide dp={dp}; choose one of {', '.join(map(str, divisors(dp)))}"
@@ -94,10 +96,13 @@ def check_dimensions(graph: OpGraph, tp: int) -> None:
 
 
 def check_experts(graph: OpGraph, ep: int, dp: int) -> None:
-    """Raises InvalidParallelismError for a model without experts, or a degree that they or the ranks do not allow."""
+    """Raises InvalidParallelismError for a model without experts, or a degree that they or the ranks do not
+    allow."""
     experts = num_experts(graph)
     if experts == 0:
-        raise InvalidParallelismError(f"ep={ep}, but {graph.name} has no experts (no grouped matrix product); use ep=1")
+        raise InvalidParallelismError(
+            f"ep={ep}, but {graph.name} has no experts (no grouped matrix product); use ep=1"
+        )
     if experts % ep or dp % ep:
         raise InvalidParallelismError(
             f"ep={ep} must divide both the {experts} experts of a layer and the {dp} data-parallel ranks that share them"
