@@ -29,7 +29,7 @@ from autopar.models import ModelSpec
 from autopar.report.table import table
 
 MODEL, CLUSTER, GLOBAL_BATCH, TOKENS = "llama3-70b", "dgx-h100*8", 512, 1e12
-LOCAL = {"dp": 2, "tp": 2, "microbatch_size": 2, "global_batch": 8}
+LOCAL_DP, LOCAL_TP, LOCAL_BATCH = 2, 2, 8
 STEPS = 4
 LEARNING_RATE = 1e-3
 TOLERANCE = 1e-4
@@ -60,12 +60,17 @@ def plan_full_size() -> None:
 def train_small() -> int:
     """Train a sibling with the emitted program and by itself; 0 when the losses agree."""
     sibling = small(models.load(MODEL))
-    num_ranks = LOCAL["dp"] * LOCAL["tp"]
-    with heading(
-        f"3. Compile {sibling.name} for {num_ranks} local processes, dp{LOCAL['dp']} x tp{LOCAL['tp']}"
-    ):
+    num_ranks = LOCAL_DP * LOCAL_TP
+    with heading(f"3. Compile {sibling.name} for {num_ranks} local processes, dp{LOCAL_DP} x tp{LOCAL_TP}"):
         model = captured(sibling, None, None)
-        plan = autopar.evaluate(model, f"local-cpu*{num_ranks}", **LOCAL)
+        plan = autopar.evaluate(
+            model,
+            f"local-cpu*{num_ranks}",
+            global_batch=LOCAL_BATCH,
+            dp=LOCAL_DP,
+            tp=LOCAL_TP,
+            microbatch_size=2,
+        )
         directory = BUILD / "small"
         autopar.compile(model, plan).save(directory)
         autopar.launch(plan, "torchrun").save(directory)
@@ -88,13 +93,13 @@ def train_original(sibling: ModelSpec, directory: Path) -> list[float]:
     """Losses of the original in this process; leaves its first weights and the data beside the program."""
     torch.manual_seed(0)
     model = sibling.build().train()
-    data = sibling.inputs(STEPS * LOCAL["global_batch"])
+    data = sibling.inputs(STEPS * LOCAL_BATCH)
     torch.save(model.state_dict(), directory / "weights.pt")
     torch.save(dict(data), directory / "data.pt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses = []
     for step in range(STEPS):
-        rows = slice(step * LOCAL["global_batch"], (step + 1) * LOCAL["global_batch"])
+        rows = slice(step * LOCAL_BATCH, (step + 1) * LOCAL_BATCH)
         loss = model(**{name: tensor[rows] for name, tensor in data.items()}).loss
         loss.backward()
         losses.append(loss.item())

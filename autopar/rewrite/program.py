@@ -17,6 +17,7 @@ from autopar.rewrite.classes import ProgramContext
 from autopar.rewrite.emit import block_patterns, emit_model, format_source, parameter_tables
 from autopar.rewrite.parity import PARITY
 from autopar.rewrite.stages import Stage, cut
+from autopar.rewrite.tree import is_leaf
 from autopar.rewrite.training import TrainingFacts, emit_training
 from autopar.strategies import natural_sections, strategies
 from graphs import Capture, CaptureError
@@ -174,7 +175,7 @@ def _context(capture: Capture, plan: Plan, local: Localized) -> ProgramContext:
         axis_sizes={axis: size for axis, size in (("dp", parallelism.dp), ("tp", parallelism.tp)) if size > 1},
         batch=parallelism.microbatch_size,
         recompute=parallelism.recompute,
-        block_paths=frozenset(block.path for block in capture.graph.blocks),
+        block_paths=frozenset(block.path for block in capture.graph.blocks if not is_leaf(capture.graph, block.path)),
     )
 
 

@@ -99,6 +99,13 @@ def _has_bias(graph: OpGraph, module: str) -> bool:
     return any(wanted in (parameter.name, *parameter.aliases) for parameter in graph.parameters)
 
 
+def is_leaf(graph: OpGraph, path: str) -> bool:
+    """Whether a module is one of torch's own without modules inside, such as a block that is just a `Linear`."""
+    info = graph.modules.get(path)
+    inside = any(other.startswith(f"{path}.") for other in graph.modules)
+    return info is not None and info.defined_in.startswith("torch.nn") and not inside
+
+
 def _opened(ops: tuple[Op, ...], modules: Mapping[str, ModuleInfo], block_paths: tuple[str, ...]) -> set[str]:
     """Modules that are written in place: the ancestors of blocks, torch's containers, and thin leaves."""
     inside = Counter(op.module for op in ops)

@@ -1,0 +1,119 @@
+"""Legal plans at random: whatever the search may one day choose, the rewriter must get right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from autopar.data_parallel import data_parallel
+from autopar.localize import Localized, localize
+from autopar.placements import RR, Partial, State
+from autopar.plan import (
+    Certificate,
+    ClusterSummary,
+    ModelSummary,
+    Parallelism,
+    Plan,
+    Prediction,
+    StagePlan,
+)
+from autopar.strategies import Strategy, conversion, natural_sections, strategies
+from graphs import Capture, OpGraph
+
+SPLIT_SHARE = 0.8
+"""How often an op that can be split is, so that few ops just stay whole."""
+
+
+def random_plan(capture: Capture, parallelism: Parallelism, seed: int) -> Plan:
+    """A plan with these degrees in which every op takes some strategy on the tensor axis, each by itself."""
+    local = Localized.of(capture.at(parallelism.microbatch_size * parallelism.dp))
+    if parallelism.dp > 1:
+        local = localize(local, data_parallel(local.graph, parallelism.dp))
+    keys = random_strategies(local.graph, parallelism.tp, seed) if parallelism.tp > 1 else {}
+    return plan_of(capture.graph, parallelism, {"tp": keys})
+
+
+def random_strategies(graph: OpGraph, axis_size: int, seed: int) -> dict[str, str]:
+    """A strategy key for every op, such that a conversion leads to everything it needs."""
+    rng = random.Random(seed)
+    sections = natural_sections(graph, axis_size)
+    made: dict[str, State] = {}
+    keys = {}
+    for op in graph.ops:
+        offered = [
+            strategy
+            for strategy in strategies(op, graph, axis_size, sections)
+            if _reachable(graph, op.inputs, strategy, made)
+        ]
+        split = [strategy for strategy in offered if strategy.factor is not None]
+        chosen = rng.choice(split if split and rng.random() < SPLIT_SHARE else offered)
+        made.update(zip(op.outputs, chosen.results, strict=True))
+        keys[op.name] = chosen.key
+    return keys
+
+
+def _reachable(
+    graph: OpGraph, operands: Sequence[str], strategy: Strategy, made: Mapping[str, State]
+) -> bool:
+    for name, needed in zip(operands, strategy.operands, strict=True):
+        if name in graph.parameter_tensors:
+            if isinstance(needed.value, Partial):
+                return False
+        elif made.get(name, RR) != needed:
+            if conversion(made.get(name, RR), needed, graph.tensors[name].requires_grad) is None:
+                return False
+    return True
+
+
+def plan_of(graph: OpGraph, parallelism: Parallelism, strategies: Mapping[str, Mapping[str, str]]) -> Plan:
+    """A plan that says what to do, and nothing about what it costs; stages hold equal numbers of blocks."""
+    num_stages = parallelism.pp * parallelism.num_virtual_stages
+    starts = [0] + [
+        graph.blocks[i * len(graph.blocks) // num_stages].start for i in range(1, num_stages)
+    ]
+    stages = tuple(
+        StagePlan(
+            index=index,
+            first_op=graph.ops[start].name,
+            modules=(),
+            forward_s=0,
+            backward_s=0,
+            memory_bytes={},
+        )
+        for index, start in enumerate(starts)
+    )
+    return Plan(
+        model=ModelSummary(
+            name=graph.name,
+            fingerprint="",
+            num_parameters=graph.num_parameters,
+            dtype="float64",
+            input_shapes={},
+            tokens_per_sample=1,
+            num_ops=len(graph.ops),
+            flops_per_sample=1.0,
+        ),
+        cluster=ClusterSummary(
+            id="local",
+            name="local",
+            device="cpu",
+            num_devices=parallelism.world_size,
+            devices_per_node=parallelism.world_size,
+            memory_bytes=1.0,
+            peak_flops_per_s=1.0,
+        ),
+        parallelism=parallelism,
+        strategies=strategies,
+        stages=stages,
+        prediction=Prediction(
+            step_s=1.0,
+            terms_s={},
+            tokens_per_s=1.0,
+            model_flops_per_s_per_device=1.0,
+            mfu=1.0,
+            peak_memory_bytes=1.0,
+        ),
+        certificate=Certificate(
+            status="evaluated", objective_s=1.0, bound_s=1.0, num_candidates=1, num_solved=1, pruned={}
+        ),
+    )
