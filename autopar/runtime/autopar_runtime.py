@@ -50,7 +50,7 @@ def _parts(size: int, sections: Sections) -> Sequence[int]:
 
 
 def _gather(x: Tensor, group: ProcessGroup, dim: int, sections: Sections = None) -> Tensor:
-    whole = funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), dim, group))
+    whole = funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), dim, group))
     if sections is None:
         return whole
     local = [part // group.size() for part in sections]
@@ -82,7 +82,7 @@ def _scatter(x: Tensor, group: ProcessGroup, dim: int, sections: Sections = None
     if sections is not None:
         parts = [part.chunk(group.size(), dim) for part in x.split(list(sections), dim)]
         x = torch.cat([piece for rank in zip(*parts, strict=True) for piece in rank], dim)
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+    return funcol.wait_tensor(funcol.reduce_scatter_single(x.contiguous(), "sum", dim, group))
 
 
 def _exchange(x: Tensor, group: ProcessGroup, source: int, target: int) -> Tensor:

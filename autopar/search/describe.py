@@ -39,7 +39,7 @@ TERM_NAMES: Mapping[str, str] = {
     "optimizer": "optimizer",
 }
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 
 
 def build_plan(
@@ -236,8 +236,13 @@ def memory_excess(evaluated: Evaluated) -> str:
     """By how much a candidate exceeds memory, and its largest entries."""
     fullest = max(evaluated.ledgers, key=lambda ledger: ledger.total_bytes)
     entries = sorted(ledger_entries(fullest).items(), key=lambda entry: -entry[1])
-    largest = ", ".join(f"{name} {num_bytes / GB:.1f} GB" for name, num_bytes in entries[:2])
-    return f"out of memory by {evaluated.excess_bytes / GB:.1f} GB: {largest}"
+    largest = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in entries[:2])
+    return f"out of memory by {size(evaluated.excess_bytes)}: {largest}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / GB:.1f} GB" if num_bytes >= 0.1 * GB else f"{num_bytes / MB:.1f} MB"
 
 
 def duration(seconds: float) -> str:
@@ -259,7 +264,7 @@ def rule_warnings(graph: OpGraph) -> tuple[str, ...]:
 def _gather_warnings(planner: Planner, p: Parallelism) -> tuple[str, ...]:
     if p.dp == 1:
         return ()
-    gathered = planner.programs.data(p.microbatch_size, 2).gathered
+    gathered = planner.programs.replica(p.microbatch_size, 2).gathered
     if not gathered:
         return ()
     return (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import ceil
 
 from autopar.errors import InfeasibleError
-from autopar.plan import Parallelism
-from autopar.search.describe import GB, ledger_entries
+from autopar.search.describe import GB, MB, ledger_entries, size
 from autopar.search.planner import Planner, SearchResult, Solved, better
 from autopar.search.space import Pins
 from hardware_db import Cluster
@@ -15,7 +15,8 @@ from hardware_db import Cluster
 NUM_PROBES = 8
 """Candidates with the smallest memory floors that are priced when nothing fits."""
 
-MOST_DOUBLINGS = 6
+FACTORS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""By how much larger clusters are tried."""
 
 
 def infeasible(planner: Planner, result: SearchResult, global_batch: int, pins: Pins) -> InfeasibleError:
@@ -28,11 +29,11 @@ def infeasible(planner: Planner, result: SearchResult, global_batch: int, pins: 
     helps = tuple(relaxations(planner, nearest, global_batch, pins))
     device = planner.cluster.device
     message = (
-        f"{planner.capture.graph.name} does not fit {planner.cluster.name} with a global batch of {global_batch}: the "
-        f"nearest of {result.num_candidates} candidates, {evaluated.parallelism}, needs "
-        f"{evaluated.peak_memory_bytes / GB:.1f} GB on its fullest device, {evaluated.excess_bytes / GB:.1f} GB more than "
-        f"the {device.memory_bytes / GB:.0f} GB of {device.name}. The largest part is {limit}, "
-        f"{limit_bytes / GB:.1f} GB. " + ("What helps: " + "; ".join(helps) + "." if helps else "")
+        f"{planner.capture.graph.name} does not fit {planner.cluster.name} with a global batch of {global_batch}. "
+        f"The nearest of {result.num_candidates} candidates, {evaluated.parallelism}, needs "
+        f"{size(evaluated.peak_memory_bytes)} on its fullest device, {size(evaluated.excess_bytes)} more than the "
+        f"{size(device.memory_bytes)} of {device.name}. The largest part is {limit}, {size(limit_bytes)}. "
+        f"What helps: {'; '.join(helps)}."
     )
     return InfeasibleError(message, limit=limit, excess_bytes=evaluated.excess_bytes, relaxations=helps)
 
@@ -56,7 +57,12 @@ def relaxations(planner: Planner, nearest: Solved, global_batch: int, pins: Pins
     if not any(value is not None for value in vars(pins).values()):
         yield from _more_devices(planner, global_batch, pins)
     needed = nearest.evaluated.peak_memory_bytes
-    yield f"devices with {needed / GB:.0f} GB would fit as they are"
+    yield f"devices with {_round_up(needed)} would do as they are"
+
+
+def _round_up(num_bytes: float) -> str:
+    """Bytes for people, never less than they are."""
+    return f"{ceil(num_bytes / GB)} GB" if num_bytes >= GB else f"{ceil(num_bytes / MB)} MB"
 
 
 def _unpinned(planner: Planner, global_batch: int, pins: Pins) -> Iterator[str]:
@@ -64,21 +70,19 @@ def _unpinned(planner: Planner, global_batch: int, pins: Pins) -> Iterator[str]:
     for name, value in vars(pins).items():
         if value is None:
             continue
-        solved = smallest(planner, global_batch, replace(pins, **{name: None}))
-        if solved.evaluated.fits:
+        solved = planner.any_fitting(global_batch, replace(pins, **{name: None}))
+        if solved is not None:
             yield f"without {name}={value}, {solved.parallelism} fits"
 
 
 def _more_devices(planner: Planner, global_batch: int, pins: Pins) -> Iterator[str]:
-    """The first doubling of the cluster that fits, if any."""
-    for doubling in range(1, MOST_DOUBLINGS + 1):
-        larger = grown(planner.cluster, 2**doubling)
+    """The smallest of the larger clusters that fits, if any."""
+    for factor in FACTORS:
+        larger = grown(planner.cluster, factor)
         other = Planner(planner.capture, larger, planner.policy)
-        for batch in (global_batch, global_batch * 2**doubling):
-            if not _has_candidates(other, batch, pins):
-                continue
-            solved = smallest(other, batch, pins)
-            if solved.evaluated.fits:
+        for batch in (global_batch, global_batch * factor):
+            solved = other.any_fitting(batch, pins) if _has_candidates(other, batch, pins) else None
+            if solved is not None:
                 also = "" if batch == global_batch else f" with a global batch of {batch}"
                 yield f"{larger.num_devices} devices fit{also} ({solved.parallelism})"
                 return
@@ -97,5 +101,3 @@ def grown(cluster: Cluster, factor: int) -> Cluster:
     levels = (*inner, replace(outer, num_devices=factor * outer.num_devices))
     return replace(cluster, num_devices=factor * cluster.num_devices, levels=levels)
 
-
-_ = Parallelism

@@ -168,6 +168,14 @@ class Planner:
         program = self.programs.program(p, level)
         return Solved(self.evaluator.evaluate(program.chain, p, self._cuts(program, p)), program, level)
 
+    def any_fitting(self, global_batch: int, pins: Pins) -> Solved | None:
+        """Some candidate that fits, looked for where memory floors are lowest; None when there is none."""
+        capacity = self.cluster.device.memory_bytes
+        floors = ((self.bounds.memory_bytes(p), p) for p in self.candidates(global_batch, pins))
+        order = sorted(((floor, str(p), p) for floor, p in floors if floor <= capacity), key=lambda item: item[:2])
+        found = (self.solve_fitting(p) for _, _, p in order)
+        return next((solved for solved in found if solved is not None and solved.evaluated.fits), None)
+
     def _fitting_level(self, p: Parallelism) -> int | None:
         """The lowest price of memory at which the program fits. The highest is tried first: if that does not
         help, nothing between will."""

@@ -13,18 +13,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from autopar.data_parallel import data_parallel, gathered_ops
+from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import Shard
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import Pricer
 from autopar.search.block_ilp import AxisProblem, AxisSolution, MemoryPrice
+from autopar.search.experts import ExpertParallelism
+from autopar.search.replicas import Replica, make_replica
 from autopar.search.shallow import Shallow, local_counts, shallow
 from autopar.search.stages import StageTable
 from autopar.search.units import Chain, build_chain
 from costmodel import Group
 from graphs import Capture
-from graphs.blocks import find_blocks
 from graphs.ir import OpGraph
 from hardware_db import Cluster
 
@@ -68,22 +69,13 @@ class Program:
         return self.tables[recompute]
 
 
-@dataclass(frozen=True)
-class DataProgram:
-    """A graph at one microbatch size, local on the data axis. `whole` has the blocks and names that plans
-    refer to."""
-
-    whole: OpGraph
-    local: Localized
-    assignment: Assignment | None
-    gathered: tuple[str, ...]
-
-
 class ProgramKey(NamedTuple):
     """What distinguishes programs."""
 
     microbatch_size: int
     data_size: int
+    cp: int
+    ep: int
     tp: int
     num_microbatches: int
     price_level: int
@@ -104,8 +96,8 @@ class Programs:
         self.cluster = cluster
         self.time_limit_s = time_limit_s
         self.num_solved = 0
-        self._data: dict[tuple[int, int], DataProgram] = {}
-        self._problems: dict[tuple[int, int, int], AxisProblem] = {}
+        self._replicas: dict[tuple[int, int, int], Replica] = {}
+        self._problems: dict[tuple[int, int, int, int], AxisProblem] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._propagated: Assignment | None = None
 
@@ -123,18 +115,15 @@ class Programs:
             return program
         key = self._key(p, price_level)
         whole = self.capture.at(key.microbatch_size * key.data_size)
-        short = self.data(key.microbatch_size, key.data_size)
-        data = _data_program(whole, short.assignment and deepened(short.assignment, short.whole, whole))
-        pricer = Pricer(self.cluster, self._groups(key.data_size, p.tp))
-        local = data.local
-        solution = program.solution
+        short = self.replica(key.microbatch_size, key.data_size, key.cp)
+        dp = short.assignments.get("dp")
+        replica = make_replica(whole, None if dp is None else deepened(dp, short.whole, whole), key.cp)
+        local, solution = replica.local, program.solution
         if solution is not None:
-            graph = replace(local.graph, blocks=find_blocks(local.graph))
-            problem = self._problem(key.microbatch_size, key.data_size, p.tp)
-            assignment = deepened(solution.assignment, problem.graph, graph)
+            assignment = deepened(solution.assignment, short.local.graph, local.graph)
             solution = replace(solution, assignment=assignment)
-            local = localize(Localized(graph, local.states), assignment)
-        return Program(build_chain(whole, local, pricer), solution, program.strategies)
+            local = localize(local, assignment)
+        return Program(self._chain(whole, local, key, {}), solution, program.strategies)
 
     def floor_s(self, microbatch_size: int, tp: int) -> float:
         """No program of this tensor-parallel degree takes less for a microbatch, whatever memory costs.
@@ -144,36 +133,32 @@ class Programs:
         """
         if tp == 1:
             return self.program(Parallelism(microbatch_size=microbatch_size)).microbatch_s
-        problem = self._problem(microbatch_size, 1, tp)
+        problem = self._problem(microbatch_size, 1, 1, tp)
         self.num_solved += 1
         # Parameters' reductions are left out: as if shared by any number of microbatches.
         return problem.solve(1 << 30).bound_s
 
-    def data(self, microbatch_size: int, data_size: int) -> DataProgram:
-        """The program of one data-parallel replica."""
-        key = (microbatch_size, data_size)
-        if key not in self._data:
+    def replica(self, microbatch_size: int, data_size: int, cp: int = 1) -> Replica:
+        """The program of one data-parallel replica, or of one context-parallel rank of it."""
+        key = (microbatch_size, data_size, cp)
+        if key not in self._replicas:
             whole = self.shallow.capture.at(microbatch_size * data_size)
-            self._data[key] = _data_program(
-                whole, self._propagate(whole, data_size) if data_size > 1 else None
-            )
-        return self._data[key]
+            dp = self._propagate(whole, data_size) if data_size > 1 else None
+            self._replicas[key] = make_replica(whole, dp, cp)
+        return self._replicas[key]
 
     def _key(self, p: Parallelism, price_level: int) -> ProgramKey:
-        data_size = self._data_size(p)
-        if p.tp == 1:
-            return ProgramKey(p.microbatch_size, data_size, 1, 1, 0)
         # A parameter's reduction is thought to be shared by few microbatches, or by many.
-        return ProgramKey(
-            p.microbatch_size, data_size, p.tp, 1 if p.num_microbatches < 4 else 16, price_level
-        )
+        shared = 1 if p.tp == 1 or p.num_microbatches < 4 else 16
+        level = 0 if p.tp == 1 else price_level
+        return ProgramKey(p.microbatch_size, self._data_size(p), p.cp, p.ep, p.tp, shared, level)
 
     def _data_size(self, p: Parallelism) -> int:
         """How many replicas stand for `p.dp`: local shapes are the same for any number, so two do, unless
         samples meet in the forward and what is gathered grows with their number."""
         if p.dp == 1:
             return 1
-        return p.dp if self.data(p.microbatch_size, 2).gathered else 2
+        return p.dp if self.replica(p.microbatch_size, 2).gathered else 2
 
     def _propagate(self, whole: OpGraph, size: int) -> Assignment:
         """Data parallelism; what it decided for one microbatch size holds for all where no sections depend on
@@ -187,28 +172,31 @@ class Programs:
         return assignment
 
     def _make(self, key: ProgramKey) -> Program:
-        data = self.data(key.microbatch_size, key.data_size)
+        replica = self.replica(key.microbatch_size, key.data_size, key.cp)
         keys: dict[str, Mapping[str, str]] = {}
-        if data.assignment is not None:
-            keys["dp"] = _keys(data.whole, data.assignment)
-        if key.tp == 1:
-            pricer = Pricer(self.cluster, self._groups(key.data_size, key.tp))
-            return Program(build_chain(data.whole, data.local, pricer, self.shallow.repeats), None, keys)
-        problem = self._problem(key.microbatch_size, key.data_size, key.tp)
-        price = self._price(problem, key.price_level)
-        solution = problem.solve(key.num_microbatches, price, self.time_limit_s)
-        self.num_solved += 1
-        local = localize(Localized(problem.graph, data.local.states), solution.assignment)
-        keys["tp"] = _keys(problem.graph, solution.assignment)
-        return Program(build_chain(data.whole, local, problem.pricer, self.shallow.repeats), solution, keys)
+        for axis, assignment in replica.assignments.items():
+            keys[axis] = _keys(replica.whole if axis == "dp" else replica.local.graph, assignment)
+        local, solution = replica.local, None
+        if key.tp > 1:
+            problem = self._problem(key.microbatch_size, key.data_size, key.cp, key.tp)
+            price = self._price(problem, key.price_level)
+            solution = problem.solve(key.num_microbatches, price, self.time_limit_s)
+            self.num_solved += 1
+            local = localize(local, solution.assignment)
+            keys["tp"] = _keys(problem.graph, solution.assignment)
+        return Program(self._chain(replica.whole, local, key, self.shallow.repeats), solution, keys)
 
-    def _problem(self, microbatch_size: int, data_size: int, tp: int) -> AxisProblem:
-        key = (microbatch_size, data_size, tp)
+    def _chain(self, whole: OpGraph, local: Localized, key: ProgramKey, repeats: Mapping[str, int]) -> Chain:
+        pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, key.ep, key.tp))
+        chain = build_chain(whole, local, pricer, repeats)
+        return chain if key.ep == 1 else ExpertParallelism(local.graph, pricer).applied(chain)
+
+    def _problem(self, microbatch_size: int, data_size: int, cp: int, tp: int) -> AxisProblem:
+        key = (microbatch_size, data_size, cp, tp)
         if key not in self._problems:
-            data = self.data(microbatch_size, data_size)
-            graph = replace(data.local.graph, blocks=find_blocks(data.local.graph))
+            graph = self.replica(microbatch_size, data_size, cp).local.graph
+            pricer = Pricer(self.cluster, self._groups(data_size, cp, 1, tp))
             counts = local_counts(graph.ops, self.shallow.counts)
-            pricer = Pricer(self.cluster, self._groups(data_size, tp))
             self._problems[key] = AxisProblem(graph, "tp", pricer, counts)
         return self._problems[key]
 
@@ -218,18 +206,16 @@ class Programs:
         per_byte = MEMORY_PRICES[level] * fastest_s / self.cluster.device.memory_bytes
         return MemoryPrice(per_byte, STATE_BYTES_PER_PARAMETER_BYTE * per_byte)
 
-    def _groups(self, data_size: int, tp: int) -> dict[str, Group]:
+    def _groups(self, data_size: int, cp: int, ep: int, tp: int) -> dict[str, Group]:
         """The data axis as wide as it can be: what crosses it in the forward (the count of a loss) is that
         dear."""
-        widest = self.cluster.num_devices // tp if data_size == 2 else data_size
-        return {"tp": Group(tp, 1), "dp": Group(max(1, widest), tp), "cp": Group(1, tp)}
-
-
-def _data_program(whole: OpGraph, assignment: Assignment | None) -> DataProgram:
-    if assignment is None:
-        return DataProgram(whole, Localized.of(whole), None, ())
-    gathered = tuple(op.name for op in gathered_ops(whole, assignment))
-    return DataProgram(whole, localize(Localized.of(whole), assignment), assignment, gathered)
+        widest = self.cluster.num_devices // (tp * cp) if data_size == 2 else data_size
+        return {
+            "tp": Group(tp, 1),
+            "cp": Group(cp, tp),
+            "ep": Group(ep, tp * cp),
+            "dp": Group(max(1, widest), tp * cp),
+        }
 
 
 def deepened(assignment: Assignment, graph: OpGraph, full: OpGraph) -> Assignment:

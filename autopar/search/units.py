@@ -61,11 +61,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """The part of a parameter that one rank computes with; `is_partial` if its gradient is summed over `tp`."""
+    """The part of a parameter that one rank computes with.
+
+    `is_partial` if its gradient is summed over `tp`; `is_expert` if it is dealt out over `ep`, so that only `dp / ep`
+    ranks hold it.
+    """
 
     num_elements: int
     num_bytes: int
     is_partial: bool
+    is_expert: bool = False
 
 
 @dataclass(frozen=True)

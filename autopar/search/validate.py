@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from autopar.errors import InvalidParallelismError
 from autopar.plan import Parallelism
+from autopar.search.experts import num_experts
 from autopar.search.space import divisors, runs
 from graphs.ir import OpGraph
 from hardware_db import Cluster
@@ -37,28 +38,31 @@ def check_parallelism(
     product = count("dp") * inner
     if product != cluster.num_devices:
         raise InvalidParallelismError(
-            f"dp {count('dp')} x cp {count('cp')} x tp {count('tp')} x pp {count('pp')} = {product} devices, but "
-            f"{cluster.name} has {cluster.num_devices}; the product must be equal, and dp may be left out to be filled in"
+            f"dp {count('dp')} x cp {count('cp')} x tp {count('tp')} x pp {count('pp')} = {product} devices, "
+            f"but {cluster.name} has {cluster.num_devices}; the product must be equal, "
+            "and dp may be left out to be filled in"
         )
     check_dimensions(graph, count("tp"))
     replicate, shard, zero_stage = _data_axes(count("dp"), given)
     size = count("microbatch_size")
-    if global_batch % (count("dp") * size):
+    per_step = count("dp") * size
+    if global_batch % per_step:
+        below = global_batch // per_step * per_step
+        nearest = f"{below} or {below + per_step}" if below else f"{per_step}"
         raise InvalidParallelismError(
             f"a global batch of {global_batch} does not divide into dp {count('dp')} x microbatch {size} = "
-            f"{count('dp') * size} samples; the nearest batches that do are "
-            f"{max(1, global_batch // (count('dp') * size)) * count('dp') * size} and "
-            f"{(global_batch // (count('dp') * size) + 1) * count('dp') * size}"
+            f"{per_step} samples; the nearest that does is {nearest}"
         )
     if count("ep") > 1:
         check_experts(graph, count("ep"), count("dp"))
+    usual = "Interleaved1F1B" if count("num_virtual_stages") > 1 else "1F1B"
     parallelism = Parallelism.model_validate(
         {
-            "dp_replicate": replicate, "dp_shard": shard, "cp": count("cp"), "tp": count("tp"), "ep": count("ep"),
-            "pp": count("pp"), "zero_stage": zero_stage, "microbatch_size": size,
-            "num_microbatches": global_batch // (count("dp") * size),
+            "dp_replicate": replicate, "dp_shard": shard, "cp": count("cp"), "tp": count("tp"),
+            "ep": count("ep"), "pp": count("pp"), "zero_stage": zero_stage, "microbatch_size": size,
+            "num_microbatches": global_batch // per_step,
             "num_virtual_stages": count("num_virtual_stages"),
-            "schedule": given.get("schedule", "Interleaved1F1B" if count("num_virtual_stages") > 1 else "1F1B"),
+            "schedule": given.get("schedule", usual),
             "recompute": given.get("recompute", "none"),
         }
     )  # fmt: skip
@@ -105,43 +109,21 @@ def check_experts(graph: OpGraph, ep: int, dp: int) -> None:
         )
     if experts % ep or dp % ep:
         raise InvalidParallelismError(
-            f"ep={ep} must divide both the {experts} experts of a layer and the {dp} data-parallel ranks that share them"
+            f"ep={ep} must divide both the {experts} experts of a layer and the {dp} data-parallel ranks "
+            "that share them"
         )
-
-
-def num_experts(graph: OpGraph) -> int:
-    """Experts of one layer: the leading dimension of the weights of grouped matrix products; 0 without any."""
-    return max((graph.tensors[name].shape[0] for name in expert_parameters(graph)), default=0)
-
-
-def expert_parameters(graph: OpGraph) -> frozenset[str]:
-    """Tensors of the parameters that grouped matrix products multiply by."""
-    found = set()
-    for op in graph.ops:
-        if "grouped_mm" in op.target:
-            found.update(_parameters_behind(graph, op.inputs[1]))
-    return frozenset(found)
-
-
-def _parameters_behind(graph: OpGraph, name: str) -> set[str]:
-    """The parameter that a value is a view or a copy of."""
-    while name in graph.producer:
-        inputs = graph.ops[graph.producer[name]].inputs
-        if len(inputs) != 1:
-            return set()
-        name = inputs[0]
-    return {name} if name in graph.parameter_tensors else set()
 
 
 def check_schedule(p: Parallelism) -> None:
     """Raises InvalidParallelismError for sizes that the schedule does not run."""
     if p.num_virtual_stages > 1 and p.pp == 1:
         raise InvalidParallelismError(
-            f"{p.num_virtual_stages} virtual stages need a pipeline; use pp of 2 or more, or num_virtual_stages=1"
+            f"{p.num_virtual_stages} virtual stages need a pipeline; use pp of 2 or more, "
+            "or num_virtual_stages=1"
         )
     if not runs(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages):
         raise InvalidParallelismError(
             f"{p.schedule} does not run {p.num_microbatches} microbatches on {p.pp} ranks with "
-            f"{p.num_virtual_stages} stages each; Interleaved1F1B wants a multiple of pp microbatches, the others one "
-            "stage a rank"
+            f"{p.num_virtual_stages} stages each; Interleaved1F1B wants a multiple of pp microbatches, "
+            "the others one stage a rank"
         )

@@ -185,7 +185,8 @@ def test_dearer_memory_never_takes_more_of_it() -> None:
         times_s.append(solution.time_s)
     assert stored == sorted(stored, reverse=True)
     assert all(after >= before * (1 - 1e-9) for before, after in pairwise(times_s))
-    assert stored[-1] < 1.01 * stored[0] / 4
+    everything = sum(problem.graph.tensors[p.tensor].num_bytes for p in problem.graph.parameters)
+    assert stored[-1] < 1.01 * everything / 8
 
 
 def test_reductions_shared_by_more_microbatches_cost_less() -> None:

@@ -1,0 +1,199 @@
+"""What a parallelism that the user names costs, checked against formulas and against its own parts."""
+
+from __future__ import annotations
+
+from math import isclose
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autopar import api
+from autopar.errors import InvalidParallelismError
+from autopar.plan import Plan
+from costmodel import Collective, Group, collective_time_s
+from tests.autopar.small_models import cluster, tower
+
+
+def evaluated(num_devices: int = 4, **settings: Any) -> Plan:
+    settings = {"global_batch": 16, **settings}
+    return api.evaluate(tower(), cluster(num_devices), **settings)
+
+
+def entry(plan: Plan, name: str, stage: int = 0) -> float:
+    return plan.stages[stage].memory_bytes[name]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"zero_stage": 3},
+        {"tp": 2, "zero_stage": 1},
+        {"tp": 4, "microbatch_size": 4},
+        {"pp": 2, "recompute": "full"},
+        {"pp": 2, "tp": 2, "schedule": "GPipe"},
+        {"pp": 2, "num_virtual_stages": 2, "recompute": "selective"},
+    ],
+)
+def test_terms_add_up_and_the_certificate_says_evaluated(settings: dict[str, Any]) -> None:
+    plan = evaluated(**settings)
+    prediction = plan.prediction
+    assert isclose(sum(prediction.terms_s.values()), prediction.step_s)
+    assert plan.certificate.status == "evaluated"
+    assert plan.parallelism.world_size == 4
+    assert plan.parallelism.global_batch == 16
+    assert prediction.tokens_per_s == pytest.approx(16 * 256 / prediction.step_s)
+    assert prediction.mfu == pytest.approx(3 * plan.model.flops_per_sample * 16 / (prediction.step_s * 4 * 50e12))
+    assert len(plan.stages) == plan.parallelism.pp * plan.parallelism.num_virtual_stages
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "parameters", "gradients", "optimizer"), [(0, 1, 1, 1), (1, 1, 1, 4), (2, 1, 4, 4), (3, 4, 4, 4)]
+)
+def test_model_states_follow_the_zero_paper(
+    zero_stage: int, parameters: int, gradients: int, optimizer: int
+) -> None:
+    plan = evaluated(zero_stage=zero_stage)
+    num_parameters = plan.model.num_parameters
+    assert entry(plan, "parameters") == pytest.approx(4 * num_parameters / parameters)
+    assert entry(plan, "gradients") == pytest.approx(4 * num_parameters / gradients)
+    assert entry(plan, "optimizer") == pytest.approx(8 * num_parameters / optimizer)
+
+
+def test_activations_are_what_autograd_saves() -> None:
+    """Counted by torch itself, on the real model and one microbatch."""
+    from tests.autopar.small_models import Tower
+
+    model = Tower(64, 3, 128)
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+    kept: dict[int, int] = {}
+    fixed = {parameter.data_ptr() for parameter in model.parameters()} | {tokens.data_ptr()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in fixed:
+            kept[storage.data_ptr()] = storage.nbytes()
+        keep_alive.append(tensor)
+        return tensor
+
+    keep_alive: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, tokens)
+    plan = api.evaluate(
+        model,
+        cluster(1),
+        inputs=lambda batch: {name: torch.zeros(batch, 32, dtype=torch.long) for name in ("tokens", "labels")},
+        global_batch=2,
+        microbatch_size=2,
+    )
+    assert entry(plan, "activations") == pytest.approx(sum(kept.values()), rel=0.01)
+
+
+def test_ddp_synchronises_every_gradient_once() -> None:
+    plan = evaluated(global_batch=4)
+    size = 4 * plan.model.num_parameters
+    whole_s = collective_time_s(Collective("all_reduce", size, Group(4, 1)), cluster(4))
+    assert 0 < plan.prediction.terms_s["gradient_sync"] <= 1.2 * whole_s
+
+
+def test_one_device_communicates_nothing() -> None:
+    terms = evaluated(1).prediction.terms_s
+    for name in ("tensor_parallel", "parameter_gather", "send_recv", "pipeline_bubble", "gradient_sync"):
+        assert terms[name] == 0
+
+
+def test_one_device_is_its_own_reference() -> None:
+    plan = evaluated(1)
+    assert plan.prediction.single_device_step_s == pytest.approx(plan.prediction.step_s)
+
+
+def test_recomputation_trades_time_for_memory() -> None:
+    plain, selective, full = (evaluated(recompute=mode) for mode in ("none", "selective", "full"))
+    activations = [entry(plan, "activations") for plan in (plain, selective, full)]
+    assert activations[0] > activations[2]
+    assert plain.prediction.terms_s["recompute"] == 0
+    assert 0 < selective.prediction.terms_s["recompute"] < full.prediction.terms_s["recompute"]
+
+
+def test_stages_share_the_model_and_early_ones_hold_more_microbatches() -> None:
+    plan = evaluated(pp=4, microbatch_size=1)
+    assert sum(entry(plan, "parameters", stage) for stage in range(4)) == pytest.approx(
+        4 * plan.model.num_parameters
+    )
+    modules = [name for stage in plan.stages for name in stage.modules]
+    assert modules[0] == "embed"
+    assert modules[-1] == "head"
+    assert plan.prediction.terms_s["pipeline_bubble"] > 0
+    assert entry(plan, "activations", 1) > entry(plan, "activations", 2)
+
+
+def test_tensor_parallelism_splits_memory_where_memory_is_short() -> None:
+    small = cluster(4, memory_bytes=180e6)
+    plan = api.evaluate(tower(), small, global_batch=16, tp=4)
+    assert not plan.warnings
+    assert plan.prediction.peak_memory_bytes <= 180e6
+    assert entry(plan, "parameters") < 4 * plan.model.num_parameters / 2
+
+
+def test_out_of_memory_is_a_warning_not_an_error() -> None:
+    plan = api.evaluate(tower(), cluster(4, memory_bytes=100e6), global_batch=16)
+    assert plan.prediction.peak_memory_bytes > plan.cluster.memory_bytes
+    assert "out of memory by" in plan.warnings[0]
+
+
+def test_the_same_call_gives_the_same_bytes() -> None:
+    assert evaluated(tp=2, pp=2).to_json() == evaluated(tp=2, pp=2).to_json()
+
+
+def test_strategies_name_every_representative_op() -> None:
+    plan = evaluated(tp=2)
+    graph = tower().graph
+    names = {graph.ops[index].name for index in graph.representative}
+    assert set(plan.strategies) == {"dp", "tp"}
+    assert names == set(plan.strategies["dp"])
+    assert names <= set(plan.strategies["tp"])
+
+
+def test_a_module_is_captured_with_its_inputs() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.linear(x).sum()}
+
+    plan = api.evaluate(Model(), cluster(2), inputs={"x": torch.zeros(2, 8)}, global_batch=4)
+    assert plan.model.num_parameters == 72
+    assert plan.model.input_shapes == {"x": (1, 8)}
+    with pytest.raises(InvalidParallelismError, match="needs example inputs"):
+        api.evaluate(Model(), cluster(2), global_batch=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dp": 3}, r"dp 3 x cp 1 x tp 1 x pp 1 = 3 devices, but toys has 4"),
+        ({"tp": 4, "pp": 2}, r"dp 1 x cp 1 x tp 4 x pp 2 = 8 devices"),
+        ({"tp": 0}, r"tp=0 is not a count"),
+        ({"microbatch_size": 3}, r"a global batch of 16 does not divide into dp 4 x microbatch 3 = 12 samples; .* 12 or 24"),
+        ({"dp_shard": 2}, r"dp_shard=2 has nothing to shard at zero_stage=0"),
+        ({"dp_shard": 3, "zero_stage": 1}, r"dp_shard=3 does not divide dp=4; choose one of 1, 2, 4"),
+        ({"zero_stage": 5}, r"zero_stage=5 is unknown"),
+        ({"ep": 2}, r"tower has no experts"),
+        ({"num_virtual_stages": 2}, r"2 virtual stages need a pipeline"),
+        ({"pp": 4, "num_virtual_stages": 4}, r"4 x 4 pipeline stages are more than the"),
+        ({"pp": 2, "num_virtual_stages": 2, "schedule": "GPipe"}, r"GPipe does not run"),
+        ({"global_batch": 0}, r"a global batch of 0 has no sample"),
+    ],
+)
+def test_errors_show_the_numbers(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidParallelismError, match=message):
+        evaluated(**settings)
+
+
+def test_a_degree_that_divides_nothing_lists_the_sizes() -> None:
+    with pytest.raises(InvalidParallelismError, match=r"tp=7 divides no dimension .* 2048, 1024, 512"):
+        api.evaluate(tower(), cluster(7, per_node=7), global_batch=14, tp=7)

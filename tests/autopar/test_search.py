@@ -1,0 +1,165 @@
+"""The outer search against trying every candidate, its certificate, its pins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autopar import api
+from autopar.errors import InvalidParallelismError, PinConflictError, SearchTimeoutError
+from autopar.plan import Parallelism, Plan
+from autopar.search.describe import module_ranges, training_policy
+from autopar.search.planner import Planner
+from autopar.search.space import Pins, candidates
+from tests.autopar.small_models import cluster, tower
+
+
+def planned(num_devices: int = 4, memory_bytes: float = 16e9, **settings: Any) -> Plan:
+    return api.plan(tower(), cluster(num_devices, memory_bytes), **{"global_batch": 16, **settings})
+
+
+def exhaustive(planner: Planner, global_batch: int) -> float:
+    """The best step time when every candidate is priced and nothing is pruned."""
+    solved = [planner.solve(p) for p in planner.candidates(global_batch, Pins())]
+    return min(s.evaluated.step_s for s in solved if s.evaluated.fits)
+
+
+@pytest.mark.parametrize("memory_bytes", [16e9, 330e6, 200e6, 120e6])
+def test_equals_pricing_every_candidate(memory_bytes: float) -> None:
+    machine = cluster(4, memory_bytes)
+    planner = Planner(tower(), machine, training_policy(tower().graph))
+    result = planner.search(16, Pins())
+    assert result.best is not None
+    best_s = exhaustive(Planner(tower(), machine, training_policy(tower().graph)), 16)
+    assert result.best.evaluated.step_s == pytest.approx(best_s, rel=1e-9)
+    assert result.bound_s <= best_s * (1 + 1e-9)
+    assert result.best.evaluated.peak_memory_bytes <= memory_bytes
+
+
+@pytest.mark.parametrize("memory_bytes", [16e9, 200e6])
+def test_floors_lie_below_every_price(memory_bytes: float) -> None:
+    planner = Planner(tower(), cluster(8, memory_bytes), training_policy(tower().graph))
+    for p in planner.candidates(16, Pins()):
+        evaluated = planner.solve(p).evaluated
+        assert planner.bounds.step_s(p) <= evaluated.step_s * (1 + 1e-9), str(p)
+        sample_s = planner.programs.floor_s(8, p.tp) / 8
+        assert planner.bounds.step_s(p, sample_s) <= evaluated.step_s * (1 + 1e-9), str(p)
+        assert planner.bounds.memory_bytes(p) <= evaluated.peak_memory_bytes * (1 + 1e-9), str(p)
+
+
+def test_the_plan_is_what_evaluate_says_of_it() -> None:
+    plan = planned(8)
+    p = plan.parallelism
+    again = api.evaluate(
+        tower(), cluster(8), global_batch=16, dp=p.dp, dp_shard=p.dp_shard, tp=p.tp, pp=p.pp,
+        zero_stage=p.zero_stage, microbatch_size=p.microbatch_size, recompute=p.recompute, schedule=p.schedule,
+        num_virtual_stages=p.num_virtual_stages,
+    )  # fmt: skip
+    assert again.prediction == plan.prediction
+    assert again.stages == plan.stages
+    assert again.strategies == plan.strategies
+
+
+def test_the_certificate_counts_every_candidate() -> None:
+    certificate = planned().certificate
+    assert certificate.num_solved + sum(certificate.pruned.values()) == certificate.num_candidates
+    assert 0 < certificate.bound_s <= certificate.objective_s
+    assert certificate.gap < 0.1
+
+
+def test_ddp_and_fsdp_are_always_among_the_alternatives() -> None:
+    plan = planned(8, 150e6)
+    reasons = {other.label: other.reason for other in plan.alternatives}
+    assert {"DDP", "FSDP"} <= set(reasons)
+    assert "out of memory by" in reasons["DDP"]
+    for other in plan.alternatives:
+        assert other.parallelism.world_size == 8
+        assert other.parallelism.global_batch == 16
+        if other.step_s is not None and other.peak_memory_bytes is not None and other.peak_memory_bytes <= 150e6:
+            assert other.step_s >= plan.prediction.step_s * (1 - 1e-9)
+
+
+def test_the_same_search_gives_the_same_bytes() -> None:
+    assert planned(8, 200e6).to_json() == planned(8, 200e6).to_json()
+
+
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {"tp": 2},
+        {"pp": 2},
+        {"dp": 1},
+        {"zero_stage": 3},
+        {"recompute": "full"},
+        {"microbatch_size": 2},
+        {"pp": 2, "schedule": "GPipe"},
+        {"pp": 2, "num_virtual_stages": 2},
+    ],
+)
+def test_pins_are_kept(pins: dict[str, Any]) -> None:
+    plan = planned(4, **pins)
+    for name, value in pins.items():
+        assert getattr(plan.parallelism, name) == value
+    assert plan.prediction.step_s >= planned(4).prediction.step_s * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"tp": 3}, r"no parallelism fits 4 devices .* with tp=3"),
+        ({"dp": 4, "tp": 4}, r"dp=4"),
+        ({"microbatch_size": 5}, r"microbatch_size=5"),
+        ({"pp": 0}, r"pp=0 is not a count"),
+        ({"zero_stage": 9}, r"zero_stage=9 is unknown; choose one of 0, 1, 2, 3"),
+    ],
+)
+def test_impossible_pins_say_so(pins: dict[str, Any], message: str) -> None:
+    with pytest.raises(PinConflictError, match=message):
+        planned(4, **pins)
+
+
+def test_no_time_is_an_error_that_says_how_far_it_came() -> None:
+    with pytest.raises(SearchTimeoutError, match="no plan within the time limit"):
+        planned(4, time_limit_s=0.0)
+
+
+def test_a_batch_of_nothing_is_an_error() -> None:
+    with pytest.raises(InvalidParallelismError, match="has no sample"):
+        planned(4, global_batch=0)
+
+
+def test_progress_ends_complete() -> None:
+    seen: list[tuple[str, int, int]] = []
+    planned(4, progress=lambda *step: seen.append(step))
+    assert seen[0][0] == "capture"
+    assert seen[-1][0] == "search"
+    assert seen[-1][1] == seen[-1][2]
+    done = [step[1] for step in seen if step[0] == "search"]
+    assert done == sorted(done)
+
+
+def test_a_larger_cluster_is_not_slower() -> None:
+    assert planned(8).prediction.step_s <= planned(4).prediction.step_s
+
+
+def test_candidates_use_all_devices_once() -> None:
+    machine = cluster(16)
+    found = list(candidates(machine, 32, (1, 2, 4), 8, Pins()))
+    assert len({str(p) + str(p.dp_shard) for p in found}) == len(found)
+    for p in found:
+        assert p.world_size == 16
+        assert p.global_batch == 32
+        assert p.num_virtual_stages == 1 or p.schedule == "Interleaved1F1B"
+        assert Parallelism.model_validate(p.model_dump()) == p
+
+
+def test_node_local_sharding_is_offered() -> None:
+    found = list(candidates(cluster(16), 32, (1, 2, 4), 8, Pins(zero_stage=3)))
+    assert any((p.dp_replicate, p.dp_shard) == (4, 4) for p in found)
+    assert any((p.dp_replicate, p.dp_shard, p.tp) == (4, 2, 2) for p in found)
+
+
+def test_modules_are_written_as_ranges() -> None:
+    paths = ["embed", "", *(f"layers.{index}" for index in range(3)), "layers.7", "head"]
+    assert module_ranges(paths) == ("embed", "layers.0-2", "layers.7", "head")

@@ -1,0 +1,127 @@
+"""Cuts into stages against trying all of them, and the shallow model against the full one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import combinations
+from math import isclose
+
+import pytest
+
+from autopar.plan import Parallelism
+from autopar.pricing import OpCost
+from autopar.search.programs import Programs
+from autopar.search.shallow import shallow
+from autopar.search.stages import StageTable
+from autopar.search.units import Chain, ParameterShard, Saved, Unit
+from costmodel import optimizer_policy
+from tests.autopar.small_models import cluster, tower
+
+POLICY = optimizer_policy("adamw-fp32")
+
+
+def random_chain(rng: random.Random, num_units: int) -> Chain:
+    units, parameters = [], {}
+    for index in range(num_units):
+        name = f"weight{index}"
+        elements = rng.randint(1, 100)
+        parameters[name] = ParameterShard(elements, 4 * elements, False)
+        saved = Saved({f"x{index}": rng.randint(1, 4000)})
+        units.append(
+            Unit(
+                first_op=f"op{index}",
+                modules=(f"layers.{index}",),
+                is_block=True,
+                cost=OpCost(rng.random(), rng.random(), rng.random() / 4, rng.random() / 4),
+                recompute_s={"none": 0.0, "selective": 0.0, "full": 0.0},
+                saved={"none": saved, "selective": saved, "full": saved},
+                working_bytes=rng.randint(0, 500),
+                parameters=(name,),
+                received_bytes=100,
+            )
+        )
+    return Chain(tuple(units), parameters)
+
+
+def all_cuts(num_units: int, num_stages: int) -> Iterator[tuple[int, ...]]:
+    for inner in combinations(range(1, num_units), num_stages - 1):
+        yield (0, *inner)
+
+
+def slowest_s(table: StageTable, cuts: tuple[int, ...]) -> float:
+    stops = [*cuts[1:], table.num_units]
+    return max(
+        sum(unit.cost.total_s for unit in table.chain.units[a:b]) for a, b in zip(cuts, stops, strict=True)
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_cuts_are_the_best_that_fit(seed: int) -> None:
+    rng = random.Random(seed)
+    num_stages = rng.randint(2, 4)
+    table = StageTable(random_chain(rng, rng.randint(num_stages, 9)), "none")
+    p = Parallelism(pp=num_stages, num_microbatches=8, schedule=rng.choice(["1F1B", "GPipe"]))
+    tries = {cuts: table.peak_bytes(p, POLICY, cuts) for cuts in all_cuts(table.num_units, num_stages)}
+    budget = rng.uniform(min(tries.values()), max(tries.values()))
+    fitting = [cuts for cuts, peak in tries.items() if peak <= budget]
+    cuts = table.partition(p, POLICY, budget)
+    assert cuts in fitting
+    assert isclose(slowest_s(table, cuts), min(slowest_s(table, other) for other in fitting))
+
+
+def test_without_cuts_that_fit_memory_is_ignored() -> None:
+    table = StageTable(random_chain(random.Random(0), 6), "none")
+    p = Parallelism(pp=3, num_microbatches=4)
+    cuts = table.partition(p, POLICY, 0)
+    assert cuts is not None
+    assert isclose(slowest_s(table, cuts), min(slowest_s(table, other) for other in all_cuts(6, 3)))
+
+
+def test_more_stages_than_units_is_no_partition() -> None:
+    table = StageTable(random_chain(random.Random(0), 3), "none")
+    assert table.partition(Parallelism(pp=4, num_microbatches=4), POLICY, 1e9) is None
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("dp", [1, 2])
+def test_the_shallow_model_is_as_long_and_as_dear_as_the_full_one(tp: int, dp: int) -> None:
+    capture = tower(depth=9)
+    assert len(shallow(capture).capture.graph.ops) < len(capture.graph.ops) / 2
+    p = Parallelism(dp_replicate=dp, tp=tp, microbatch_size=2, num_microbatches=4)
+    programs = Programs(capture, cluster())
+    short, full = programs.program(p).chain, programs.finished(p).chain
+    whole = Programs(capture, cluster(), shorten=False).program(p).chain
+    assert len(short.units) == len(full.units) == len(whole.units)
+    for one, other, third in zip(short.units, full.units, whole.units, strict=True):
+        assert one.cost == pytest.approx(other.cost, rel=1e-9)
+        assert other.cost == pytest.approx(third.cost, rel=1e-9)
+        assert one.saved["none"].num_bytes == other.saved["none"].num_bytes
+        assert one.received_bytes == other.received_bytes
+    assert sum(s.num_elements for s in short.parameters.values()) == sum(
+        s.num_elements for s in full.parameters.values()
+    )
+
+
+def test_units_cover_the_model_in_order() -> None:
+    capture = tower(depth=6)
+    chain = Programs(capture, cluster()).finished(Parallelism()).chain
+    blocks = [unit.modules[0] for unit in chain.units if unit.is_block]
+    assert blocks == [f"layers.{index}" for index in range(6)]
+    assert {name for unit in chain.units for name in unit.parameters} == set(capture.graph.parameter_tensors)
+    activation_bytes = 256 * 512 * 4
+    assert [unit.received_bytes for unit in chain.units if unit.is_block] == [activation_bytes] * 6
+
+
+def test_recomputation_keeps_less_and_runs_more() -> None:
+    chain = Programs(tower(), cluster()).program(Parallelism()).chain
+    for unit in chain.units:
+        sizes = [unit.saved[mode].num_bytes for mode in ("none", "selective", "full")]
+        again_s = [unit.recompute_s[mode] for mode in ("none", "selective", "full")]
+        if unit.is_block:
+            assert sizes[2] == 256 * 512 * 4  # the block's input alone
+            assert sizes[0] > sizes[2]
+            assert 0 < again_s[1] < again_s[2]
+            assert again_s[2] == pytest.approx(unit.cost.forward_s)
+        else:
+            assert again_s == [0, 0, 0]
