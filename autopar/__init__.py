@@ -7,12 +7,15 @@
     autopar.compile(model, plan, inputs=inputs).save("program")
     autopar.launch(plan, "slurm").save("program")
 
-`model` is any `nn.Module` that returns its loss; `inputs` are keyword tensors of its forward, or a function from a batch
-size to them. Nothing needs an accelerator, nor memory for the model.
+`model` is any `nn.Module` that returns its loss; `inputs` are keyword tensors of its forward, or a function
+from a batch size to them. Nothing needs an accelerator, nor memory for the model. What needs torch is
+imported on first use, so that the command line answers at once.
 """
 
-from autopar.api import evaluate, plan
-from autopar.compiler import compile, save_reference
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from autopar.errors import (
     AutoparError,
     InfeasibleError,
@@ -23,7 +26,31 @@ from autopar.errors import (
 )
 from autopar.launch import Launch, launch
 from autopar.plan import Alternative, Certificate, Parallelism, Plan, Prediction
-from autopar.rewrite.program import Program
+
+if TYPE_CHECKING:
+    from autopar.api import evaluate, plan
+    from autopar.compiler import compile, save_reference
+    from autopar.rewrite.program import Program
+else:
+    del plan  # the module `autopar.plan`, which importing it left under the function's name
+
+    _LAZY = {
+        "Program": "autopar.rewrite.program",
+        "compile": "autopar.compiler",
+        "evaluate": "autopar.api",
+        "plan": "autopar.api",
+        "save_reference": "autopar.compiler",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'autopar' has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+
 
 __all__ = [
     "Alternative",

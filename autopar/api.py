@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graphs
 import hardware_db
 from autopar.errors import InvalidParallelismError
-from autopar.plan import Certificate, Plan, Recompute, ScheduleName
+from autopar.plan import Alternative, Certificate, Plan, Recompute, ScheduleName
 from autopar.search.describe import alternative, build_plan, memory_excess, training_policy
 from autopar.search.infeasible import infeasible
 from autopar.search.planner import Planner, Progress, SearchResult, Solved
@@ -195,7 +195,7 @@ def _certificate(result: SearchResult, best: Solved, solve_s: float) -> Certific
     )
 
 
-def _alternatives(result: SearchResult, best: Solved) -> list:
+def _alternatives(result: SearchResult, best: Solved) -> list[Alternative]:
     found = [alternative(str(other.parallelism), other, best.evaluated) for other in result.runners_up]
     named = [
         alternative(label, other, best.evaluated)

@@ -169,7 +169,8 @@ class Plan(Frozen):
     """How to train one model on one cluster.
 
     `strategies` maps a mesh axis (`dp` stands for both data axes together) to the strategy key of every op, by the
-    name of the op's representative: the same op of the first instance of its block.
+    name of the op's representative: the same op of the first instance of its block. `placements` tells how every
+    parameter lies on the tensor axis, `*` standing for the numbers of repeated blocks.
     """
 
     version: Literal[1] = PLAN_VERSION
@@ -177,6 +178,7 @@ class Plan(Frozen):
     cluster: ClusterSummary
     parallelism: Parallelism
     strategies: Mapping[str, Mapping[str, str]]
+    placements: Mapping[str, str] = Field(default_factory=dict)
     stages: tuple[StagePlan, ...]
     prediction: Prediction
     certificate: Certificate

@@ -223,9 +223,11 @@ class AxisProblem:
         key = (tensor.num_bytes, tensor.requires_grad, source, target)
         if key not in self._conversion_s:
             how = conversion(source, target, tensor.requires_grad)
-            self._conversion_s[key] = how and self.pricer.conversion(
-                how.name, tensor.num_bytes, self.axis, backward=tensor.requires_grad
-            ).total_s  # fmt: skip
+            self._conversion_s[key] = None
+            if how is not None:
+                backward = tensor.requires_grad
+                cost = self.pricer.conversion(how.name, tensor.num_bytes, self.axis, backward=backward)
+                self._conversion_s[key] = cost.total_s
         return self._conversion_s[key]
 
     def stored_states(self, tensors: TensorClass) -> tuple[State, ...]:

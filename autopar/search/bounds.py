@@ -26,7 +26,7 @@ from functools import cached_property
 
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import Pricer, dtype_name, is_causal, kind_of
-from autopar.search.evaluate import mesh_groups
+from autopar.search.data_axes import data_groups
 from costmodel import OptimizerPolicy, model_state_ledger, peak_in_flight
 from graphs import Capture
 from graphs.ir import Op, OpGraph
@@ -173,14 +173,12 @@ class Bounds:
         """
         parameter_bytes = self.policy.parameter_bytes * self.num_parameters / p.tp
         gradient_bytes = self.policy.gradient_bytes * self.num_parameters / p.tp
-        groups = mesh_groups(p)
+        shard, replicate = data_groups(p)
         move_s = self._pricer.bucketed_s
-        if p.zero_stage == 0:
-            return 0.0, move_s("all_reduce", gradient_bytes, groups["dp"])
-        gather_s = move_s("all_gather", parameter_bytes, groups["dp_shard"])
-        scatter_s = move_s("reduce_scatter", gradient_bytes, groups["dp_shard"])
-        replicas_s = move_s("all_reduce", gradient_bytes / p.dp_shard, groups["dp_replicate"])
-        if p.zero_stage == 1:
+        gather_s = move_s("all_gather", parameter_bytes, shard)
+        scatter_s = move_s("reduce_scatter", gradient_bytes, shard)
+        replicas_s = move_s("all_reduce", gradient_bytes / p.dp_shard, replicate)
+        if p.zero_stage <= 1:
             return 0.0, scatter_s + gather_s + replicas_s
         earlier_s = scatter_s * (p.num_microbatches - 1) / p.num_microbatches
         if p.zero_stage == 2:

@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 
+from autopar.placements import RR
 from autopar.plan import (
     Alternative,
     Certificate,
@@ -56,6 +57,7 @@ def build_plan(
         cluster=cluster_summary(planner.cluster, planner.capture),
         parallelism=Parallelism.model_validate(evaluated.parallelism.model_dump()),
         strategies=solved.program.strategies,
+        placements=parameter_placements(planner.capture.graph, solved),
         stages=tuple(_stage_plan(evaluated, index) for index in range(len(evaluated.stages))),
         prediction=_prediction(planner, evaluated),
         certificate=certificate,
@@ -66,6 +68,21 @@ def build_plan(
             *_gather_warnings(planner, evaluated.parallelism),
         ),
     )
+
+
+def parameter_placements(graph: OpGraph, solved: Solved) -> dict[str, str]:
+    """How parameters lie on the tensor axis, by name with `*` for a number where all of that pattern agree."""
+    solution = solved.program.solution
+    sources = solution.assignment.sources if solution is not None else {}
+    texts = {each.name: f"tp {sources.get(each.tensor, RR)}" for each in graph.parameters} if sources else {}
+    by_pattern: dict[str, set[str]] = {}
+    for name, text in texts.items():
+        by_pattern.setdefault(re.sub(r"\.\d+\.", ".*.", name), set()).add(text)
+    found = {}
+    for name, text in texts.items():
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        found[pattern if len(by_pattern[pattern]) == 1 else name] = text
+    return found
 
 
 def training_policy(graph: OpGraph) -> OptimizerPolicy:

@@ -20,7 +20,7 @@ from autopar.plan import Parallelism, Recompute
 from autopar.pricing import Pricer
 from autopar.search.block_ilp import AxisProblem, AxisSolution, MemoryPrice
 from autopar.search.experts import ExpertParallelism
-from autopar.search.replicas import Replica, make_replica
+from autopar.search.replicas import Replica, make_replica, strategy_keys
 from autopar.search.shallow import Shallow, local_counts, shallow
 from autopar.search.stages import StageTable
 from autopar.search.units import Chain, build_chain
@@ -173,9 +173,7 @@ class Programs:
 
     def _make(self, key: ProgramKey) -> Program:
         replica = self.replica(key.microbatch_size, key.data_size, key.cp)
-        keys: dict[str, Mapping[str, str]] = {}
-        for axis, assignment in replica.assignments.items():
-            keys[axis] = _keys(replica.whole if axis == "dp" else replica.local.graph, assignment)
+        keys = dict(replica.keys)
         local, solution = replica.local, None
         if key.tp > 1:
             problem = self._problem(key.microbatch_size, key.data_size, key.cp, key.tp)
@@ -183,7 +181,7 @@ class Programs:
             solution = problem.solve(key.num_microbatches, price, self.time_limit_s)
             self.num_solved += 1
             local = localize(local, solution.assignment)
-            keys["tp"] = _keys(problem.graph, solution.assignment)
+            keys["tp"] = strategy_keys(problem.graph, solution.assignment)
         return Program(self._chain(replica.whole, local, key, self.shallow.repeats), solution, keys)
 
     def _chain(self, whole: OpGraph, local: Localized, key: ProgramKey, repeats: Mapping[str, int]) -> Chain:
@@ -231,10 +229,3 @@ def deepened(assignment: Assignment, graph: OpGraph, full: OpGraph) -> Assignmen
             alike = graph.ops[position[full.ops[full.representative[readers[0]]].name]]
             sources[parameter.tensor] = assignment.sources[alike.inputs[operand]]
     return replace(assignment, choice=choice, sources=sources)
-
-
-def _keys(graph: OpGraph, assignment: Assignment) -> dict[str, str]:
-    """Strategy keys by the names of representative ops."""
-    return {
-        graph.ops[index].name: assignment.choice[index].key for index in dict.fromkeys(graph.representative)
-    }

@@ -26,29 +26,42 @@ SEQUENCE = 1
 class Replica:
     """A graph at one microbatch size, local on the data and context axes.
 
-    `whole` has the blocks and names that plans refer to; `gathered` names the ops before which the batch is gathered
-    because samples meet there.
+    `whole` has the blocks and names that plans refer to; `keys` the strategies of its representative ops by axis;
+    `gathered` names the ops before which the batch is gathered because samples meet there.
     """
 
     whole: OpGraph
     local: Localized
     assignments: Mapping[str, Assignment]
+    keys: Mapping[str, Mapping[str, str]]
     gathered: tuple[str, ...]
 
 
 def make_replica(whole: OpGraph, dp: Assignment | None, cp: int) -> Replica:
     """The replica with `dp` applied and, where `cp` is above 1, the context axis propagated."""
-    assignments = {} if dp is None else {"dp": dp}
-    local = Localized.of(whole)
+    local, assignments = Localized.of(whole), {}
+    keys: dict[str, Mapping[str, str]] = {}
     gathered: tuple[str, ...] = ()
     if dp is not None:
-        local = localize(local, dp)
+        assignments["dp"], keys["dp"] = dp, strategy_keys(whole, dp)
+        local = _with_blocks(localize(local, dp))
         gathered = tuple(op.name for op in gathered_ops(whole, dp))
     if cp > 1:
         assignments["cp"] = context_parallel(local.graph, cp)
-        local = localize(local, assignments["cp"])
-    graph = local.graph
-    return Replica(whole, Localized(replace(graph, blocks=find_blocks(graph)), local.states), assignments, gathered)
+        keys["cp"] = strategy_keys(local.graph, assignments["cp"])
+        local = _with_blocks(localize(local, assignments["cp"]))
+    return Replica(whole, local, assignments, keys, gathered)
+
+
+def _with_blocks(local: Localized) -> Localized:
+    return replace(local, graph=replace(local.graph, blocks=find_blocks(local.graph)))
+
+
+def strategy_keys(graph: OpGraph, assignment: Assignment) -> dict[str, str]:
+    """Strategy keys by the names of representative ops."""
+    return {
+        graph.ops[index].name: assignment.choice[index].key for index in dict.fromkeys(graph.representative)
+    }
 
 
 def context_parallel(graph: OpGraph, size: int) -> Assignment:

@@ -78,7 +78,7 @@ def candidates(
 def _parallelism(**settings: object) -> Parallelism:
     # The settings are valid by construction, and there are thousands of them.
     defaults = {name: field.default for name, field in Parallelism.model_fields.items()}
-    return Parallelism.model_construct(**{**defaults, **settings})  # type: ignore[arg-type]  # plain field values
+    return Parallelism.model_construct(**{**defaults, **settings})
 
 
 def divisors(number: int) -> tuple[int, ...]:

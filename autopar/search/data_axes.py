@@ -1,0 +1,130 @@
+"""What the data axes do to parameters: where they are sharded, and what moves for it.
+
+Communication follows `fully_shard`:
+
+    ZeRO 0   gradients all_reduced over all replicas, once a step
+    ZeRO 1   once a step: gradients reduce_scattered, updated parameters all_gathered; between replicas of the
+             shards an all_reduce of the shard
+    ZeRO 2   as 1, but gradients are reduce_scattered with every microbatch, or they could not stay sharded
+    ZeRO 3   as 2, and instead of once a step parameters are gathered in every forward and every backward
+
+On a context axis every rank has all parameters, and gradients are summed over it once a step. Experts that are dealt
+out over `ep` ranks live on the data axes that are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+from autopar.plan import Parallelism
+from autopar.pricing import Pricer
+from autopar.search.units import ParameterShard, Unit
+from costmodel import Group, Ledger, OptimizerPolicy, model_state_ledger
+
+
+def mesh_groups(p: Parallelism) -> dict[str, Group]:
+    """Where the ranks of each mesh axis lie: the mesh is `(pp, dp_replicate, dp_shard, cp, tp)`, row-major."""
+    groups: dict[str, Group] = {}
+    stride = 1
+    sizes = {"tp": p.tp, "cp": p.cp, "dp_shard": p.dp_shard, "dp_replicate": p.dp_replicate, "pp": p.pp}
+    for axis, size in sizes.items():
+        groups[axis] = Group(size, stride)
+        stride *= size
+    return groups
+
+
+def data_groups(p: Parallelism, *, experts: bool = False) -> tuple[Group, Group]:
+    """The ranks that shard a parameter under ZeRO, and those that have the same shard."""
+    stride = p.tp * p.cp
+    inside = gcd(p.dp_shard, p.ep) if experts else 1
+    outside = max(1, p.ep // inside) if experts else 1
+    shard = Group(p.dp_shard // inside, stride * inside)
+    return shard, Group(max(1, p.dp_replicate // outside), stride * p.dp_shard * outside)
+
+
+def held_states(shards: Iterable[ParameterShard], p: Parallelism, policy: OptimizerPolicy) -> Ledger:
+    """Parameters, gradients and optimizer states of one rank."""
+    ledger = Ledger()
+    for experts, num_elements in _elements(shards).items():
+        degree = data_groups(p, experts=experts)[0].size
+        ledger += model_state_ledger(num_elements, policy, p.zero_stage, degree)
+    return ledger
+
+
+def updated_elements(shards: Iterable[ParameterShard], p: Parallelism) -> float:
+    """How many parameters one rank's optimizer updates."""
+    return sum(
+        num_elements / (data_groups(p, experts=experts)[0].size if p.zero_stage else 1)
+        for experts, num_elements in _elements(shards).items()
+    )
+
+
+def _elements(shards: Iterable[ParameterShard]) -> dict[bool, int]:
+    """Elements of dense parameters (False) and of experts (True)."""
+    counts = {False: 0}
+    for shard in shards:
+        counts[shard.is_expert] = counts.get(shard.is_expert, 0) + shard.num_elements
+    return counts
+
+
+@dataclass(frozen=True, slots=True)
+class DataTraffic:
+    """Seconds of communication over the data and context axes: with every forward, with every backward, and once
+    a step."""
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    step_s: float = 0.0
+
+    def __add__(self, other: DataTraffic) -> DataTraffic:
+        return DataTraffic(
+            self.forward_s + other.forward_s, self.backward_s + other.backward_s, self.step_s + other.step_s
+        )
+
+
+def data_traffic(
+    units: Sequence[Unit],
+    parameters: Mapping[str, ParameterShard],
+    p: Parallelism,
+    pricer: Pricer,
+    policy: OptimizerPolicy,
+) -> DataTraffic:
+    """What a stage's parameters move, a collective for each unit."""
+    seen: set[str] = set()
+    traffic = DataTraffic()
+    for unit in units:
+        fresh = [name for name in unit.parameters if name not in seen]
+        seen.update(fresh)
+        for experts in (False, True):
+            own = [parameters[name] for name in fresh if parameters[name].is_expert is experts]
+            if own:
+                traffic += _unit_traffic(own, p, pricer, policy, data_groups(p, experts=experts))
+    return traffic
+
+
+def _unit_traffic(
+    own: Sequence[ParameterShard],
+    p: Parallelism,
+    pricer: Pricer,
+    policy: OptimizerPolicy,
+    groups: tuple[Group, Group],
+) -> DataTraffic:
+    shard, replicate = groups
+    parameter_bytes = sum(one.num_bytes for one in own)
+    gradient_bytes = policy.gradient_bytes * sum(one.num_elements for one in own)
+    gather_s = pricer.collective_s("all_gather", parameter_bytes, shard)
+    scatter_s = pricer.collective_s("reduce_scatter", gradient_bytes, shard)
+    step_s = (
+        scatter_s
+        + pricer.collective_s("all_reduce", gradient_bytes / shard.size, replicate)
+        + pricer.collective_s("all_reduce", gradient_bytes, pricer.groups["cp"])
+    )
+    if p.zero_stage <= 1:
+        return DataTraffic(step_s=step_s + gather_s)
+    # The last microbatch's reduce_scatter is part of the step's; the others run behind their own backward.
+    earlier_s = scatter_s * (p.num_microbatches - 1) / p.num_microbatches
+    if p.zero_stage == 2:
+        return DataTraffic(backward_s=earlier_s, step_s=step_s + gather_s)
+    return DataTraffic(gather_s, gather_s + earlier_s, step_s)
