@@ -16,7 +16,8 @@ from autopar.errors import InvalidParallelismError
 from autopar.plan import Alternative, Certificate, Plan, Recompute, ScheduleName
 from autopar.search.describe import alternative, build_plan, memory_excess, training_policy
 from autopar.search.infeasible import infeasible
-from autopar.search.planner import Planner, Progress, SearchResult, Solved
+from autopar.search.outcome import Solved
+from autopar.search.planner import Planner, Progress, SearchResult
 from autopar.search.space import Pins
 from autopar.search.validate import check_parallelism
 from graphs import Capture
@@ -168,8 +169,8 @@ def captured(model: Model, inputs: Inputs | None, name: str | None) -> Capture:
     if isinstance(model, nn.Module):
         if inputs is None:
             raise InvalidParallelismError(
-                f"{type(model).__name__} needs example inputs: pass inputs={{'x': ..., 'labels': ...}}, or a function "
-                "from a batch size to such a mapping"
+                f"{type(model).__name__} needs example inputs: pass inputs={{'x': ..., 'labels': ...}}, "
+                "or a function from a batch size to such a mapping"
             )
         return graphs.capture(model, inputs, name=name)
     return graphs.capture(model.build_without_memory(), inputs or model.inputs, name=name or model.name)

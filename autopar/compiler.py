@@ -14,7 +14,6 @@ from autopar.plan import Plan
 from autopar.rewrite.parity import reference
 from autopar.rewrite.program import Program, rewrite
 from autopar.search.describe import fingerprint
-from graphs import Capture
 from hardware_db import Cluster
 
 
@@ -33,14 +32,14 @@ def compile(  # the name users expect, as in torch.compile
         model: a module (with `inputs`), a capture, or a `ModelSpec`.
         plan: how; without one, the best plan for `cluster` and `global_batch` is searched first.
         cluster: where to train, as `autopar.plan` takes it. Only without `plan`.
-        inputs: keyword tensors of the module's forward, labels included, or a function from a batch size to them.
-        global_batch: samples in one optimizer step. Only without `plan`.
-        name: what to call the model.
+        inputs: keyword tensors of the module's forward, labels included, or a function from a batch size to
+        them. global_batch: samples in one optimizer step. Only without `plan`. name: what to call the model.
 
-    Returns a `Program`: `.source` is the model as one rank runs it, `.save(dir)` writes everything torchrun needs.
+    Returns a `Program`: `.source` is the model as one rank runs it, `.save(dir)` writes everything torchrun
+    needs.
 
-    Raises RewriteError where the plan was made for another model or asks for something that cannot be emitted, and
-    what `autopar.plan` raises.
+    Raises RewriteError where the plan was made for another model or asks for something that cannot be
+    emitted, and what `autopar.plan` raises.
     """
     capture = api.captured(model, inputs, name)
     if plan is None:
@@ -58,9 +57,11 @@ def compile(  # the name users expect, as in torch.compile
 
 
 def save_reference(program: Program, model: nn.Module, inputs: api.Inputs, directory: str | Path) -> Path:
-    """Run the original model in this process and save what it did, for the program's `parity.py` to be held against.
+    """Run the original model in this process and save what it did, for the program's `parity.py` to be held
+    against.
 
-    The model must have real parameters and fit this machine. Returns the path of `reference.pt` in `directory`.
+    The model must have real parameters and fit this machine. Returns the path of `reference.pt` in
+    `directory`.
     """
     parallelism = program.plan.parallelism
     batch = graphs.inputs_of_any_batch(inputs)(parallelism.global_batch)

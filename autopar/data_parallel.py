@@ -1,9 +1,10 @@
 """Data parallelism by propagation: follow the batch through the graph.
 
-The batch dimension of every input is sharded, parameters are replicated with partial gradients, and each op, in order,
-takes the strategy that moves the fewest bytes given what its operands already are. For a model whose samples do not
-meet this is data parallelism as everybody knows it: nothing moves in the forward but the count of the loss. Where
-samples do meet (the statistics of a batch norm) the values are gathered, so the mathematics never changes.
+The batch dimension of every input is sharded, parameters are replicated with partial gradients, and each op,
+in order, takes the strategy that moves the fewest bytes given what its operands already are. For a model
+whose samples do not meet this is data parallelism as everybody knows it: nothing moves in the forward but the
+count of the loss. Where samples do meet (the statistics of a batch norm) the values are gathered, so the
+mathematics never changes.
 
 The same walk, seeded with another dimension, prices context parallelism.
 """
@@ -31,23 +32,21 @@ def data_parallel(graph: OpGraph, size: int, *, axis: str = "dp", dim: int = 0) 
     sources |= {parameter.tensor: RP for parameter in graph.parameters}
     sources |= {buffer.tensor: RR for buffer in graph.buffers}
     sections = natural_sections(graph, size)
-    made = {name: settle(state, graph.tensors[name].requires_grad) for name, state in sources.items()}
+    sources = {name: settle(state, graph.tensors[name].requires_grad) for name, state in sources.items()}
+    made = dict(sources)
     choice: list[Strategy] = []
     for op in graph.ops:
         offered = strategies(op, graph, size, sections)
         best = min(offered, key=partial(_cost, op, graph, made))
         made.update(zip(op.outputs, best.results, strict=True))
         choice.append(best)
-    return Assignment(axis, size, tuple(choice), made_sources(sources, graph))
-
-
-def made_sources(sources: Mapping[str, State], graph: OpGraph) -> dict[str, State]:
-    """The states of what a graph starts from, canonical where there is no gradient."""
-    return {name: settle(state, graph.tensors[name].requires_grad) for name, state in sources.items()}
+    return Assignment(axis, size, tuple(choice), sources)
 
 
 def gathered_ops(graph: OpGraph, assignment: Assignment) -> tuple[Op, ...]:
-    """Ops before which a sharded activation had to be gathered: where samples meet, or where no rule is known."""
+    """Ops before which a sharded activation had to be gathered: where samples meet, or where no rule is
+    known.
+    """
     found = []
     for op, strategy in zip(graph.ops, assignment.choice, strict=True):
         states = zip(op.inputs, strategy.operands, strict=True)
@@ -77,7 +76,8 @@ def _cost(op: Op, graph: OpGraph, made: Mapping[str, State], strategy: Strategy)
             return (1 << 62, 0, 0)
         conversions += 1
         moved += tensor.num_bytes * ((how.forward is not None) + (how.backward is not None))
-    # Work is split where its operands already are; what starts from nothing or from whole tensors stays whole.
+    # Work is split where its operands already are; what starts from nothing or from whole tensors stays
+    # whole.
     follows = any(isinstance(made[name].value, Shard) for name in op.inputs)
     unusual = (strategy.factor is not None) != follows
     return (moved, conversions, int(unusual))

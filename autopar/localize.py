@@ -1,12 +1,12 @@
 """The program of one rank: a graph, split over one mesh axis.
 
-`localize` takes a graph and a strategy for every op on one axis and returns the graph that each rank of the axis runs:
-local shapes, size arguments rewritten, and an explicit conversion wherever a tensor is needed in another state than
-the one it was made in. The result is an ordinary `OpGraph`, so axes compose: localize over the data axis, decide the
-tensor axis on what is left, localize again.
+`localize` takes a graph and a strategy for every op on one axis and returns the graph that each rank of the
+axis runs: local shapes, size arguments rewritten, and an explicit conversion wherever a tensor is needed in
+another state than the one it was made in. The result is an ordinary `OpGraph`, so axes compose: localize over
+the data axis, decide the tensor axis on what is left, localize again.
 
-A conversion is an op `autopar.<name>` with the tensor, the dimension(s) and sections as arguments and the axis as a
-keyword; `autopar.strategies.conversion` says which one stands between two states.
+A conversion is an op `autopar.<name>` with the tensor, the dimension(s) and sections as arguments and the
+axis as a keyword; `autopar.strategies.conversion` says which one stands between two states.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class _Localizer:
                 for name, needed in zip(op.inputs, strategy.operands, strict=True)
             }
             for name, state in zip(op.outputs, strategy.results, strict=True):
-                self._define(self.graph.tensors[name], state)
+                storage = self._local_storage(self.graph.tensors[name].storage, versions)
+                self._define(replace(self.graph.tensors[name], storage=storage), state)
             for local in self._local_ops(op, strategy, versions):
                 self.ops[index].append(local)
                 for name in local.outputs:
@@ -100,8 +101,8 @@ class _Localizer:
     def _in_state(self, name: str, needed: State, consumer: int) -> str:
         """The name of the version of a tensor that is in state `needed`, converting it on first need.
 
-        A partial sum is reduced where it is made; everything else is converted before its first consumer. Either way
-        the conversion belongs to a block of its own and repeated blocks stay alike.
+        A partial sum is reduced where it is made; everything else is converted before its first consumer.
+        Either way the conversion belongs to a block of its own and repeated blocks stay alike.
         """
         tensor = self.graph.tensors[name]
         needed = settle(needed, tensor.requires_grad)
@@ -133,7 +134,7 @@ class _Localizer:
             args=args,
             kwargs=kwargs,
             flops=op.flops // self.size if divided else op.flops,
-            saved=tuple(self._saved_version(op, strategy, versions, name) for name in op.saved),
+            saved=tuple(self._local_storage(name, versions) for name in op.saved),
             saved_internal_bytes=op.saved_internal_bytes // (self.size if divided else 1),
         )
         if strategy.implementation is not None:
@@ -141,12 +142,11 @@ class _Localizer:
             return
         resize = SIZE_ARGUMENTS.get(op.target)
         if resize is not None:
-            operand_states = dict(zip(op.inputs, strategy.operands, strict=True))
-            local = resize(local, _Sizes(op, strategy, operand_states, self.tensors, self.size))
+            local = resize(local, _Sizes(op, strategy, self.tensors, self.size))
         yield local
 
-    def _saved_version(self, op: Op, strategy: Strategy, versions: Mapping[str, str], storage: str) -> str:
-        """The local tensor behind a saved storage: the converted version where the op reads one."""
+    def _local_storage(self, storage: str, versions: Mapping[str, str]) -> str:
+        """The local tensor behind a storage of the whole graph: the converted version where the op reads one."""
         for name, local in versions.items():
             if self.graph.tensors[name].storage == storage:
                 return self.tensors[local].storage
@@ -163,7 +163,9 @@ def local_shape(shape: tuple[int, ...], state: State, size: int) -> tuple[int, .
 
 
 def conversion_dims(how: Conversion, made: State, needed: State) -> tuple[Any, ...]:
-    """The arguments of a conversion after the tensor: the dimension that is gathered or cut, and its sections."""
+    """The arguments of a conversion after the tensor: the dimension that is gathered or cut, and its
+    sections.
+    """
     source, target = made.value, needed.value
     if isinstance(source, Shard) and isinstance(target, Shard):
         return (source.dim, target.dim)
@@ -173,7 +175,8 @@ def conversion_dims(how: Conversion, made: State, needed: State) -> tuple[Any, .
     return ()
 
 
-# --- ops whose arguments name sizes -------------------------------------------------------------------------------
+# --- ops whose arguments name sizes
+# -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,6 @@ class _Sizes:
 
     op: Op
     strategy: Strategy
-    operand_states: Mapping[str, State]
     tensors: Mapping[str, Tensor]
     axis_size: int
 
@@ -192,7 +194,13 @@ class _Sizes:
     def cut(self, dim: int) -> bool:
         """Whether dimension `dim` of the first operand is split."""
         value = self.strategy.operands[0].value
-        return isinstance(value, Shard) and value.dim == dim % max(1, len(self.tensors[self.op.inputs[0]].shape))
+        rank = len(self.tensors[self.op.inputs[0]].shape)
+        return isinstance(value, Shard) and value.dim == dim % max(1, rank)
+
+    def position(self, index: int, dim: int) -> int:
+        """Where a position along dimension `dim` of the whole first operand is in each rank's part."""
+        extent = self.tensors[self.op.inputs[0]].shape[dim]
+        return (index if index >= 0 else index + extent * self.axis_size) // self.axis_size
 
 
 def _with_arg(op: Op, index: int, value: Any) -> Op:
@@ -204,27 +212,28 @@ def _shape_argument(index: int) -> Callable[[Op, _Sizes], Op]:
 
 
 def _split(op: Op, sizes: _Sizes) -> Op:
-    dim = op.args[2] if len(op.args) > 2 else 0
-    if not sizes.cut(dim):
+    """The size of each part, or the list of them; the number of parts of a `tensor_split` stays."""
+    if not sizes.cut(op.args[2] if len(op.args) > 2 else 0):
         return op
-    if isinstance(op.args[1], int):
-        return _with_arg(op, 1, op.args[1] // sizes.axis_size)
-    return _with_arg(op, 1, [part // sizes.axis_size for part in op.args[1]])
+    parts = op.args[1]
+    if isinstance(parts, int):
+        return _with_arg(op, 1, parts // sizes.axis_size)
+    return _with_arg(op, 1, [part // sizes.axis_size for part in parts])
 
 
 def _slice(op: Op, sizes: _Sizes) -> Op:
-    dim, start, end = (*op.args[1:4], *(0, 0, None)[len(op.args) - 1 :])[:3]
+    dim, start = op.args[1] if len(op.args) > 1 else 0, op.args[2] if len(op.args) > 2 else None
     if not sizes.cut(dim):
         return op
-    start = (start or 0) // sizes.axis_size
-    return replace(op, args=(op.args[0], dim, start, start + sizes.result_shape()[dim], *op.args[4:]))
+    local = sizes.position(start or 0, dim)
+    return replace(op, args=(op.args[0], dim, local, local + sizes.result_shape()[dim]))
 
 
 def _narrow(op: Op, sizes: _Sizes) -> Op:
     _, dim, start, length = op.args
     if not sizes.cut(dim):
         return op
-    return replace(op, args=(op.args[0], dim, start // sizes.axis_size, length // sizes.axis_size))
+    return replace(op, args=(op.args[0], dim, sizes.position(start, dim), length // sizes.axis_size))
 
 
 def _repeat(op: Op, sizes: _Sizes) -> Op:
@@ -234,11 +243,20 @@ def _repeat(op: Op, sizes: _Sizes) -> Op:
     return _with_arg(op, 1, [out // size for out, size in zip(result, padded, strict=True)])
 
 
-def _groups(index: int) -> Callable[[Op, _Sizes], Op]:
-    def resize(op: Op, sizes: _Sizes) -> Op:
-        if sizes.cut(1) and op.args[index] > 1:
-            return _with_arg(op, index, op.args[index] // sizes.axis_size)
+def _output_size(op: Op, sizes: _Sizes) -> Op:
+    if op.kwargs.get("output_size") is None:
         return op
+    dim = op.args[2] if len(op.args) > 2 else op.kwargs["dim"]
+    return replace(op, kwargs={**op.kwargs, "output_size": sizes.result_shape()[dim]})
+
+
+def _groups(index: int) -> Callable[[Op, _Sizes], Op]:
+    """Groups of channels are split as a whole; where channels are split inside each, all groups stay."""
+
+    def resize(op: Op, sizes: _Sizes) -> Op:
+        if sizes.strategy.factor != "g" or len(op.args) <= index:
+            return op
+        return _with_arg(op, index, op.args[index] // sizes.axis_size)
 
     return resize
 
@@ -260,14 +278,23 @@ SIZE_ARGUMENTS: Mapping[str, Callable[[Op, _Sizes], Op]] = {
     "aten.split_with_sizes.default": _split,
     "aten.slice.Tensor": _slice,
     "aten.narrow.default": _narrow,
+    "aten.tensor_split.indices": _split,
     "aten.repeat.default": _repeat,
+    "aten.tile.default": _repeat,
+    "aten.repeat_interleave.self_int": _output_size,
     "aten.group_norm.default": _groups(1),
     "aten.conv1d.default": _groups(6),
     "aten.conv2d.default": _groups(6),
+    "aten.conv3d.default": _groups(6),
+    "aten.convolution.default": _groups(8),
+    "aten.conv_transpose1d.default": _groups(6),
+    "aten.conv_transpose2d.input": _groups(6),
+    "aten.conv_transpose3d.input": _groups(6),
 }
 
 
-# --- factors that need a special local form -----------------------------------------------------------------------
+# --- factors that need a special local form
+# -----------------------------------------------------------------------
 
 
 def _mean(op: Op, axis: str, size: int) -> Iterator[Op]:

@@ -1,9 +1,9 @@
 """How one tensor lies on one mesh axis, forward and backward.
 
-The state of a tensor on an axis is a pair: how its value lies on the ranks, and how its gradient does. Four kinds of
-pair are enough to express data, tensor, sequence, context and expert parallelism, and keeping the two halves together
-is what makes plain autograd over local shards correct: every change of state is a collective forward and the conjugate
-one backward.
+The state of a tensor on an axis is a pair: how its value lies on the ranks, and how its gradient does. Four
+kinds of pair are enough to express data, tensor, sequence, context and expert parallelism, and keeping the
+two halves together is what makes plain autograd over local shards correct: every change of state is a
+collective forward and the conjugate one backward.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 class Shard:
     """Each rank holds an equal slice of dimension `dim`.
 
-    With `sections` the dimension is a concatenation of parts of these sizes (a fused q, k, v projection) and each
-    rank holds its slice of every part, concatenated.
+    With `sections` the dimension is a concatenation of parts of these sizes (a fused q, k, v projection) and
+    each rank holds its slice of every part, concatenated.
     """
 
     dim: int

@@ -1,7 +1,7 @@
 """The plan: everything that was decided about how to train a model, and what it is predicted to cost.
 
-A `Plan` is a frozen value with a deterministic JSON form. The rewriter, the report and the launchers read it and
-nothing else; it does not refer to the search that made it.
+A `Plan` is a frozen value with a deterministic JSON form. The rewriter, the report and the launchers read it
+and nothing else; it does not refer to the search that made it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class Frozen(BaseModel):
 class Parallelism(Frozen):
     """The degrees of every kind of parallelism, and the knobs that go with them.
 
-    Ranks are laid out row-major over the mesh `(pp, dp_replicate, dp_shard, cp, tp)`, so `tp` is innermost. The
-    global batch is `microbatch_size * num_microbatches * dp`. `ep` divides the data-parallel ranks among experts.
+    Ranks are laid out row-major over the mesh `(pp, dp_replicate, dp_shard, cp, tp)`, so `tp` is innermost.
+    The global batch is `microbatch_size * num_microbatches * dp`. `ep` divides the data-parallel ranks among
+    experts.
     """
 
     dp_replicate: int = Field(default=1, ge=1)
@@ -71,8 +72,14 @@ class Parallelism(Frozen):
 
     def __str__(self) -> str:
         """A short name, such as `dp8 tp8 pp2 zero1 mb1x16 1F1B full-recompute`."""
-        parts = [f"dp{self.dp}" if self.dp_replicate == 1 or self.dp_shard == 1 else f"dp{self.dp_replicate}x{self.dp_shard}"]
-        parts += [f"{axis}{size}" for axis, size in (("cp", self.cp), ("tp", self.tp), ("ep", self.ep)) if size > 1]
+        parts = [
+            f"dp{self.dp}"
+            if self.dp_replicate == 1 or self.dp_shard == 1
+            else f"dp{self.dp_replicate}x{self.dp_shard}"
+        ]
+        parts += [
+            f"{axis}{size}" for axis, size in (("cp", self.cp), ("tp", self.tp), ("ep", self.ep)) if size > 1
+        ]
         if self.pp > 1:
             virtual = f"x{self.num_virtual_stages}" if self.num_virtual_stages > 1 else ""
             parts.append(f"pp{self.pp}{virtual} {self.schedule}")
@@ -118,7 +125,9 @@ class StagePlan(Frozen):
     modules: tuple[str, ...] = Field(description="the blocks and other modules it holds, ranges abbreviated")
     forward_s: float
     backward_s: float
-    memory_bytes: Mapping[str, float] = Field(description="ledger at the peak: parameters, gradients, optimizer, ...")
+    memory_bytes: Mapping[str, float] = Field(
+        description="ledger at the peak: parameters, gradients, optimizer, ..."
+    )
 
     @property
     def peak_memory_bytes(self) -> float:
@@ -158,7 +167,9 @@ class Certificate(Frozen):
     num_candidates: int
     num_solved: int
     pruned: Mapping[str, int]
-    solve_s: float | None = Field(default=None, exclude=True, description="left out of the JSON: it is not deterministic")
+    solve_s: float | None = Field(
+        default=None, exclude=True, description="left out of the JSON: it is not deterministic"
+    )
 
     @property
     def gap(self) -> float:
@@ -168,9 +179,9 @@ class Certificate(Frozen):
 class Plan(Frozen):
     """How to train one model on one cluster.
 
-    `strategies` maps a mesh axis (`dp` stands for both data axes together) to the strategy key of every op, by the
-    name of the op's representative: the same op of the first instance of its block. `placements` tells how every
-    parameter lies on the tensor axis, `*` standing for the numbers of repeated blocks.
+    `strategies` maps a mesh axis (`dp` stands for both data axes together) to the strategy key of every op,
+    by the name of the op's representative: the same op of the first instance of its block. `placements` tells
+    how every parameter lies on the tensor axis, `*` standing for the numbers of repeated blocks.
     """
 
     version: Literal[1] = PLAN_VERSION

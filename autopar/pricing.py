@@ -59,8 +59,8 @@ def total(costs: Iterable[OpCost]) -> OpCost:
 
 _MATMUL = (
     "linear", "mm", "bmm", "matmul", "addmm", "baddbmm", "addbmm", "einsum", "bilinear", "_grouped_mm",
-    "grouped_mm_fallback", "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
-    "conv_transpose3d",
+    "grouped_mm_fallback", "conv1d", "conv2d", "conv3d", "convolution",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 )  # fmt: skip
 _LOOKUPS = ("embedding", "gather", "index", "index_select", "select_scatter")
 _WITH_OWN_COLLECTIVES = ("autopar.embedding", "autopar.cross_entropy")

@@ -3,13 +3,15 @@
 A `Strategy` is read off the op's sharding rule. To split a factor over the axis means
 
 * an operand or result that holds the factor is sharded along that dimension, value and gradient alike;
-* an operand that lacks it is replicated and receives a *partial* gradient: every rank saw only its part of the work;
+* an operand that lacks it is replicated and receives a *partial* gradient: every rank saw only its part of
+the work;
 * a result that lacks it is a *partial* value with a replicated gradient.
 
-Besides splitting a factor an op may run whole on every rank, with replicated gradients (`replicate`) or with partial
-ones (`replicate_partial_grad`: the backward of any op is linear in the incoming gradient), or on partial values where
-it is linear in them (`partial`). Megatron's column and row parallelism, sequence parallelism, vocabulary parallelism
-and data parallelism are combinations of these, found by the search and not listed here.
+Besides splitting a factor an op may run whole on every rank, with replicated gradients (`replicate`) or with
+partial ones (`replicate_partial_grad`: the backward of any op is linear in the incoming gradient), or on
+partial values where it is linear in them (`partial`). Megatron's column and row parallelism, sequence
+parallelism, vocabulary parallelism and data parallelism are combinations of these, found by the search and
+not listed here.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ class Strategy:
     """One way to run an op on one axis.
 
     Attributes:
-        key: a stable name: the factor (`o`, or `o|768,768,768` where its dimension is split by sections), or one of
+        key: a stable name: the factor (`o`, or `o|768,768,768` where its dimension is split by sections), or
+        one of
             `replicate`, `replicate_partial_grad`, `partial:0,1`.
         operands, results: the state of every tensor operand (in the order of `Op.inputs`) and result.
-        factor: the factor that is split, so whose work is divided over the axis; None where every rank does it all.
-        implementation: name of the special local form that the factor needs, such as a vocabulary-parallel lookup.
+        factor: the factor that is split, so whose work is divided over the axis; None where every rank does
+        it all. implementation: name of the special local form that the factor needs, such as a
+        vocabulary-parallel lookup.
     """
 
     key: str
@@ -49,11 +53,14 @@ class Strategy:
     implementation: str | None = None
 
 
-def strategies(op: Op, graph: OpGraph, axis_size: int, sections: Mapping[int, Iterable[Sections]]) -> tuple[Strategy, ...]:
+def strategies(
+    op: Op, graph: OpGraph, axis_size: int, sections: Mapping[int, Iterable[Sections]]
+) -> tuple[Strategy, ...]:
     """All strategies of `op` on an axis of `axis_size` ranks, `replicate` first.
 
-    `sections` (see `natural_sections`) tells into which parts a dimension of a given size may have to be cut. An op
-    without a rule can only be replicated. The loss is whole or partial, with the whole gradient 1 on every rank.
+    `sections` (see `natural_sections`) tells into which parts a dimension of a given size may have to be cut.
+    An op without a rule can only be replicated. The loss is whole or partial, with the whole gradient 1 on
+    every rank.
     """
     operands = [graph.tensors[name] for name in op.inputs]
     results = [graph.tensors[name] for name in op.outputs]
@@ -76,7 +83,9 @@ def strategies(op: Op, graph: OpGraph, axis_size: int, sections: Mapping[int, It
             strategy.factor,
             strategy.implementation,
         )
-        if _agrees_on_repeated_operands(op, settled) and not (graph.loss in op.outputs and RP in settled.results):
+        if _agrees_on_repeated_operands(op, settled) and not (
+            graph.loss in op.outputs and RP in settled.results
+        ):
             unique.setdefault((settled.operands, settled.results), settled)
     return tuple(unique.values())
 
@@ -89,8 +98,9 @@ def settle(state: State, requires_grad: bool) -> State:
 def natural_sections(graph: OpGraph, axis_size: int) -> Mapping[int, tuple[Sections, ...]]:
     """The ways in which some op of the graph cuts a dimension into parts, by the size of the dimension.
 
-    A projection whose output is later split into q, k and v must shard each of the three. It cannot know that from its
-    own rule, so every op is offered the cuts that others of the graph need for dimensions of that size.
+    A projection whose output is later split into q, k and v must shard each of the three. It cannot know that
+    from its own rule, so every op is offered the cuts that others of the graph need for dimensions of that
+    size.
     """
     found: dict[int, dict[Sections, None]] = {}
     for op in graph.ops:
@@ -108,7 +118,9 @@ def natural_sections(graph: OpGraph, axis_size: int) -> Mapping[int, tuple[Secti
     return {size: tuple(cuts) for size, cuts in found.items()}
 
 
-def _split(rule: Rule, factor: str, axis_size: int, sections: Mapping[int, Iterable[Sections]]) -> Iterator[Strategy]:
+def _split(
+    rule: Rule, factor: str, axis_size: int, sections: Mapping[int, Iterable[Sections]]
+) -> Iterator[Strategy]:
     if factor in rule.unsplittable:
         return
     size = rule.sizes[factor]
@@ -162,7 +174,9 @@ def _states(
 
 
 def _own_sections(rule: Rule, factor: str, side: str, index: int, dim: int, names: Dim) -> Sections | None:
-    """The parts into which splitting `factor` cuts a dimension by the rule itself; None for one contiguous part."""
+    """The parts into which splitting `factor` cuts a dimension by the rule itself; None for one contiguous
+    part.
+    """
     given = rule.sections.get((side, index, dim))
     if given is not None:
         return given
@@ -189,18 +203,22 @@ def _linear(rule: Rule) -> Iterator[Strategy]:
 def _agrees_on_repeated_operands(op: Op, strategy: Strategy) -> bool:
     """A tensor that stands twice among the operands can be in one state only."""
     states: dict[str, State] = {}
-    return all(states.setdefault(name, state) == state for name, state in zip(op.inputs, strategy.operands, strict=True))
+    return all(
+        states.setdefault(name, state) == state
+        for name, state in zip(op.inputs, strategy.operands, strict=True)
+    )
 
 
-# --- changes of state ---------------------------------------------------------------------------------------------
+# --- changes of state
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """A change of state of one tensor on one axis: what moves forward, and what moves backward.
 
-    `name` is the function of the runtime that does it; `forward` and `backward` are the kinds of collective it costs
-    (None where only local memory moves).
+    `name` is the function of the runtime that does it; `forward` and `backward` are the kinds of collective
+    it costs (None where only local memory moves).
     """
 
     name: str
@@ -251,8 +269,8 @@ def _conversion(source: State, target: State) -> Conversion | None:
 def stored_state(asked: Iterable[State]) -> State:
     """The state in which a parameter is stored, given what its consumers ask.
 
-    It is sharded where all of them want the same shard, so that nothing moves. Any other is whole on every rank, with
-    a partial gradient as soon as one consumer gives it one.
+    It is sharded where all of them want the same shard, so that nothing moves. Any other is whole on every
+    rank, with a partial gradient as soon as one consumer gives it one.
     """
     states = list(dict.fromkeys(asked))
     if len(states) == 1 and isinstance(states[0].value, Shard):

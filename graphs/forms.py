@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from graphs.canonical import Bound, Emitter, bind, convert, expand, permute, reshape, slice_dim
 
@@ -64,11 +65,22 @@ def _expand_as(emitter: Emitter, call: Bound) -> Any:
     return expand(emitter, call["self"], call["other"].shape)
 
 
+def _broadcast_tensors(emitter: Emitter, call: Bound) -> Any:
+    tensors = call["tensors"]
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    return [expand(emitter, tensor, shape) for tensor in tensors]
+
+
 def _squeeze(emitter: Emitter, call: Bound) -> Any:
+    """Dimensions are named: one that happens to have size 1 on some rank is not meant."""
     tensor = call["self"]
-    dims = call.arguments.get("dim", range(tensor.dim()))
-    dims = [dims] if isinstance(dims, int) else dims
-    return None if any(tensor.shape[dim] == 1 for dim in dims) else tensor
+    given = call.arguments.get("dim", range(tensor.dim()))
+    dims = [dim for dim in ([given] if isinstance(given, int) else given) if tensor.shape[dim] == 1]
+    if not dims:
+        return tensor
+    if len(dims) == 1:
+        return emitter.record(bind(aten.squeeze.dim, (tensor, dims[0]), {}))
+    return emitter.record(bind(aten.squeeze.dims, (tensor, dims), {}))
 
 
 def _slice(emitter: Emitter, call: Bound) -> Any:
@@ -191,6 +203,16 @@ def _addmm(emitter: Emitter, call: Bound) -> Any:
     return emitter.record(bind(aten.add.Tensor, (product, call["self"]), {}))
 
 
+def _bitwise(target: OpOverload) -> Form:
+    """Of `x & y`, which torch records under the name of Python's operator."""
+
+    def form(emitter: Emitter, call: Bound) -> Any:
+        other = call["other"]
+        return emitter.emit(target, call["self"], other) if isinstance(other, torch.Tensor) else None
+
+    return form
+
+
 def _pad(emitter: Emitter, call: Bound) -> Any:
     if call["mode"] != "constant":
         return None
@@ -227,6 +249,8 @@ _FORMS: Mapping[str, Form] = {
     "aten.unflatten": _unflatten,
     "aten.expand": _expand,
     "aten.expand_as": _expand_as,
+    "aten.broadcast_to": _expand,
+    "aten.broadcast_tensors": _broadcast_tensors,
     "aten.squeeze": _squeeze,
     "aten.slice": _slice,
     "aten.narrow": _narrow,
@@ -262,4 +286,7 @@ _FORMS: Mapping[str, Form] = {
     "aten.mul": _neutral_operand,
     "aten.div": _neutral_operand,
     "aten.batch_norm": _batch_norm,
+    "aten.__and__": _bitwise(aten.bitwise_and.Tensor),
+    "aten.__or__": _bitwise(aten.bitwise_or.Tensor),
+    "aten.__xor__": _bitwise(aten.bitwise_xor.Tensor),
 }

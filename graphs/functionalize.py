@@ -121,8 +121,9 @@ def _functional_value(emitter: Emitter, call: Bound) -> torch.Tensor:
             f"{call.target} writes to its operand and has no functional form",
             advice="write it without the in-place operator",
         )
-    known = {argument.name for argument in functional._schema.arguments}
-    value = emitter.emit(functional, **{key: item for key, item in call.arguments.items() if key in known})
+    known = [argument.name for argument in functional._schema.arguments]
+    named = {key: item for key, item in call.arguments.items() if key in known}
+    value = emitter.emit(functional, **{known[0]: target, **named})  # which may not be called `self` there
     return value
 
 

@@ -2,6 +2,7 @@
 
 restore_rows     a matrix product of rows that were flattened for it becomes one of the unflattened tensor,
                  whose sequence dimension can be split
+row_lookups      indexing by the numbers of all rows, `x[arange(n), i]`, is a gather that keeps the rows apart
 merge_reshapes   a reshape of a reshape is one reshape
 """
 
@@ -12,13 +13,14 @@ from dataclasses import replace
 from math import prod
 
 from graphs.ir import Op, OpGraph, Ref, Tensor, map_refs
+from graphs.lookups import row_lookups
 
 _RESHAPE = "aten.reshape.default"
 
 
 def simplified(graph: OpGraph) -> OpGraph:
     """The graph after every rewrite; ops that became dead are still there."""
-    return merge_reshapes(restore_rows(graph))
+    return merge_reshapes(row_lookups(restore_rows(graph)))
 
 
 def merge_reshapes(graph: OpGraph) -> OpGraph:

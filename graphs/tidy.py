@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -75,7 +76,9 @@ def _with_names(op: Op, names: Mapping[str, str]) -> Op:
 
 
 def _short(target: str) -> str:
-    return target.split(".")[1].strip("_")
+    """A name after the operator that may be one of Python's variables."""
+    name = target.split(".")[1].strip("_")
+    return f"{name}_op" if keyword.iskeyword(name) else name
 
 
 def _free(base: str, numbers: Counter[str], taken: set[str]) -> str:

@@ -1,1 +1,3 @@
-"""From a plan to a parallel torch program: localize, cut into stages, and print as source a person would write."""
+"""From a plan to a parallel torch program: localize, cut into stages, and print as source a person would
+write.
+"""

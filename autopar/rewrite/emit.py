@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import re
+import ast
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 from autopar.placements import RP, Shard, State
-from autopar.rewrite.classes import ClassCode, ClassPrinter, ProgramContext
+from autopar.rewrite.classes import ClassPrinter, Instance
+from autopar.rewrite.context import ProgramContext
 from autopar.rewrite.stages import Stage
 from autopar.rewrite.tree import build_tree, call_leaves
 from graphs.ir import OpGraph
 
-RUNTIME_FUNCTIONS = (
-    *("Parameters", "Split", "all_gather", "all_gather_replicated", "all_reduce", "all_reduce_partial", "all_to_all"),
-    *("copy", "cross_entropy", "embedding", "first_grad", "first_only", "grouped_mm", "keep_matmuls", "reduce_scatter"),
-    *("saved_buffer", "shard", "shard_partial"),
-)
+_RUNTIME_NAMES = """
+Parameters Placements Split all_gather all_gather_replicated all_reduce all_reduce_partial all_to_all copy cross_entropy
+embedding first_grad first_only grouped_mm keep_matmuls reduce_scatter saved_buffer shard shard_partial
+"""
+RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
+"""What `model.py` may need of the runtime, in the order of its import."""
 
+TORCH_IMPORTS = {
+    "torch": "import torch",
+    "F": "import torch.nn.functional as F",
+    "DeviceMesh": "from torch.distributed.device_mesh import DeviceMesh",
+    "checkpoint": "from torch.utils.checkpoint import checkpoint",
+}
+"""Imports of torch by the name that needs them."""
 
 Value = TypeVar("Value")
 
@@ -36,28 +45,28 @@ class ModelSource:
     buffers: Mapping[str, torch.Tensor]
 
 
-def emit_model(context: ProgramContext, stages: Sequence[Stage], header: Sequence[str], name: str) -> ModelSource:
-    """The source of `model.py`: a class for every distinct module, one for every distinct stage, and the tables that
-    say how parameters are split."""
+def emit_model(
+    context: ProgramContext, stages: Sequence[Stage], header: Sequence[str], name: str
+) -> ModelSource:
+    """The source of `model.py`.
+
+    It has a class for every distinct module, one for every distinct stage, and the tables that say how
+    parameters are split.
+    """
     printer = ClassPrinter(context)
-    roots: list[ClassCode] = []
+    roots: list[Instance] = []
     for stage in stages:
         ops = call_leaves(stage.ops, context.graph)
         root = build_tree(ops, context.graph, context.block_paths)
         roots.append(printer.stage(root, stage, f"{name}{stage.kind}"))
-    classes = [code.text for code in printer.classes.values()]
-    body = "\n\n".join(classes)
-    used = [name for name in RUNTIME_FUNCTIONS if re.search(rf"(?<![.\w]){name}\b", body)]
-    tables = "\n\n".join(_tables(context, stages, roots))
-    if "Split(" in tables and "Split" not in used:
-        used.append("Split")
+    code = "\n\n".join([*printer.sources(), *_tables(context, stages, roots)])
+    used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
     parts = [
         '"""' + "\n".join(header) + '\n"""',
         "from __future__ import annotations",
-        _imports(body, tables, sorted(used)),
-        "\n".join(_constants(context, body)),
-        body,
-        tables,
+        *_imports(used),
+        "\n".join(_constants(context, used)),
+        code,
     ]
     return ModelSource(format_source("\n\n".join(part for part in parts if part)), printer.large_buffers)
 
@@ -77,41 +86,45 @@ def _beside_python() -> str:
     return sys.executable.rpartition("/")[0]
 
 
-def _imports(body: str, stage_list: str, used: Iterable[str]) -> str:
-    lines = ["import torch"]
-    if "F." in body:
-        lines.append("import torch.nn.functional as F")
-    lines.append("from torch import Tensor, nn")
-    if "mesh: DeviceMesh" in body:
-        lines.append("from torch.distributed.device_mesh import DeviceMesh")
-    if "functools." in stage_list:
-        lines.insert(0, "import functools\n")
-    if "checkpoint(" in body:
-        lines.append("from torch.utils.checkpoint import checkpoint")
-    names = ", ".join(used)
-    return "\n".join([*lines, *([f"\nfrom autopar_runtime import {names}"] if names else [])])
+def _imports(used: Collection[str]) -> list[str]:
+    """Groups of imports of the names that the source uses, as isort orders them."""
+    torch_lines = [line for name, line in TORCH_IMPORTS.items() if name in used]
+    types = ", ".join(name for name in ("Tensor", "nn") if name in used)
+    torch_lines.insert(sum(name in used for name in ("torch", "F")), f"from torch import {types}")
+    runtime = ", ".join(name for name in RUNTIME_NAMES if name in used)
+    return [
+        "import functools" if "functools" in used else "",
+        "\n".join(torch_lines),
+        f"from autopar_runtime import {runtime}",
+    ]
 
 
-def _constants(context: ProgramContext, body: str) -> list[str]:
-    lines = []
-    for axis, size in context.axis_sizes.items():
-        if f"// {axis.upper()}" in body:
-            lines.append(f"{axis.upper()} = {size}  # ranks of the {axis} axis")
-    if "BATCH" in body:
+def _constants(context: ProgramContext, used: Collection[str]) -> list[str]:
+    lines = [
+        f"{axis.upper()} = {size}  # ranks of the {axis} axis"
+        for axis, size in context.axis_sizes.items()
+        if axis.upper() in used
+    ]
+    if "BATCH" in used:
         lines.append(f"BATCH = {context.batch}  # samples of one rank in one microbatch")
     return lines
 
 
-def _tables(context: ProgramContext, stages: Sequence[Stage], roots: Sequence[ClassCode]) -> list[str]:
+def _tables(context: ProgramContext, stages: Sequence[Stage], roots: Sequence[Instance]) -> list[str]:
     splits, partial = parameter_tables(context, stages)
-    lines = ["# How parameters are split over the mesh; what is not named is whole on every rank.", "PLACEMENTS = {"]
+    lines = [
+        "# How parameters are split over the mesh; what is not named is whole on every rank.",
+        "PLACEMENTS: Placements = {",
+    ]
     for pattern, by_axis in splits.items():
         inner = ", ".join(f'"{axis}": {_split(state)}' for axis, state in by_axis.items())
         lines.append(f'    "{pattern}": {{{inner}}},')
     lines.append("}")
     texts = ["\n".join(lines)]
     if partial:
-        lines = ["# Parameters that are whole on every rank of an axis, of whose gradient each rank has only a term."]
+        lines = [
+            "# Parameters that are whole on every rank of an axis, of whose gradient each rank has only a term."
+        ]
         lines.append("PARTIAL_GRADIENTS = {")
         lines += [f'    "{axis}": {list(patterns)!r},' for axis, patterns in partial.items()]
         texts.append("\n".join([*lines, "}"]))
@@ -119,7 +132,11 @@ def _tables(context: ProgramContext, stages: Sequence[Stage], roots: Sequence[Cl
     if len(stages) > 1:
         borders = [stage.receives for stage in stages] + [stages[-1].sends]
         rows = [f"    [{', '.join(_meta(context.graph, name) for name in border)}]," for border in borders]
-        texts.append("\n".join(["# What each stage receives, and what the last one returns.", "BORDERS = [", *rows, "]"]))
+        texts.append(
+            "\n".join(
+                ["# What each stage receives, and what the last one returns.", "BORDERS = [", *rows, "]"]
+            )
+        )
     return texts
 
 
@@ -138,7 +155,8 @@ def _split(state: State) -> str:
 def parameter_tables(
     context: ProgramContext, stages: Sequence[Stage]
 ) -> tuple[dict[str, dict[str, State]], dict[str, list[str]]]:
-    """Patterns of parameter names with the states they are stored in, and those whose gradients are partial by axis.
+    """Patterns of parameter names with the states they are stored in, and those whose gradients are partial
+    by axis.
 
     The names of a repeated block's parameters share a pattern where all of them agree.
     """
@@ -153,7 +171,9 @@ def parameter_tables(
     partial = _by_pattern(partial, context.block_paths)
     axes = dict.fromkeys(axis for found in partial.values() for axis in found)
     patterns = {axis: [pattern for pattern, found in partial.items() if axis in found] for axis in axes}
-    return {path: found for path, found in _by_pattern(splits, context.block_paths).items() if found}, patterns
+    return {
+        path: found for path, found in _by_pattern(splits, context.block_paths).items() if found
+    }, patterns
 
 
 def _by_pattern(table: Mapping[str, Value], block_paths: Iterable[str]) -> dict[str, Value]:

@@ -1,7 +1,8 @@
 """One op as a Python expression.
 
-Common ops have a form a person would write (`x + y`, `x.transpose(1, 2)`, `F.silu(x)`). Every other op is printed as a
-call of its ATen overload, which means exactly what was captured, so that no op is ever unprintable.
+Common ops have a form a person would write (`x + y`, `x.transpose(1, 2)`, `F.silu(x)`). Every other op is
+printed as a call of its ATen overload, which means exactly what was captured, so that no op is ever
+unprintable.
 """
 
 from __future__ import annotations
@@ -38,37 +39,41 @@ def expression_of(
     op: Op,
     values: Values,
     tensors: Mapping[str, Tensor],
-    sizes: Callable[[Op], list[str] | None],
+    sizes: Callable[[str], list[str]],
     device: str | None,
 ) -> Expression:
     """The expression that computes `op`.
 
-    `values` are the expressions of its `tensors`; `sizes` gives the size argument of ops like `reshape` as text, so
-    that sizes can be named; `device` is the expression of the device on which ops without tensors make theirs.
+    `values` are the expressions of its `tensors`; `sizes` gives the shape of a tensor as text, so that the
+    size arguments of ops like `reshape` can be named; `device` is the expression of the device on which ops
+    without tensors make theirs.
     """
-    namespace, name, overload = op.target.split(".", 2)
+    namespace, name, _ = op.target.split(".", 2)
     writer = _WRITERS.get(name) if namespace == "aten" else _FOREIGN.get(f"{namespace}.{name}")
     if writer is not None:
-        written = writer(_Call(op, values, tensors, sizes(op)))
+        written = writer(Call(op, values, tensors, sizes))
         if written is not None:
             return written
-    return _generic(op, values, device, namespace, name, overload)
+    return _generic(op, values, sizes, device)
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """An op with its arguments as text."""
 
     op: Op
     values: Values
     tensors: Mapping[str, Tensor]
-    sizes: list[str] | None
+    sizes: Callable[[str], list[str]]
 
     def tensor(self, index: int, level: int = ATOM) -> str:
         return _operand(self.op.args[index], self.values, level)
 
     def arg(self, index: int, default: Any = None) -> Any:
         return self.op.args[index] if index < len(self.op.args) else default
+
+    def dtype(self, index: int) -> torch.dtype:
+        return self.tensors[self.op.args[index].name].dtype
 
     def rest(self, start: int) -> list[str]:
         """Arguments from `start` on, and the keyword ones."""
@@ -97,35 +102,48 @@ def _operand(value: Any, values: Values, level: int) -> str:
 
 
 def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], values: Values) -> list[str]:
-    return [literal(arg, values) for arg in args] + [f"{key}={literal(arg, values)}" for key, arg in kwargs.items()]
+    return [literal(arg, values) for arg in args] + [
+        f"{key}={literal(arg, values)}" for key, arg in kwargs.items()
+    ]
 
 
-def _generic(op: Op, values: Values, device: str | None, namespace: str, name: str, overload: str) -> Expression:
+def _generic(op: Op, values: Values, sizes: Callable[[str], list[str]], device: str | None) -> Expression:
+    namespace, name, _ = op.target.split(".", 2)
     arguments = _arguments(op.args, op.kwargs, values)
+    if name in _SHAPE_ARGUMENT:
+        arguments[_SHAPE_ARGUMENT[name]] = f"[{', '.join(sizes(op.output))}]"
     if device is not None and not op.inputs:
         arguments.append(f"device={device}")
-    if namespace == "aten" and name in _TORCH_FUNCTIONS:
-        return Expression(f"torch.{name}({', '.join(arguments)})")
-    return Expression(f"torch.ops.{op.target}({', '.join(arguments)})")
+    function = _RENAMED.get(op.target) or (f"torch.{name}" if name in _TORCH_FUNCTIONS else None)
+    if namespace != "aten" or function is None:
+        function = f"torch.ops.{op.target}"
+    return Expression(f"{function}({', '.join(arguments)})")
 
 
-_TORCH_FUNCTIONS = frozenset(
-    {
-        *("abs", "amax", "amin", "arange", "argmax", "bmm", "cat", "ceil", "clamp", "cos", "cumsum", "div", "erf"),
-        *("exp", "eye", "flip", "floor", "full", "full_like", "gather", "index_select", "isinf", "isnan", "linspace"),
-        *("log", "log1p", "logical_and", "logical_not", "logical_or", "logsumexp", "masked_fill", "maximum"),
-        *("minimum", "ones", "ones_like", "reciprocal", "relu", "roll", "round", "rsqrt", "sigmoid", "sign", "sin"),
-        *("sqrt", "stack", "square", "tanh", "topk", "tril", "triu", "unbind", "where", "zeros", "zeros_like"),
-        *("log2", "expm1", "sort", "outer", "diff", "any", "all", "tile", "narrow", "scatter", "scatter_add"),
-    }
-)
+_SHAPE_ARGUMENT = {
+    **dict.fromkeys(("full", "zeros", "ones", "empty", "rand", "randn"), 0),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 1),
+}
+"""Where ops that make a tensor are told its shape."""
+
+_RENAMED = {"aten.min.other": "torch.minimum", "aten.max.other": "torch.maximum"}
+"""ATen overloads whose function in `torch` has another name."""
+
+_NAMES = """
+    abs addcmul addmm amax amin arange argmax baddbmm bmm cat ceil clamp complex cos cumsum
+    div einsum erf exp expm1 eye flip floor full full_like gather index_add index_select isinf isnan linspace
+    log log1p log2 logical_and logical_not logical_or logsumexp masked_fill maximum minimum narrow ones
+    ones_like outer polar reciprocal relu roll round rsqrt scatter scatter_add select_scatter sigmoid sign sin
+    slice_scatter sort sqrt square stack tanh tile topk tril triu unbind where zeros zeros_like all any diff
+"""
+_TORCH_FUNCTIONS = frozenset(_NAMES.split())
 """ATen ops whose function of the same name in `torch` takes the same arguments."""
 
-Writer = Callable[[_Call], Expression | None]
+Writer = Callable[[Call], Expression | None]
 
 
 def _binary(symbol: str, level: int) -> Writer:
-    def write(call: _Call) -> Expression | None:
+    def write(call: Call) -> Expression | None:
         if call.op.kwargs or len(call.op.args) != 2:
             return None
         # The right operand of a left-associative operator must bind more tightly than the operator itself.
@@ -147,10 +165,20 @@ def _method(name: str) -> Writer:
     return lambda call: Expression(f"{call.tensor(0)}.{name}({', '.join(call.rest(1))})")
 
 
-def _sized_method(name: str) -> Writer:
-    def write(call: _Call) -> Expression:
-        sizes = call.sizes if call.sizes is not None else [str(size) for size in call.op.args[1]]
-        return Expression(f"{call.tensor(0)}.{name}({', '.join(sizes)})")
+def _sized_method(name: str, shape_argument: int | None = None) -> Writer:
+    """`x.name(sizes)`; with the shape argument at that place, sizes are the ones of the result."""
+
+    def write(call: Call) -> Expression:
+        numbers = call.sizes(call.op.output) if shape_argument else [str(size) for size in call.op.args[1]]
+        return Expression(f"{call.tensor(0)}.{name}({', '.join(numbers)})")
+
+    return write
+
+
+def _new(name: str) -> Writer:
+    def write(call: Call) -> Expression:
+        texts = [f"({', '.join(call.sizes(call.op.output))},)".replace(",,", ","), *call.rest(2)]
+        return Expression(f"{call.tensor(0)}.{name}({', '.join(texts)})")
 
     return write
 
@@ -158,30 +186,39 @@ def _sized_method(name: str) -> Writer:
 def _functional(name: str, *keywords: str, start: int = 1) -> Writer:
     """`F.name(x, ...)`: the first `start` arguments stand by position, the following ones by these keywords."""
 
-    def write(call: _Call) -> Expression | None:
+    def write(call: Call) -> Expression | None:
         args = call.op.args
         if len(args) > start + len(keywords):
             return None
         texts = [literal(arg, call.values) for arg in args[:start]]
-        texts += [f"{key}={literal(arg, call.values)}" for key, arg in zip(keywords, args[start:], strict=False)]
+        texts += [
+            f"{key}={literal(arg, call.values)}" for key, arg in zip(keywords, args[start:], strict=False)
+        ]
         texts += [f"{key}={literal(arg, call.values)}" for key, arg in call.op.kwargs.items()]
         return Expression(f"F.{name}({', '.join(texts)})")
 
     return write
 
 
-def _pow(call: _Call) -> Expression | None:
-    return Expression(f"{call.tensor(0)} ** {call.tensor(1)}", POWER) if not call.op.kwargs else None
+def _pow(call: Call) -> Expression | None:
+    exponent = call.arg(1)
+    if call.op.kwargs or not isinstance(call.arg(0), Ref):
+        return None
+    if isinstance(exponent, float) and exponent.is_integer() and call.dtype(0).is_floating_point:
+        return Expression(f"{call.tensor(0)} ** {int(exponent)}", POWER)
+    return Expression(f"{call.tensor(0)} ** {call.tensor(1)}", POWER)
 
 
 def _reduction(name: str) -> Writer:
-    def write(call: _Call) -> Expression | None:
+    def write(call: Call) -> Expression | None:
         if call.op.kwargs:
             return None
         dims = call.arg(1)
         texts = []
         if dims is not None:
-            texts.append(str(dims[0]) if isinstance(dims, list) and len(dims) == 1 else literal(dims, call.values))
+            texts.append(
+                str(dims[0]) if isinstance(dims, list) and len(dims) == 1 else literal(dims, call.values)
+            )
         if call.arg(2):
             texts.append("keepdim=True")
         return Expression(f"{call.tensor(0)}.{name}({', '.join(texts)})") if len(call.op.args) <= 3 else None
@@ -189,7 +226,7 @@ def _reduction(name: str) -> Writer:
     return write
 
 
-def _to(call: _Call) -> Expression | None:
+def _to(call: Call) -> Expression | None:
     if call.op.target not in {"aten.to.dtype", "aten.to.dtype_layout", "aten._to_copy.default"}:
         return None
     dtype = call.arg(1) if call.op.target == "aten.to.dtype" else call.op.kwargs.get("dtype")
@@ -200,7 +237,7 @@ def _to(call: _Call) -> Expression | None:
     return Expression(f"{call.tensor(0)}.{short}()" if short else f"{call.tensor(0)}.to({dtype})")
 
 
-def _subscript(call: _Call, dim: int, index: str) -> str:
+def _subscript(call: Call, dim: int, index: str) -> str:
     rank = len(call.tensors[call.op.inputs[0]].shape)
     after = rank - 1 - dim % rank
     if after < dim % rank and after < 2:
@@ -208,68 +245,156 @@ def _subscript(call: _Call, dim: int, index: str) -> str:
     return f"[{':, ' * (dim % rank)}{index}]"
 
 
-def _slice(call: _Call) -> Expression | None:
-    dim, start, end, step = (call.arg(index, default) for index, default in ((1, 0), (2, None), (3, None), (4, 1)))
+def _slice(call: Call) -> Expression | None:
+    dim, start, end, step = (
+        call.arg(index, default) for index, default in ((1, 0), (2, None), (3, None), (4, 1))
+    )
     if call.op.kwargs:
         return None
     extent = call.tensors[call.op.inputs[0]].shape[dim]
     low = "" if start in (None, 0) else str(start)
     high = "" if end is None or end >= extent else str(end)
-    return Expression(f"{call.tensor(0)}{_subscript(call, dim, f'{low}:{high}' + (f':{step}' if step != 1 else ''))}")
+    return Expression(
+        f"{call.tensor(0)}{_subscript(call, dim, f'{low}:{high}' + (f':{step}' if step != 1 else ''))}"
+    )
 
 
-def _select(call: _Call) -> Expression:
+def _select(call: Call) -> Expression:
     return Expression(f"{call.tensor(0)}{_subscript(call, call.arg(1), str(call.arg(2)))}")
 
 
-def _index(call: _Call) -> Expression:
+def _index(call: Call) -> Expression:
     indices = [":" if index is None else literal(index, call.values) for index in call.arg(1)]
     return Expression(f"{call.tensor(0)}[{', '.join(indices)}]")
 
 
-def _attention(call: _Call) -> Expression:
-    names = ("attn_mask", "dropout_p", "is_causal")
+def _attention(call: Call) -> Expression:
+    """With what differs from the defaults: a mask, dropout, a scale other than one over the root of the head
+    size.
+    """
+    query, key = (call.tensors[call.op.inputs[index]] for index in (0, 1))
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), call.op.args[3:], strict=False)) | dict(
+        call.op.kwargs
+    )
+    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    if given.get("scale") is not None and math.isclose(
+        given["scale"], query.shape[-1] ** -0.5, rel_tol=1e-12
+    ):
+        del given["scale"]
+    if len(query.shape) == 4 and query.shape[-3] == key.shape[-3]:
+        given.pop("enable_gqa", None)
     texts = [literal(arg, call.values) for arg in call.op.args[:3]]
-    defaults = (None, 0.0, False)
-    for name, default, arg in zip(names, defaults, call.op.args[3:], strict=False):
-        if arg != default:
-            texts.append(f"{name}={literal(arg, call.values)}")
-    texts += [f"{key}={literal(arg, call.values)}" for key, arg in call.op.kwargs.items()]
+    texts += [f"{name}={literal(arg, call.values)}" for name, arg in given.items() if arg != defaults[name]]
     return Expression(f"F.scaled_dot_product_attention({', '.join(texts)})")
 
 
-def _cross_entropy(call: _Call) -> Expression | None:
+def _cross_entropy(call: Call) -> Expression | None:
     if call.arg(2) is not None:
         return None
     texts = [call.tensor(0, COMPARE), call.tensor(1, COMPARE), *cross_entropy_options(call.op)]
     return Expression(f"F.cross_entropy({', '.join(texts)})")
 
 
+REDUCTIONS = ("none", "mean", "sum")
+"""torch's names of the reductions, by its numbers."""
+
+
 def cross_entropy_options(op: Op) -> list[str]:
     """The keyword arguments of a cross-entropy that differ from their defaults."""
-    _, _, _, reduction, ignore_index, smoothing = (*op.args, *(None, 1, -100, 0.0)[max(0, len(op.args) - 2) :])
-    texts = [] if reduction == 1 else [f'reduction="{("none", "mean", "sum")[reduction]}"']
+    reduction, ignore_index, smoothing = (
+        op.args[index] if len(op.args) > index else default
+        for index, default in ((3, 1), (4, -100), (5, 0.0))
+    )
+    texts = [] if reduction == 1 else [f'reduction="{REDUCTIONS[reduction]}"']
     texts += [] if ignore_index == -100 else [f"ignore_index={ignore_index}"]
     return texts + ([] if smoothing == 0.0 else [f"label_smoothing={smoothing}"])
 
 
-def _pad(call: _Call) -> Expression:
+def _loss(name: str) -> Writer:
+    """A loss of two tensors and a reduction."""
+
+    def write(call: Call) -> Expression | None:
+        if len(call.op.args) > 3 or call.op.kwargs.keys() - {"reduction"}:
+            return None
+        reduction = REDUCTIONS[call.arg(2, call.op.kwargs.get("reduction", 1))]
+        texts = [literal(arg, call.values) for arg in call.op.args[:2]]
+        texts += [] if reduction == "mean" else [f'reduction="{reduction}"']
+        return Expression(f"F.{name}({', '.join(texts)})")
+
+    return write
+
+
+def _compact(value: Any) -> str:
+    """A size for every spatial dimension: one number where all are the same."""
+    return str(value[0]) if isinstance(value, list) and len(set(value)) == 1 else literal(value, {})
+
+
+def _convolution(name: str) -> Writer:
+    def write(call: Call) -> Expression | None:
+        defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        given = dict(zip(defaults, call.op.args[3:], strict=False))
+        if call.op.kwargs or isinstance(given.get("padding"), str):
+            return None
+        texts = [literal(arg, call.values) for arg in call.op.args[:3] if arg is not None]
+        texts += [
+            f"{key}={_compact(value)}"
+            for key, value in given.items()
+            if _compact(value) != str(defaults[key])
+        ]
+        return Expression(f"F.{name}({', '.join(texts)})")
+
+    return write
+
+
+def _max_pool(call: Call) -> Expression:
+    """The stride is the size of the window unless given."""
+    texts = [call.tensor(0, COMPARE), _compact(call.arg(1))]
+    defaults = {"stride": (texts[1], "[]"), "padding": ("0",), "dilation": ("1",), "ceil_mode": ("False",)}
+    given = dict(zip(defaults, call.op.args[2:], strict=False))
+    texts += [
+        f"{key}={_compact(value)}" for key, value in given.items() if _compact(value) not in defaults[key]
+    ]
+    return Expression(f"F.max_pool2d({', '.join(texts)})")
+
+
+def _batch_norm(call: Call) -> Expression:
+    """`F` wants the running statistics before weight and bias."""
+    x, weight, bias, mean, variance, training, momentum, eps = (
+        literal(arg, call.values) for arg in call.op.args[:8]
+    )
+    options = f"weight={weight}, bias={bias}, training={training}, momentum={momentum}, eps={eps}"
+    return Expression(f"F.batch_norm({x}, {mean}, {variance}, {options})")
+
+
+def _broadcast(call: Call) -> Expression:
+    return Expression(
+        f"torch.broadcast_tensors({', '.join(literal(arg, call.values) for arg in call.arg(0))})"
+    )
+
+
+def _group_norm(call: Call) -> Expression:
+    texts = [literal(arg, call.values) for arg in call.op.args[:4]]
+    texts += [f"eps={call.op.args[4]}"] if len(call.op.args) > 4 and call.op.args[4] != 1e-5 else []
+    return Expression(f"F.group_norm({', '.join(texts)})")
+
+
+def _pad(call: Call) -> Expression:
     value = call.arg(2, 0)
     integral = not call.tensors[call.op.inputs[0]].dtype.is_floating_point and float(value).is_integer()
     text = f", value={int(value) if integral else value}" if value else ""
     return Expression(f"F.pad({call.tensor(0, COMPARE)}, {literal(tuple(call.arg(1)), call.values)}{text})")
 
 
-def _clone(call: _Call) -> Expression:
+def _clone(call: Call) -> Expression:
     """A copy that only changes the memory format is `contiguous`: no value of a graph is written to twice."""
     return Expression(f"{call.tensor(0)}.contiguous()")
 
 
-def _split(call: _Call) -> Expression:
+def _split(call: Call) -> Expression:
     return Expression(f"{call.tensor(0)}.split({', '.join(call.rest(1))})")
 
 
-def _grouped(call: _Call) -> Expression:
+def _grouped(call: Call) -> Expression:
     return Expression(f"grouped_mm({', '.join(call.rest(0))})")
 
 
@@ -300,7 +425,7 @@ _WRITERS: Mapping[str, Writer] = {
     "sum": _reduction("sum"),
     "transpose": _method("transpose"),
     "t": _method("t"),
-    "permute": _method("permute"),
+    "permute": _sized_method("permute"),
     "unsqueeze": _method("unsqueeze"),
     "squeeze": _method("squeeze"),
     "contiguous": _clone,
@@ -308,8 +433,9 @@ _WRITERS: Mapping[str, Writer] = {
     "clone": _clone,
     "constant_pad_nd": _pad,
     "chunk": _method("chunk"),
-    "reshape": _sized_method("reshape"),
-    "expand": _sized_method("expand"),
+    "reshape": _sized_method("reshape", 1),
+    "expand": _sized_method("expand", 1),
+    **{name: _new(name) for name in ("new_zeros", "new_ones", "new_full", "new_empty")},
     "repeat": _sized_method("repeat"),
     "to": _to,
     "_to_copy": _to,
@@ -329,4 +455,13 @@ _WRITERS: Mapping[str, Writer] = {
     "layer_norm": _functional("layer_norm", "weight", "bias", "eps", start=2),
     "scaled_dot_product_attention": _attention,
     "cross_entropy_loss": _cross_entropy,
+    **{name: _loss(name) for name in ("mse_loss", "l1_loss", "soft_margin_loss")},
+    **{name: _convolution(name) for name in ("conv1d", "conv2d", "conv3d")},
+    "max_pool2d": _max_pool,
+    "batch_norm": _batch_norm,
+    "broadcast_tensors": _broadcast,
+    "adaptive_avg_pool2d": lambda call: Expression(
+        f"F.adaptive_avg_pool2d({call.tensor(0, COMPARE)}, {_compact(call.arg(1))})"
+    ),
+    "group_norm": _group_norm,
 }

@@ -17,7 +17,9 @@ EPSILON = 1e-6
 """Of AdamW: large enough that a gradient that is zero but for rounding moves nothing."""
 
 
-def reference(model: nn.Module, batch: Mapping[str, Tensor], num_microbatches: int, loss_name: str) -> dict[str, object]:
+def reference(
+    model: nn.Module, batch: Mapping[str, Tensor], num_microbatches: int, loss_name: str
+) -> dict[str, object]:
     """What the original model does on a global batch: the content of `reference.pt`.
 
     Microbatches weigh the same, as they do in the program: the loss is the mean of the losses of `num_microbatches`
@@ -33,7 +35,7 @@ def reference(model: nn.Module, batch: Mapping[str, Tensor], num_microbatches: i
         total = 0.0
         for rows in _microbatches(batch, num_microbatches):
             loss = _loss(model(**rows), loss_name) / num_microbatches
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            loss.backward()
             total += loss.item()
         if step == 0:
             gradients = {
@@ -44,7 +46,9 @@ def reference(model: nn.Module, batch: Mapping[str, Tensor], num_microbatches: i
         losses.append(total)
         optimizer.step()
         optimizer.zero_grad()
-    parameters = {name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
+    parameters = {
+        name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)
+    }
     model.load_state_dict(weights)
     model.train(was_training)
     return {
@@ -70,7 +74,10 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 def _microbatches(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    return [dict(zip(batch, rows, strict=True)) for rows in zip(*(each.chunk(count) for each in batch.values()), strict=True)]
+    return [
+        dict(zip(batch, rows, strict=True))
+        for rows in zip(*(each.chunk(count) for each in batch.values()), strict=True)
+    ]
 
 
 def _loss(output: object, name: str) -> Tensor:

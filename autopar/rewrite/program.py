@@ -11,15 +11,15 @@ import torch
 from autopar.data_parallel import data_parallel
 from autopar.errors import RewriteError
 from autopar.localize import Assignment, Localized, localize
-from autopar.placements import RP, RR, Partial, State
+from autopar.placements import RR, Partial, State
 from autopar.plan import Plan
-from autopar.rewrite.classes import ProgramContext
+from autopar.rewrite.context import ProgramContext
 from autopar.rewrite.emit import block_patterns, emit_model, format_source, parameter_tables
 from autopar.rewrite.parity import PARITY
 from autopar.rewrite.stages import Stage, cut
-from autopar.rewrite.tree import is_leaf
 from autopar.rewrite.training import TrainingFacts, emit_training
-from autopar.strategies import natural_sections, strategies
+from autopar.rewrite.tree import is_leaf
+from autopar.strategies import Strategy, natural_sections, stored_state, strategies
 from graphs import Capture, CaptureError
 from graphs.blocks import find_blocks
 from graphs.ir import OpGraph
@@ -49,11 +49,17 @@ class Program:
         return self.files["model.py"]
 
     def save(self, directory: str | Path, *, force: bool = False) -> Path:
-        """Write the program to `directory`, which may exist but not hold other files of these names unless `force`."""
+        """Write the program to `directory`, which may exist but not hold other files of these names unless
+        `force`.
+        """
         target = Path(directory)
+        if target.exists() and not target.is_dir():
+            raise RewriteError(f"{target} is a file; give a directory for the program")
         taken = [name for name in self.files if (target / name).exists()]
         if taken and not force:
-            raise RewriteError(f"{target} already holds {', '.join(taken)}; choose another directory or pass force=True")
+            raise RewriteError(
+                f"{target} already holds {', '.join(taken)}; choose another directory or pass force=True"
+            )
         target.mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
             (target / name).write_text(text, encoding="utf-8")
@@ -74,7 +80,9 @@ def rewrite(capture: Capture, plan: Plan) -> Program:
     stages = cut(graph, [_start(local, stage.first_op) for stage in plan.stages], (graph.loss,))
     context = _context(capture, plan, local)
     root = capture.graph.modules.get("")
-    model = emit_model(context, stages, _header(plan), root.type_name if root else _class_name(plan.model.name))
+    model = emit_model(
+        context, stages, _header(plan), root.type_name if root else _class_name(plan.model.name)
+    )
     _, partial = parameter_tables(context, stages)
     training = emit_training(_training_facts(context, plan, stages, bool(partial)))
     runtime = Path(__file__).parents[1] / "runtime" / RUNTIME
@@ -117,25 +125,14 @@ def chosen(graph: OpGraph, axis: str, size: int, keys: Mapping[str, str]) -> Ass
     return Assignment(axis, size, tuple(choice), parameter_sources(graph, choice))
 
 
-def parameter_sources(graph: OpGraph, choice: Sequence[object]) -> dict[str, State]:
-    """The state in which every input, parameter and buffer lies on an axis: what its consumers want of it.
-
-    A parameter all of whose consumers want the same shard is stored so; any other is whole on every rank, with a
-    partial gradient as soon as one consumer gives it one.
-    """
+def parameter_sources(graph: OpGraph, choice: Sequence[Strategy]) -> dict[str, State]:
+    """The state in which every input, parameter and buffer lies on an axis; for parameters see `stored_state`."""
     wanted: dict[str, list[State]] = {}
     for op, strategy in zip(graph.ops, choice, strict=True):
-        for name, state in zip(op.inputs, strategy.operands, strict=True):  # type: ignore[attr-defined]  # a Strategy
+        for name, state in zip(op.inputs, strategy.operands, strict=True):
             wanted.setdefault(name, []).append(state)
-    sources = {name: RR for name in graph.inputs}
-    sources |= {buffer.tensor: RR for buffer in graph.buffers}
-    for parameter in graph.parameters:
-        states = set(wanted.get(parameter.tensor, [RR]))
-        if len(states) == 1:
-            sources[parameter.tensor] = states.pop()
-        else:
-            sources[parameter.tensor] = RP if RP in states else RR
-    return sources
+    sources = dict.fromkeys((*graph.inputs, *(buffer.tensor for buffer in graph.buffers)), RR)
+    return sources | {each.tensor: stored_state(wanted.get(each.tensor, ())) for each in graph.parameters}
 
 
 def _check(graph: OpGraph, plan: Plan) -> None:
@@ -146,7 +143,9 @@ def _check(graph: OpGraph, plan: Plan) -> None:
         )
     for axis, size, what in (("cp", parallelism.cp, "context"), ("ep", parallelism.ep, "expert")):
         if size > 1:
-            raise RewriteError(f"{axis}={size}: {what} parallelism can be evaluated but not yet emitted; use {axis}=1")
+            raise RewriteError(
+                f"{axis}={size}: {what} parallelism can be evaluated but not yet emitted; use {axis}=1"
+            )
 
 
 def _start(local: Localized, first_op: str) -> str:
@@ -172,10 +171,14 @@ def _context(capture: Capture, plan: Plan, local: Localized) -> ProgramContext:
         states=local.states,
         batch_coefficient=_batch_coefficients(capture, local.graph, parallelism.microbatch_size),
         axis_names={"dp": data_axis or "", "tp": "tp"},
-        axis_sizes={axis: size for axis, size in (("dp", parallelism.dp), ("tp", parallelism.tp)) if size > 1},
+        axis_sizes={
+            axis: size for axis, size in (("dp", parallelism.dp), ("tp", parallelism.tp)) if size > 1
+        },
         batch=parallelism.microbatch_size,
         recompute=parallelism.recompute,
-        block_paths=frozenset(block.path for block in capture.graph.blocks if not is_leaf(capture.graph, block.path)),
+        block_paths=frozenset(
+            block.path for block in capture.graph.blocks if not is_leaf(capture.graph, block.path)
+        ),
     )
 
 
@@ -211,8 +214,14 @@ def _training_facts(
     context: ProgramContext, plan: Plan, stages: Sequence[Stage], partial: bool
 ) -> TrainingFacts:
     graph = context.graph
-    axes = [axis for axis, state in context.states.get(graph.loss or "", {}).items() if isinstance(state.value, Partial)]
-    loss_axes = tuple(context.axis_names[axis] for axis in axes) + (("pp",) if plan.parallelism.pp > 1 else ())
+    axes = [
+        axis
+        for axis, state in context.states.get(graph.loss or "", {}).items()
+        if isinstance(state.value, Partial)
+    ]
+    loss_axes = tuple(context.axis_names[axis] for axis in axes) + (
+        ("pp",) if plan.parallelism.pp > 1 else ()
+    )
     return TrainingFacts(
         name=plan.model.name,
         parallelism=plan.parallelism,
@@ -230,7 +239,9 @@ def _training_facts(
 
 
 def _num_values(graph: OpGraph, name: str) -> int:
-    """How many values an integer input may take: the rows of the table it looks up, the classes it is compared with."""
+    """How many values an integer input may take: the rows of the table it looks up, the classes it is
+    compared with.
+    """
     for index in graph.consumers[name]:
         op = graph.ops[index]
         if op.target in {"aten.embedding.default", "autopar.embedding"}:
@@ -272,5 +283,3 @@ def _header(plan: Plan) -> list[str]:
         "Written by autopar. Each rank runs this on its own shards; comments at the collectives tell the state of the",
         "tensor before and after: S(d) is split along dimension d, R whole, P a term of a sum; value/gradient.",
     ]
-
-

@@ -1,8 +1,9 @@
 """Cut a local graph into pipeline stages.
 
-A stage has the ops from its first one up to the next stage's. What it needs of earlier stages it receives, and passes
-on what later ones need, so a skip connection may jump over any number of stages. Values without a gradient (masks,
-rotary angles, positions) are not sent: every stage that needs them computes them again from the batch.
+A stage has the ops from its first one up to the next stage's. What it needs of earlier stages it receives,
+and passes on what later ones need, so a skip connection may jump over any number of stages. Values without a
+gradient (masks, rotary angles, positions) are not sent: every stage that needs them computes them again from
+the batch.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from graphs.ir import Op, OpGraph
 class Stage:
     """The ops of one stage, and its borders.
 
-    `receives` and `sends` are activations from the stage before and to the stage after, in order; `batch` the model
-    inputs it reads. The last stage sends what the program returns: the loss.
+    `receives` and `sends` are activations from the stage before and to the stage after, in order; `batch` the
+    model inputs it reads. The last stage sends what the program returns: the loss.
     """
 
     index: int
@@ -46,7 +47,9 @@ class Stage:
 
 
 def cut(graph: OpGraph, first_ops: Sequence[str], results: Sequence[str]) -> tuple[Stage, ...]:
-    """Cut `graph` before each op named in `first_ops` but the first; `results` are what the last stage returns."""
+    """Cut `graph` before each op named in `first_ops` but the first; `results` are what the last stage
+    returns.
+    """
     position = {op.name: index for index, op in enumerate(graph.ops)}
     starts = [0, *(position[name] for name in first_ops[1:]), len(graph.ops)]
     borders: list[tuple[str, ...]] = [()]
@@ -80,7 +83,9 @@ def _live(graph: OpGraph, start: int, results: Iterable[str]) -> tuple[str, ...]
 def _needed(
     graph: OpGraph, start: int, stop: int, receives: Sequence[str], sends: Sequence[str]
 ) -> tuple[Op, ...]:
-    """Ops `[start, stop)` that lead to what the stage sends, and the gradient-free ones before them that they need."""
+    """Ops `[start, stop)` that lead to what the stage sends, and the gradient-free ones before them that they
+    need.
+    """
     wanted = set(sends) - set(receives)
     needed: list[Op] = []
     for index in range(stop - 1, -1, -1):

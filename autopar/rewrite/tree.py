@@ -1,8 +1,8 @@
 """Group the ops of a stage by the module tree of the original model.
 
-A module becomes a class of the emitted program where that helps a reader: its ops stand together, and it is more than
-a thin leaf. Leaves such as `nn.Linear` are used in place, and the modules that only hold the repeated blocks are
-opened, so that the root reads as embedding, loop over blocks, head.
+A module becomes a class of the emitted program where that helps a reader: its ops stand together, and it is
+more than a thin leaf. Leaves such as `nn.Linear` are used in place, and the modules that only hold the
+repeated blocks are opened, so that the root reads as embedding, loop over blocks, head.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ class Node:
 
     @property
     def attribute(self) -> str:
+        """Its name in what contains it."""
         return self.path.rpartition(".")[2]
+
+    @property
+    def container(self) -> str:
+        """The path of the module that contains it."""
+        return self.path.rpartition(".")[0]
 
 
 def build_tree(ops: tuple[Op, ...], graph: OpGraph, block_paths: Iterable[str]) -> Node:
@@ -61,7 +67,11 @@ def call_leaves(ops: tuple[Op, ...], graph: OpGraph) -> tuple[Op, ...]:
         if info is None or not info.defined_in.startswith("torch.nn"):
             continue
         if info.type_name == "Linear":
-            if op.target == "aten.linear.default" and op.inputs[1] in owned and not _has_bias(graph, op.module):
+            if (
+                op.target == "aten.linear.default"
+                and op.inputs[1] in owned
+                and not _has_bias(graph, op.module)
+            ):
                 whole[op.name] = _call(op, op.args[0], owned)
             elif op.target == "aten.add.Tensor" and len(owned) == 1 and not op.kwargs:
                 product = next((maker[name] for name in op.inputs if name in maker), None)
@@ -81,7 +91,9 @@ def call_leaves(ops: tuple[Op, ...], graph: OpGraph) -> tuple[Op, ...]:
 
 
 def _call(op: Op, operand: Ref, parameters: Iterable[str], **settings: float) -> Op:
-    """`self.leaf(operand)`, with the parameters that the leaf holds; `settings` are what its constructor must be told."""
+    """`self.leaf(operand)`, with the parameters that the leaf holds; `settings` are what its constructor must
+    be told.
+    """
     return replace(op, target=CALL, args=(operand, *map(Ref, parameters)), kwargs=settings)
 
 
@@ -112,9 +124,9 @@ def _opened(ops: tuple[Op, ...], modules: Mapping[str, ModuleInfo], block_paths:
     parents = {parent for path in modules for parent in _prefixes(path)}
     opened = {parent for path in block_paths for parent in _prefixes(path)}
     for path, info in modules.items():
-        if path not in parents and (info.defined_in.startswith("torch.nn") or inside[path] <= THIN):
-            opened.add(path)
-        elif info.defined_in.startswith("torch.nn.modules.container"):
+        if (
+            path not in parents and (info.defined_in.startswith("torch.nn") or inside[path] <= THIN)
+        ) or info.defined_in.startswith("torch.nn.modules.container"):
             opened.add(path)
     return opened - set(block_paths)
 

@@ -19,8 +19,11 @@ term of a sum. Each function below changes the state forward and does the conjug
 
 from __future__ import annotations
 
+import difflib
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 from torch.distributed.pipelining.schedules import _PipelineSchedule as PipelineSchedule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Sections = tuple[int, ...] | None
@@ -50,7 +53,7 @@ def _parts(size: int, sections: Sections) -> Sequence[int]:
 
 
 def _gather(x: Tensor, group: ProcessGroup, dim: int, sections: Sections = None) -> Tensor:
-    whole = funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), dim, group))
+    whole: Tensor = funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), dim, group))
     if sections is None:
         return whole
     local = [part // group.size() for part in sections]
@@ -67,7 +70,9 @@ def _slice(x: Tensor, group: ProcessGroup, dim: int, sections: Sections = None) 
 def _pad(x: Tensor, group: ProcessGroup, dim: int, sections: Sections = None) -> Tensor:
     """The inverse of `_slice` with zeros where other ranks have their slices."""
     padded = []
-    for part in x.split([size // group.size() for size in _parts(x.shape[dim] * group.size(), sections)], dim):
+    for part in x.split(
+        [size // group.size() for size in _parts(x.shape[dim] * group.size(), sections)], dim
+    ):
         pieces = [torch.zeros_like(part)] * group.size()
         pieces[group.rank()] = part
         padded.extend(pieces)
@@ -75,14 +80,16 @@ def _pad(x: Tensor, group: ProcessGroup, dim: int, sections: Sections = None) ->
 
 
 def _reduce(x: Tensor, group: ProcessGroup, *_: Any) -> Tensor:
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
+    reduced: Tensor = funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
+    return reduced
 
 
 def _scatter(x: Tensor, group: ProcessGroup, dim: int, sections: Sections = None) -> Tensor:
     if sections is not None:
         parts = [part.chunk(group.size(), dim) for part in x.split(list(sections), dim)]
         x = torch.cat([piece for rank in zip(*parts, strict=True) for piece in rank], dim)
-    return funcol.wait_tensor(funcol.reduce_scatter_single(x.contiguous(), "sum", dim, group))
+    scattered: Tensor = funcol.wait_tensor(funcol.reduce_scatter_single(x.contiguous(), "sum", dim, group))
+    return scattered
 
 
 def _exchange(x: Tensor, group: ProcessGroup, source: int, target: int) -> Tensor:
@@ -195,7 +202,7 @@ def _vocab_parallel_sum(
     logits: Tensor, target: Tensor, classes: ProcessGroup, ignore_index: int, label_smoothing: float
 ) -> Tensor:
     highest = funcol.wait_tensor(funcol.all_reduce(logits.detach().amax(-1), "max", classes))
-    shifted = logits - highest.unsqueeze(-1)
+    shifted = (logits - highest.unsqueeze(-1)).to(torch.promote_types(logits.dtype, torch.float32))
     log_normalizer = all_reduce(shifted.exp().sum(-1), classes).log()
     local = target - classes.rank() * logits.shape[-1]
     mine = (local >= 0) & (local < logits.shape[-1])
@@ -204,7 +211,7 @@ def _vocab_parallel_sum(
     if label_smoothing:
         average = all_reduce(shifted.sum(-1), classes) / (logits.shape[-1] * classes.size())
         loss = (1 - label_smoothing) * loss + label_smoothing * (log_normalizer - average)
-    return loss.masked_fill(target == ignore_index, 0).sum()
+    return loss.masked_fill(target == ignore_index, 0).sum().to(logits.dtype)
 
 
 # --- modules -------------------------------------------------------------------------------------------------------
@@ -244,15 +251,68 @@ def placements_of(name: str, placements: Placements) -> Mapping[str, Split]:
     return next((split for pattern, split in placements.items() if _matches(name, pattern)), {})
 
 
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory on `device` for the parameters of a model that was built on the meta device.
+
+    Tied parameters stay tied; buffers, which are never built on meta, keep their values.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device))
+            setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
 def load(model: nn.Module, state: Mapping[str, Tensor], mesh: DeviceMesh, placements: Placements) -> None:
-    """Fill the parameters and buffers of a rank's model with its part of the original model's `state_dict`."""
+    """Fill the parameters and buffers of a rank's model with its part of the original model's `state_dict`.
+
+    Raises ValueError where `state` is of another model.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in state:
+            near = difflib.get_close_matches(name, state, n=1)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(
+                f"the weights have no {name!r}{hint}. Pass the state_dict() of the model that the plan was made for"
+            )
+        _fill(name, tensor, state[name], mesh, placements)
+
+
+def initialize(model: nn.Module, mesh: DeviceMesh, placements: Placements, seed: int = 0) -> None:
+    """Fresh parameters, the same on any mesh: matrices normal with deviation 0.02, vectors 1, biases 0.
+
+    Buffers keep the values they were built with.
+    """
+    for name, parameter in model.named_parameters():
+        shape = list(parameter.shape)
+        for axis, split in placements_of(name, placements).items():
+            shape[split.dim] *= mesh.get_group(axis).size()
+        if len(shape) > 1:
+            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+            whole = torch.randn(shape, generator=generator) * 0.02
+        else:
+            whole = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        _fill(name, parameter, whole, mesh, placements)
+
+
+def _fill(name: str, tensor: Tensor, whole: Tensor, mesh: DeviceMesh, placements: Placements) -> None:
+    """Give a tensor this rank's part of the whole value."""
+    for axis, split in placements_of(name, placements).items():
+        whole = _slice(whole, mesh.get_group(axis), split.dim, split.sections)
+    if whole.shape != tensor.shape:
+        raise ValueError(
+            f"{name}: this rank's part of the weights has the shape {tuple(whole.shape)}, the program's parameter "
+            f"{tuple(tensor.shape)}. Pass the state_dict() of the model that the plan was made for"
+        )
     with torch.no_grad():
-        for name, tensor in _named_tensors(model):
-            whole = state[name]
-            for axis, split in placements_of(name, placements).items():
-                whole = _slice(whole, mesh.get_group(axis), split.dim, split.sections)
-            if whole.shape != tensor.shape:
-                raise ValueError(f"{name}: the checkpoint's part is {tuple(whole.shape)}, not {tuple(tensor.shape)}")
+        if isinstance(tensor, DTensor):
+            on_device = whole.to(tensor.device)
+            part = distribute_tensor(on_device, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.to_local().copy_(part.to_local())
+        else:
             tensor.copy_(whole)
 
 
@@ -261,7 +321,7 @@ def gather(tensors: Mapping[str, Tensor], mesh: DeviceMesh, placements: Placemen
     result = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for axis, split in reversed(placements_of(name, placements).items()):
+        for axis, split in reversed(list(placements_of(name, placements).items())):
             whole = _gather(whole, mesh.get_group(axis), split.dim, split.sections)
         result[name] = whole.detach()
     if "pp" in (mesh.mesh_dim_names or ()):
@@ -269,11 +329,6 @@ def gather(tensors: Mapping[str, Tensor], mesh: DeviceMesh, placements: Placemen
         dist.all_gather_object(stages, result, mesh.get_group("pp"))
         result = {name: tensor for stage in stages for name, tensor in stage.items()}
     return result
-
-
-def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    persistent = model.state_dict(keep_vars=True)
-    yield from ((name, tensor) for name, tensor in persistent.items() if isinstance(tensor, Tensor))
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------
@@ -289,7 +344,9 @@ def sum_gradients(
         if gradient is None:
             continue
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        if bucket and (local.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) + local.nbytes > bucket_bytes):
+        if bucket and (
+            local.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) + local.nbytes > bucket_bytes
+        ):
             _sum_bucket(bucket, group)
             bucket = []
         bucket.append(local)
@@ -335,28 +392,13 @@ def shard_parameters(stage: nn.Module, blocks: Sequence[str], mesh: DeviceMesh, 
     for module in (*units, stage):
         fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3)
     for module in (*units, stage):
-        module.set_gradient_divide_factor(1.0)  # type: ignore[attr-defined, operator]  # fully_shard added it
-        module.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined, operator]  # the same
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def sync_in_backward(stage: nn.Module, enabled: bool) -> None:
     """Whether the backward of a stage under `fully_shard` reduces gradients, or only adds them up."""
-    stage.set_requires_gradient_sync(enabled)  # type: ignore[attr-defined, operator]  # fully_shard added it
-
-
-def initialize(model: nn.Module, mesh: DeviceMesh, placements: Placements, seed: int = 0) -> None:
-    """Fresh parameters, the same on any mesh: matrices normal with deviation 0.02, vectors 1, biases 0."""
-    state = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        shape = list(tensor.shape)
-        for axis, split in placements_of(name, placements).items():
-            shape[split.dim] *= mesh.get_group(axis).size()
-        generator = torch.Generator().manual_seed(seed + sum(name.encode()) * 7919)
-        if len(shape) > 1:
-            state[name] = torch.randn(shape, generator=generator, dtype=torch.float32) * 0.02
-        else:
-            state[name] = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    load(model, state, mesh, placements)
+    stage.set_requires_gradient_sync(enabled)
 
 
 def pipeline(
@@ -373,7 +415,9 @@ def pipeline(
     """
 
     def activations(border: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> tuple[Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype, device=device, requires_grad=True) for shape, dtype in border)
+        return tuple(
+            torch.empty(shape, dtype=dtype, device=device, requires_grad=True) for shape, dtype in border
+        )
 
     built: list[Any] = [
         PipelineStage(
@@ -390,18 +434,26 @@ def pipeline(
     kind = get_schedule_class(schedule)
     options = {"loss_fn": lambda loss, _: loss / num_microbatches, "scale_grads": False}
     several = issubclass(kind, PipelineScheduleMulti)
-    return kind(built if several else built[0], num_microbatches, **options)
+    made: PipelineSchedule = kind(built if several else built[0], num_microbatches, **options)
+    return made
 
 
-def keep_matmuls() -> tuple[Any, Any]:
+def keep_matmuls() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Selective recomputation: keep the results of matrix products, attention and collectives, compute the rest again."""
-    return create_selective_checkpoint_contexts(_keep_matmul)
+    forward, recomputation = create_selective_checkpoint_contexts(_keep_matmul)
+    return forward, recomputation
 
 
 def _keep_matmul(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = op.name() if hasattr(op, "name") else str(op)
     keep = name.startswith(("_c10d_functional::", "aten::_scaled_dot_product", "aten::convolution"))
-    keep = keep or name.split(".")[0] in {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm"}
+    keep = keep or name.split(".")[0] in {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_grouped_mm",
+    }
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -413,7 +465,8 @@ def tied_parameters(
 ) -> list[tuple[nn.Parameter, ProcessGroup]]:
     """Parameters of this rank that other stages have copies of, each with the group that adds up their gradients.
 
-    A tie gives the path of the parameter in each stage that has it. Every rank must call this: all make each group.
+    A tie gives the path of the parameter in each stage that has it; all copies take the values of the first. Every
+    rank must call this: all make each group.
     """
     axis = (mesh.mesh_dim_names or ()).index("pp")
     lines = mesh.mesh.movedim(axis, -1).reshape(-1, mesh.size(axis)).tolist()
@@ -422,12 +475,17 @@ def tied_parameters(
         for line in lines:
             members = [line[ranks_of_stages[index]] for index in tie]
             group = dist.new_group(members)
-            if dist.get_rank() in members:
-                found += [(stages[index].get_parameter(path), group) for index, path in tie.items() if index in stages]
+            for index, path in tie.items():
+                if dist.get_rank() in members and index in stages:
+                    parameter = stages[index].get_parameter(path)
+                    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    dist.broadcast(local.detach(), members[0], group)
+                    found.append((parameter, group))
     return found
 
 
 def saved_buffer(name: str) -> Tensor:
     """A buffer of the original model that is too large to be written into the source."""
-    buffers = torch.load(Path(__file__).with_name("buffers.pt"), weights_only=True)
+    path = Path(__file__).with_name("buffers.pt")
+    buffers: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return buffers[name]

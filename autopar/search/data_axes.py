@@ -8,8 +8,8 @@ Communication follows `fully_shard`:
     ZeRO 2   as 1, but gradients are reduce_scattered with every microbatch, or they could not stay sharded
     ZeRO 3   as 2, and instead of once a step parameters are gathered in every forward and every backward
 
-On a context axis every rank has all parameters, and gradients are summed over it once a step. Experts that are dealt
-out over `ep` ranks live on the data axes that are left.
+On a context axis every rank has all parameters, and gradients are summed over it once a step. Experts that
+are dealt out over `ep` ranks live on the data axes that are left.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from costmodel import Group, Ledger, OptimizerPolicy, model_state_ledger
 
 
 def mesh_groups(p: Parallelism) -> dict[str, Group]:
-    """Where the ranks of each mesh axis lie: the mesh is `(pp, dp_replicate, dp_shard, cp, tp)`, row-major."""
+    """Where the ranks of each mesh axis lie: row-major over `(pp, dp_replicate, dp_shard, cp, tp)`."""
     groups: dict[str, Group] = {}
     stride = 1
     sizes = {"tp": p.tp, "cp": p.cp, "dp_shard": p.dp_shard, "dp_replicate": p.dp_replicate, "pp": p.pp}
@@ -71,8 +71,8 @@ def _elements(shards: Iterable[ParameterShard]) -> dict[bool, int]:
 
 @dataclass(frozen=True, slots=True)
 class DataTraffic:
-    """Seconds of communication over the data and context axes: with every forward, with every backward, and once
-    a step."""
+    """Seconds of communication over the data and context axes: with every forward, with every backward, and
+    once a step."""
 
     forward_s: float = 0.0
     backward_s: float = 0.0

@@ -23,7 +23,8 @@ from autopar.plan import (
 )
 from autopar.pricing import dtype_name
 from autopar.search.evaluate import Evaluated
-from autopar.search.planner import Planner, Solved
+from autopar.search.outcome import Solved
+from autopar.search.planner import Planner
 from costmodel import Ledger, OptimizerPolicy, model_flops_utilization, optimizer_policy
 from graphs import Capture, CaptureError, rules
 from graphs.ir import OpGraph
@@ -71,7 +72,7 @@ def build_plan(
 
 
 def parameter_placements(graph: OpGraph, solved: Solved) -> dict[str, str]:
-    """How parameters lie on the tensor axis, by name with `*` for a number where all of that pattern agree."""
+    """How parameters lie on the tensor axis, by name, `*` for numbers where all of that pattern agree."""
     solution = solved.program.solution
     sources = solution.assignment.sources if solution is not None else {}
     texts = {each.name: f"tp {sources.get(each.tensor, RR)}" for each in graph.parameters} if sources else {}
@@ -279,7 +280,7 @@ def rule_warnings(graph: OpGraph) -> tuple[str, ...]:
 
 
 def _gather_warnings(planner: Planner, p: Parallelism) -> tuple[str, ...]:
-    if p.dp == 1:
+    if p.dp == 1 or p.ep > 1:
         return ()
     gathered = planner.programs.replica(p.microbatch_size, 2).gathered
     if not gathered:

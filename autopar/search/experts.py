@@ -1,8 +1,9 @@
 """Expert parallelism: the experts of every mixture layer dealt out over `ep` of the data-parallel ranks.
 
-A rank then holds 1/ep of every expert parameter and computes as many rows as before, now for its experts alone. Rows
-travel to their experts by an all_to_all and back by another, and so do their gradients (GShard, arXiv:2006.16668).
-The gradient of an expert is summed over the dp/ep ranks that hold it. Load is thought to be balanced.
+A rank then holds 1/ep of every expert parameter and computes as many rows as before, now for its experts
+alone. Rows travel to their experts by an all_to_all and back by another, and so do their gradients (GShard,
+arXiv:2006.16668). The gradient of an expert is summed over the dp/ep ranks that hold it. Load is thought to
+be balanced.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class ExpertParallelism:
         return replace(unit, cost=total([unit.cost, exchange]), recompute_s=recompute_s)
 
     def _exchange(self, products: Sequence[Op]) -> OpCost:
-        """Rows to their experts before the first product of a layer, and back after the last, in both passes."""
+        """Rows to their experts before a layer's first product and back after its last, in both passes."""
         tensors = self.graph.tensors
         there = tensors[products[0].inputs[0]].num_bytes
         back = tensors[products[-1].outputs[0]].num_bytes

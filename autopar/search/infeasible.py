@@ -8,7 +8,8 @@ from math import ceil
 
 from autopar.errors import InfeasibleError
 from autopar.search.describe import GB, MB, ledger_entries, size
-from autopar.search.planner import Planner, SearchResult, Solved, better
+from autopar.search.outcome import Solved, better
+from autopar.search.planner import Planner, SearchResult
 from autopar.search.space import Pins
 from hardware_db import Cluster
 
@@ -28,14 +29,16 @@ def infeasible(planner: Planner, result: SearchResult, global_batch: int, pins: 
     limit, limit_bytes = entries[0]
     helps = tuple(relaxations(planner, nearest, global_batch, pins))
     device = planner.cluster.device
+    peak, excess = evaluated.peak_memory_bytes, evaluated.excess_bytes
     message = (
-        f"{planner.capture.graph.name} does not fit {planner.cluster.name} with a global batch of {global_batch}. "
-        f"The nearest of {result.num_candidates} candidates, {evaluated.parallelism}, needs "
-        f"{size(evaluated.peak_memory_bytes)} on its fullest device, {size(evaluated.excess_bytes)} more than the "
+        f"{planner.capture.graph.name} does not fit {planner.cluster.name} "
+        f"with a global batch of {global_batch}. "
+        f"The nearest of {result.num_candidates} candidates, {evaluated.parallelism}, "
+        f"needs {size(peak)} on its fullest device, {size(excess)} more than the "
         f"{size(device.memory_bytes)} of {device.name}. The largest part is {limit}, {size(limit_bytes)}. "
         f"What helps: {'; '.join(helps)}."
     )
-    return InfeasibleError(message, limit=limit, excess_bytes=evaluated.excess_bytes, relaxations=helps)
+    return InfeasibleError(message, limit=limit, excess_bytes=excess, relaxations=helps)
 
 
 def smallest(planner: Planner, global_batch: int, pins: Pins) -> Solved:
@@ -100,4 +103,3 @@ def grown(cluster: Cluster, factor: int) -> Cluster:
     *inner, outer = cluster.levels
     levels = (*inner, replace(outer, num_devices=factor * outer.num_devices))
     return replace(cluster, num_devices=factor * cluster.num_devices, levels=levels)
-

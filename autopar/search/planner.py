@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from autopar.errors import InvalidParallelismError, PinConflictError, SearchTimeoutError
 from autopar.plan import Parallelism
 from autopar.search.bounds import Bounds
-from autopar.search.evaluate import Evaluated, Evaluator
+from autopar.search.evaluate import Evaluator
+from autopar.search.outcome import Outcome, Solved, better
 from autopar.search.programs import MEMORY_PRICES, Program, Programs
 from autopar.search.space import Pins, candidates, divisors, scale_up_size
 from autopar.search.stages import Shares
@@ -26,23 +27,8 @@ from hardware_db import Cluster
 
 Progress = Callable[[str, int, int], None]
 
-NUM_RUNNERS_UP = 4
-
 BASELINES = {"DDP": 0, "FSDP": 3}
 """Plain data parallelism by name, and its ZeRO stage."""
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A candidate with its program, made at one of the memory prices, and its cost."""
-
-    evaluated: Evaluated
-    program: Program
-    price_level: int
-
-    @property
-    def parallelism(self) -> Parallelism:
-        return self.evaluated.parallelism
 
 
 @dataclass(frozen=True)
@@ -92,7 +78,7 @@ class Planner:
         possible = [p for p in found if self.bounds.memory_bytes(p) <= capacity]
         sample_s = self._sample_floors_s(possible)
         order = sorted((self.bounds.step_s(p, sample_s[p.tp]), index) for index, p in enumerate(possible))
-        outcome = _Outcome()
+        outcome = Outcome()
         waiting_s = float("inf")
         num_seen = 0
         for floor_s, index in order:
@@ -112,8 +98,8 @@ class Planner:
             outcome.pruned["time floor"] += len(order) - num_seen
         elif outcome.best is None:
             raise SearchTimeoutError(
-                f"no plan within the time limit: {num_seen} of {len(order)} candidates were looked at; allow more time, "
-                "or pin some settings"
+                f"no plan within the time limit: {num_seen} of {len(order)} candidates were looked at; "
+                "allow more time, or pin some settings"
             )
         return SearchResult(
             best=outcome.best,
@@ -125,12 +111,12 @@ class Planner:
             pruned=outcome.pruned,
         )
 
-    def _try(self, p: Parallelism, outcome: _Outcome) -> None:
+    def _try(self, p: Parallelism, outcome: Outcome) -> None:
         """Price the candidate unless its program is seen not to fit, or not to be fast enough."""
-        floor_s = self.bounds.step_s(p, self.programs.program(p).sample_s(p))
-        if floor_s >= outcome.best_s:
-            outcome.pruned["time floor"] += 1
-            return
+        for program in (self.programs.lightest, self.programs.program):
+            if self.bounds.step_s(p, program(p).sample_s(p)) >= outcome.best_s:
+                outcome.pruned["time floor"] += 1
+                return
         solved = self.solve_fitting(p)
         if solved is not None:
             outcome.add(solved, solved.evaluated.step_s if solved.price_level == 0 else self._fastest_s(p))
@@ -172,7 +158,9 @@ class Planner:
         """Some candidate that fits, looked for where memory floors are lowest; None when there is none."""
         capacity = self.cluster.device.memory_bytes
         floors = ((self.bounds.memory_bytes(p), p) for p in self.candidates(global_batch, pins))
-        order = sorted(((floor, str(p), p) for floor, p in floors if floor <= capacity), key=lambda item: item[:2])
+        order = sorted(
+            ((floor, str(p), p) for floor, p in floors if floor <= capacity), key=lambda item: item[:2]
+        )
         found = (self.solve_fitting(p) for _, _, p in order)
         return next((solved for solved in found if solved is not None and solved.evaluated.fits), None)
 
@@ -212,8 +200,9 @@ class Planner:
     def _cuts(self, program: Program, p: Parallelism) -> tuple[int, ...]:
         cuts = program.table(p.recompute).partition(p, self.policy, self._budget_bytes)
         if cuts is None:
+            num_pieces = len(program.chain.units)
             raise InvalidParallelismError(
-                f"{p.pp} x {p.num_virtual_stages} pipeline stages are more than the {len(program.chain.units)} pieces "
+                f"{p.pp} x {p.num_virtual_stages} pipeline stages are more than the {num_pieces} pieces "
                 "that the model can be cut into; use fewer"
             )
         return cuts
@@ -270,68 +259,12 @@ class Planner:
     def _why_empty(self, global_batch: int, pins: Pins) -> str:
         num_devices = self.cluster.num_devices
         return (
-            f"no parallelism fits {num_devices} devices and a global batch of {global_batch} with {pins}: the product of "
-            f"tp, pp and dp must be {num_devices}, dp must divide the global batch, and the model can be cut into at "
-            f"most {self._num_units()} pipeline stages; tensor-parallel degrees that suit model and cluster are "
+            f"no parallelism fits {num_devices} devices and a global batch of {global_batch} with {pins}: "
+            f"the product of tp, pp and dp must be {num_devices}, dp must divide the global batch, and the "
+            f"model can be cut into at most {self._num_units()} pipeline stages; "
+            "tensor-parallel degrees that suit model and cluster are "
             f"{', '.join(map(str, self.tensor_degrees()))}"
         )
-
-
-class _Outcome:
-    """The best so far, what came next on other meshes, and the floor under what did not fit."""
-
-    def __init__(self) -> None:
-        self.best: Solved | None = None
-        self.floor_s = float("inf")
-        self.num_priced = 0
-        self.pruned = {"memory floor": 0, "time floor": 0, "out of memory": 0}
-        self._by_mesh: dict[tuple[int, ...], Solved] = {}
-
-    @property
-    def best_s(self) -> float:
-        return float("inf") if self.best is None else self.best.evaluated.step_s
-
-    def leave(self, floor_s: float = float("inf")) -> None:
-        """Note a candidate that does not fit with any program that was tried; another might take `floor_s`."""
-        self.pruned["out of memory"] += 1
-        self.floor_s = min(self.floor_s, floor_s)
-
-    def add(self, solved: Solved, floor_s: float) -> None:
-        """Note a candidate that was priced; its fastest program, fitting or not, takes at least `floor_s`."""
-        self.num_priced += 1
-        self.floor_s = min(self.floor_s, floor_s)
-        if not solved.evaluated.fits:
-            self.leave()
-            return
-        self.best = better(self.best, solved)
-        p = solved.parallelism
-        mesh = (p.pp, p.tp, p.dp_shard, p.dp_replicate)
-        self._by_mesh[mesh] = better(self._by_mesh.get(mesh), solved)
-
-    def runners_up(self) -> tuple[Solved, ...]:
-        rest = (solved for solved in self._by_mesh.values() if solved is not self.best)
-        return tuple(sorted(rest, key=rank)[:NUM_RUNNERS_UP])
-
-
-def rank(solved: Solved) -> tuple[object, ...]:
-    """The order of candidates: those that fit by time, then those that do not by excess; simpler ones break
-    ties."""
-    e = solved.evaluated
-    p = e.parallelism
-    simplicity = (
-        p.pp,
-        p.tp,
-        p.zero_stage,
-        p.num_virtual_stages,
-        p.recompute != "none",
-        -p.microbatch_size,
-        str(p),
-    )
-    return (not e.fits, e.step_s if e.fits else e.excess_bytes, *simplicity)
-
-
-def better(old: Solved | None, new: Solved) -> Solved:
-    return new if old is None or rank(new) < rank(old) else old
 
 
 def divides(graph: OpGraph, size: int) -> bool:

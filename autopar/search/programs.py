@@ -18,7 +18,8 @@ from autopar.localize import Assignment, Localized, localize
 from autopar.placements import Shard
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import Pricer
-from autopar.search.block_ilp import AxisProblem, AxisSolution, MemoryPrice
+from autopar.search.axis_problem import AxisProblem
+from autopar.search.block_ilp import AxisSolution, BlockIlp, MemoryPrice
 from autopar.search.experts import ExpertParallelism
 from autopar.search.replicas import Replica, make_replica, strategy_keys
 from autopar.search.shallow import Shallow, local_counts, shallow
@@ -97,7 +98,7 @@ class Programs:
         self.time_limit_s = time_limit_s
         self.num_solved = 0
         self._replicas: dict[tuple[int, int, int], Replica] = {}
-        self._problems: dict[tuple[int, int, int, int], AxisProblem] = {}
+        self._ilps: dict[tuple[int, int, int, int], BlockIlp] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._propagated: Assignment | None = None
 
@@ -107,6 +108,12 @@ class Programs:
         if key not in self._programs:
             self._programs[key] = self._make(key)
         return self._programs[key]
+
+    def lightest(self, p: Parallelism) -> Program:
+        """The program of two replicas in place of `p.dp`: where samples meet, more of them have only more to do."""
+        if p.dp <= 2:
+            return self.program(p)
+        return self.program(p.model_copy(update={"dp_replicate": 2, "dp_shard": 1}))
 
     def finished(self, p: Parallelism, price_level: int = 0) -> Program:
         """The same program at full depth."""
@@ -133,10 +140,10 @@ class Programs:
         """
         if tp == 1:
             return self.program(Parallelism(microbatch_size=microbatch_size)).microbatch_s
-        problem = self._problem(microbatch_size, 1, 1, tp)
+        ilp = self._ilp(microbatch_size, 1, 1, tp)
         self.num_solved += 1
         # Parameters' reductions are left out: as if shared by any number of microbatches.
-        return problem.solve(1 << 30).bound_s
+        return ilp.solve(1 << 30).bound_s
 
     def replica(self, microbatch_size: int, data_size: int, cp: int = 1) -> Replica:
         """The program of one data-parallel replica, or of one context-parallel rank of it."""
@@ -155,8 +162,9 @@ class Programs:
 
     def _data_size(self, p: Parallelism) -> int:
         """How many replicas stand for `p.dp`: local shapes are the same for any number, so two do, unless
-        samples meet in the forward and what is gathered grows with their number."""
-        if p.dp == 1:
+        samples meet in the forward and what is gathered grows with their number. Under expert parallelism
+        every replica routes its own tokens."""
+        if p.dp == 1 or p.ep > 1:
             return 1
         return p.dp if self.replica(p.microbatch_size, 2).gathered else 2
 
@@ -176,12 +184,12 @@ class Programs:
         keys = dict(replica.keys)
         local, solution = replica.local, None
         if key.tp > 1:
-            problem = self._problem(key.microbatch_size, key.data_size, key.cp, key.tp)
-            price = self._price(problem, key.price_level)
-            solution = problem.solve(key.num_microbatches, price, self.time_limit_s)
+            ilp = self._ilp(key.microbatch_size, key.data_size, key.cp, key.tp)
+            price = self._price(ilp.problem, key.price_level)
+            solution = ilp.solve(key.num_microbatches, price, self.time_limit_s)
             self.num_solved += 1
             local = localize(local, solution.assignment)
-            keys["tp"] = strategy_keys(problem.graph, solution.assignment)
+            keys["tp"] = strategy_keys(ilp.problem.graph, solution.assignment)
         return Program(self._chain(replica.whole, local, key, self.shallow.repeats), solution, keys)
 
     def _chain(self, whole: OpGraph, local: Localized, key: ProgramKey, repeats: Mapping[str, int]) -> Chain:
@@ -189,17 +197,17 @@ class Programs:
         chain = build_chain(whole, local, pricer, repeats)
         return chain if key.ep == 1 else ExpertParallelism(local.graph, pricer).applied(chain)
 
-    def _problem(self, microbatch_size: int, data_size: int, cp: int, tp: int) -> AxisProblem:
+    def _ilp(self, microbatch_size: int, data_size: int, cp: int, tp: int) -> BlockIlp:
         key = (microbatch_size, data_size, cp, tp)
-        if key not in self._problems:
+        if key not in self._ilps:
             graph = self.replica(microbatch_size, data_size, cp).local.graph
             pricer = Pricer(self.cluster, self._groups(data_size, cp, 1, tp))
             counts = local_counts(graph.ops, self.shallow.counts)
-            self._problems[key] = AxisProblem(graph, "tp", pricer, counts)
-        return self._problems[key]
+            self._ilps[key] = BlockIlp(AxisProblem(graph, "tp", pricer, counts))
+        return self._ilps[key]
 
     def _price(self, problem: AxisProblem, level: int) -> MemoryPrice:
-        """Memory's worth: at price 1, all of a device's memory costs as much as the microbatch's arithmetic."""
+        """Memory's worth: at price 1, all of a device's costs as much as the microbatch's arithmetic."""
         fastest_s = sum(min(times_s) for times_s in problem.op_times_s.values())
         per_byte = MEMORY_PRICES[level] * fastest_s / self.cluster.device.memory_bytes
         return MemoryPrice(per_byte, STATE_BYTES_PER_PARAMETER_BYTE * per_byte)

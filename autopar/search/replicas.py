@@ -1,20 +1,24 @@
 """What one rank of the data and context axes runs: the model at its share of the batch and of the sequence.
 
-Both follow from the model alone, so they are propagated, not searched. A context axis splits the sequence of every
-input. Attention then computes its own rows against gathered keys and values; with a causal mask rows are dealt out so
-that all ranks have as much to do (as llama3's training does, arXiv:2407.21783, section 3.3.2), which is why the causal
-rule, that rows cannot be split evenly, is set aside here.
+Both follow from the model alone, so they are propagated, not searched. A context axis splits the sequence of
+every input. Attention then computes its own rows against gathered keys and values; with a causal mask rows
+are dealt out so that all ranks have as much to do (as llama3's training does, arXiv:2407.21783, section
+3.3.2), which is why the causal rule, that rows cannot be split evenly, is set aside here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 
-from autopar.data_parallel import data_parallel, gathered_ops
+from autopar.data_parallel import gathered_ops
 from autopar.errors import InvalidParallelismError
 from autopar.localize import Assignment, Localized, localize
+from autopar.placements import RP, RR, Shard, State, sharded
 from autopar.pricing import is_causal
+from autopar.strategies import Strategy, conversion, natural_sections, settle, strategies
 from graphs.blocks import find_blocks
 from graphs.ir import Op, OpGraph
 
@@ -26,8 +30,8 @@ SEQUENCE = 1
 class Replica:
     """A graph at one microbatch size, local on the data and context axes.
 
-    `whole` has the blocks and names that plans refer to; `keys` the strategies of its representative ops by axis;
-    `gathered` names the ops before which the batch is gathered because samples meet there.
+    `whole` has the blocks and names that plans refer to; `keys` the strategies of its representative ops by
+    axis; `gathered` names the ops before which the batch is gathered because samples meet there.
     """
 
     whole: OpGraph
@@ -69,18 +73,54 @@ def context_parallel(graph: OpGraph, size: int) -> Assignment:
 
     Raises InvalidParallelismError where no input has a sequence that divides.
     """
-    lengths = {graph.tensors[name].shape[SEQUENCE] for name in graph.inputs if len(graph.tensors[name].shape) > 1}
+    lengths = {_length(graph, name) for name in graph.inputs}
     if not any(length % size == 0 for length in lengths):
         raise InvalidParallelismError(
             f"cp={size} divides the sequence of no input of {graph.name}; "
-            f"their lengths are {', '.join(map(str, sorted(lengths))) or 'none'}"
+            f"their lengths are {', '.join(map(str, sorted(lengths)))}"
         )
     free = replace(graph, ops=tuple(_without_order(op) for op in graph.ops))
-    return data_parallel(free, size, axis="cp", dim=SEQUENCE)
+    split = {name: sharded(SEQUENCE) for name in graph.inputs if _length(graph, name) % size == 0}
+    whole = dict.fromkeys((*graph.inputs, *(buffer.tensor for buffer in graph.buffers)), RR)
+    sources = whole | split | {parameter.tensor: RP for parameter in graph.parameters}
+    sources = {name: settle(state, graph.tensors[name].requires_grad) for name, state in sources.items()}
+    sections = natural_sections(free, size)
+    made = dict(sources)
+    choice = []
+    for op in free.ops:
+        best = min(strategies(op, free, size, sections), key=partial(_cost, op, free, made))
+        made.update(zip(op.outputs, best.results, strict=True))
+        choice.append(best)
+    return Assignment("cp", size, tuple(choice), sources)
+
+
+def _length(graph: OpGraph, name: str) -> int:
+    """The sequence length of an input; 1 where it has none."""
+    shape = graph.tensors[name].shape
+    return shape[SEQUENCE] if len(shape) > SEQUENCE else 1
+
+
+def _cost(
+    op: Op, graph: OpGraph, made: Mapping[str, State], strategy: Strategy
+) -> tuple[float, int, int, int]:
+    """Arithmetic not divided, bytes moved, number of conversions, 1 if work is split for no reason."""
+    moved = conversions = 0
+    for name, needed in zip(op.inputs, strategy.operands, strict=True):
+        tensor = graph.tensors[name]
+        if made[name] == needed:
+            continue
+        how = conversion(made[name], needed, tensor.requires_grad)
+        if how is None or (name in graph.parameter_tensors and isinstance(needed.value, Shard)):
+            return (inf, 0, 0, 0)
+        conversions += 1
+        moved += tensor.num_bytes * ((how.forward is not None) + (how.backward is not None))
+    undivided = 0 if strategy.factor else op.flops
+    return (undivided, moved, conversions, int((strategy.factor is not None) != bool(op.inputs)))
 
 
 def _without_order(op: Op) -> Op:
-    """The op as if its rows were independent: attention without its causal mask, a loss that counts its own rows."""
+    """The op as if its rows were independent: attention without its causal mask, a loss that counts its own
+    rows."""
     if "scaled_dot_product" in op.target and is_causal(op):
         args = (*op.args[:5], False, *op.args[6:]) if len(op.args) > 5 else op.args
         kwargs = {**op.kwargs, "is_causal": False} if "is_causal" in op.kwargs else op.kwargs

@@ -20,7 +20,7 @@ SHORTEST_RUN = 5
 
 @dataclass(frozen=True)
 class Shallow:
-    """A shortened capture. `repeats` has the path of every block that stands for several, and for how many."""
+    """A shortened capture; `repeats` says for how many the blocks stand that stand for several, by path."""
 
     capture: Capture
     repeats: Mapping[str, int]

@@ -34,7 +34,7 @@ Matrix = NDArray[np.float64]
 
 
 class Shares(NamedTuple):
-    """To what share parameters and saved activations are thought to shrink: 1 and 1 for the program as it is."""
+    """To what share parameters and saved activations are thought to shrink; 1 leaves them as they are."""
 
     parameters: float
     saved: float
@@ -67,7 +67,7 @@ class StageTable:
 
     @cached_property
     def parameters_once(self) -> Matrix:
-        """Elements of parameters, each for the first unit that has it: right where all units are on one rank."""
+        """Elements of parameters, each for the first unit that has it: right on a single rank."""
         seen: set[str] = set()
         sizes = []
         for unit in self.chain.units:

@@ -63,8 +63,8 @@ class Unit:
 class ParameterShard:
     """The part of a parameter that one rank computes with.
 
-    `is_partial` if its gradient is summed over `tp`; `is_expert` if it is dealt out over `ep`, so that only `dp / ep`
-    ranks hold it.
+    `is_partial` if its gradient is summed over `tp`; `is_expert` if it is dealt out over `ep`, so that only
+    `dp / ep` ranks hold it.
     """
 
     num_elements: int

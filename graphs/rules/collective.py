@@ -6,7 +6,7 @@ A split lookup or loss keeps the rule of the op it stands for, without the facto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import replace
 
 from graphs.ir import Op, Tensor
@@ -43,12 +43,13 @@ def split_embedding(op: Op, operands: Tensors, results: Tensors) -> Rule:
 @register("autopar.cross_entropy")
 def split_cross_entropy(op: Op, operands: Tensors, results: Tensors) -> Rule:
     """A loss whose rows or classes are split already: the other of the two still can be."""
-    axes = {"row_axis": "d0", "class_axis": "c"}
-    rule = cross_entropy(_plain(op, "aten.cross_entropy_loss.default", axes), operands, results)
-    return _without_splitting(rule, {factor for axis, factor in axes.items() if axis in op.kwargs})
+    rows = {f"d{index}" for index in range(len(operands[0].shape) - 1)}
+    axes = {"row_axis": rows, "class_axis": {"c"}}
+    rule = cross_entropy(_plain(op, "aten.cross_entropy_loss.default", axes.keys()), operands, results)
+    return _without_splitting(rule, set().union(*(axes[axis] for axis in axes.keys() & op.kwargs.keys())))
 
 
-def _plain(op: Op, target: str, axes: set[str] | Mapping[str, str]) -> Op:
+def _plain(op: Op, target: str, axes: Collection[str]) -> Op:
     return replace(
         op, target=target, kwargs={key: value for key, value in op.kwargs.items() if key not in axes}
     )

@@ -20,7 +20,7 @@ def cross_entropy(op: Op, operands: Tensors, results: Tensors) -> Rule:
 
     Of a mean over rows only those count whose target is not ignored, so ranks share that count. With the
     classes split, ranks share maximum and sum of exponentials of each row, and all of them get the whole
-    loss. Both forms know plain class indices without class weights.
+    loss. Both forms know plain class indices without class weights, the second only classes that come last.
     """
     args = arguments(op)
     logits, target = operands[0], operands[1]
@@ -28,12 +28,13 @@ def cross_entropy(op: Op, operands: Tensors, results: Tensors) -> Rule:
     rows = numbered(len(logits.shape) - 1)
     class_dim: list[Dim] = [("c",)]
     dims = [*rows[:1], *class_dim, *rows[1:]] if rows else class_dim
-    plain = indices and args.operand("weight") is None and len(logits.shape) == 2
+    plain = indices and args.operand("weight") is None and len(logits.shape) > 1
     form: dict[str, str] = {}
     if plain and args["reduction"] != NONE:
-        form["c"] = "vocab_parallel_cross_entropy"
+        if len(logits.shape) == 2:
+            form["c"] = "vocab_parallel_cross_entropy"
         if args["reduction"] == MEAN:
-            form["d0"] = "cross_entropy_rows"
+            form |= dict.fromkeys(factors(rows), "cross_entropy_rows")
     return make_rule(
         operands,
         results,

@@ -68,6 +68,14 @@ def batch_norm(op: Op, operands: Tensors, results: Tensors) -> Rule:
     )
 
 
+@register("aten._weight_norm.default")
+def weight_norm(op: Op, operands: Tensors, results: Tensors) -> Rule:
+    """`g * v / |v|`, the norm over all dimensions but one: that one can be split."""
+    place = arguments(op)["dim"] % len(operands[0].shape)
+    dims = [dim if index == place else WHOLE for index, dim in enumerate(numbered(len(operands[0].shape)))]
+    return make_rule(operands, results, [dims, dims], [dims], linear=((1,),))
+
+
 @register("aten.local_response_norm", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle")
 def samples_only(op: Op, operands: Tensors, results: Tensors) -> Rule:
     """Samples are independent, nothing is said of the rest."""

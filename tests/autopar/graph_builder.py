@@ -32,13 +32,19 @@ class GraphBuilder:
         shape = self.tensors[x].shape
         weight = self.parameter(size, shape[-1])
         flops = 2 * size * self.tensors[x].num_elements
-        return self._op("aten.linear.default", (Ref(x), Ref(weight)), (*shape[:-1], size), flops, saved=(x, weight))
+        return self._op(
+            "aten.linear.default", (Ref(x), Ref(weight)), (*shape[:-1], size), flops, saved=(x, weight)
+        )
 
     def norm(self, x: str) -> str:
         shape = self.tensors[x].shape
         weight = self.parameter(shape[-1])
         return self._op(
-            "aten.layer_norm.default", (Ref(x), [shape[-1]], Ref(weight)), shape, saved=(x, weight), internal=8
+            "aten.layer_norm.default",
+            (Ref(x), [shape[-1]], Ref(weight)),
+            shape,
+            saved=(x, weight),
+            internal=8,
         )
 
     def relu(self, x: str) -> str:

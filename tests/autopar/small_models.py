@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
-import hardware_db
 import torch
 from torch import nn
 
 import graphs
+import hardware_db
 from graphs import Capture
 from hardware_db import Cluster
 

@@ -45,12 +45,15 @@ def test_terms_add_up_and_the_certificate_says_evaluated(settings: dict[str, Any
     assert plan.parallelism.world_size == 4
     assert plan.parallelism.global_batch == 16
     assert prediction.tokens_per_s == pytest.approx(16 * 256 / prediction.step_s)
-    assert prediction.mfu == pytest.approx(3 * plan.model.flops_per_sample * 16 / (prediction.step_s * 4 * 50e12))
+    assert prediction.mfu == pytest.approx(
+        3 * plan.model.flops_per_sample * 16 / (prediction.step_s * 4 * 50e12)
+    )
     assert len(plan.stages) == plan.parallelism.pp * plan.parallelism.num_virtual_stages
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "parameters", "gradients", "optimizer"), [(0, 1, 1, 1), (1, 1, 1, 4), (2, 1, 4, 4), (3, 4, 4, 4)]
+    ("zero_stage", "parameters", "gradients", "optimizer"),
+    [(0, 1, 1, 1), (1, 1, 1, 4), (2, 1, 4, 4), (3, 4, 4, 4)],
 )
 def test_model_states_follow_the_zero_paper(
     zero_stage: int, parameters: int, gradients: int, optimizer: int
@@ -84,7 +87,9 @@ def test_activations_are_what_autograd_saves() -> None:
     plan = api.evaluate(
         model,
         cluster(1),
-        inputs=lambda batch: {name: torch.zeros(batch, 32, dtype=torch.long) for name in ("tokens", "labels")},
+        inputs=lambda batch: {
+            name: torch.zeros(batch, 32, dtype=torch.long) for name in ("tokens", "labels")
+        },
         global_batch=2,
         microbatch_size=2,
     )
@@ -178,7 +183,10 @@ def test_a_module_is_captured_with_its_inputs() -> None:
         ({"dp": 3}, r"dp 3 x cp 1 x tp 1 x pp 1 = 3 devices, but toys has 4"),
         ({"tp": 4, "pp": 2}, r"dp 1 x cp 1 x tp 4 x pp 2 = 8 devices"),
         ({"tp": 0}, r"tp=0 is not a count"),
-        ({"microbatch_size": 3}, r"a global batch of 16 does not divide into dp 4 x microbatch 3 = 12 samples; .* 12 or 24"),
+        (
+            {"microbatch_size": 3},
+            r"a global batch of 16 does not divide into dp 4 x microbatch 3 = 12 samples; .* 12 or 24",
+        ),
         ({"dp_shard": 2}, r"dp_shard=2 has nothing to shard at zero_stage=0"),
         ({"dp_shard": 3, "zero_stage": 1}, r"dp_shard=3 does not divide dp=4; choose one of 1, 2, 4"),
         ({"zero_stage": 5}, r"zero_stage=5 is unknown"),
@@ -197,3 +205,109 @@ def test_errors_show_the_numbers(settings: dict[str, Any], message: str) -> None
 def test_a_degree_that_divides_nothing_lists_the_sizes() -> None:
     with pytest.raises(InvalidParallelismError, match=r"tp=7 divides no dimension .* 2048, 1024, 512"):
         api.evaluate(tower(), cluster(7, per_node=7), global_batch=14, tp=7)
+
+
+class Attention(nn.Module):
+    """One causal attention over a long sequence of vectors."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        batch, length, width = x.shape
+        split = (batch, length, self.heads, width // self.heads)
+        q, k, v = (linear(x).view(split).transpose(1, 2) for linear in self.qkv)
+        return {"loss": nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum()}
+
+
+def attention(cp: int) -> Plan:
+    with torch.device("meta"):
+        model = Attention(512, 4)
+    return api.evaluate(
+        model,
+        cluster(4),
+        inputs=lambda batch: {"x": torch.zeros(batch, 4096, 512)},
+        global_batch=4,
+        dp=4 // cp,
+        cp=cp,
+    )
+
+
+def test_context_parallelism_divides_rows_and_gathers_keys_and_values() -> None:
+    """The same work, split by rows instead of samples; K and V are gathered, their gradients reduced."""
+    whole, context = attention(1), attention(4)
+    assert context.parallelism.num_microbatches == 4 * whole.parallelism.num_microbatches
+    assert context.prediction.terms_s["compute"] == pytest.approx(
+        whole.prediction.terms_s["compute"], rel=0.1
+    )
+    size = 4096 * 512 * 4
+    gather_s = collective_time_s(Collective("all_gather", size, Group(4, 1)), cluster(4))
+    scatter_s = collective_time_s(Collective("reduce_scatter", size, Group(4, 1)), cluster(4))
+    assert context.prediction.terms_s["tensor_parallel"] == pytest.approx(
+        4 * 2 * (gather_s + scatter_s), rel=0.05
+    )
+    gathered = 2 * size  # keys and values are kept whole, everything else by its rows
+    assert entry(context, "activations") == pytest.approx(
+        gathered + (entry(whole, "activations") - gathered) / 4
+    )
+    assert entry(context, "parameters") == entry(whole, "parameters")
+    assert set(context.strategies) == {"cp"}
+
+
+def test_a_context_axis_that_divides_no_sequence_says_which_lengths_there_are() -> None:
+    with pytest.raises(
+        InvalidParallelismError, match=r"cp=3 divides the sequence of no input of tower; .* 256"
+    ):
+        api.evaluate(tower(), cluster(3, per_node=3), global_batch=3, cp=3)
+
+
+class Mixture(nn.Module):
+    """A layer of experts that every row visits in a fixed order: as many rows for each."""
+
+    def __init__(self, experts: int, width: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(experts, width, 2 * width))
+        self.down = nn.Parameter(torch.empty(experts, 2 * width, width))
+        self.ends = torch.arange(1, experts + 1, dtype=torch.int32)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows = x.flatten(0, 1)
+        ends = self.ends * (rows.shape[0] // len(self.ends))
+        hidden = torch.nn.functional.grouped_mm(rows, self.up, offs=ends)
+        return {"loss": torch.nn.functional.grouped_mm(hidden, self.down, offs=ends).float().sum()}
+
+
+def mixture(**settings: Any) -> Plan:
+    model = Mixture(8, 256).bfloat16()
+    return api.evaluate(
+        model,
+        cluster(4),
+        inputs=lambda batch: {"x": torch.zeros(batch, 1024, 256, dtype=torch.bfloat16)},
+        global_batch=4,
+        **settings,
+    )
+
+
+def test_expert_parallelism_deals_out_experts_and_exchanges_rows() -> None:
+    whole, dealt = mixture(), mixture(ep=4)
+    assert entry(dealt, "parameters") == pytest.approx(entry(whole, "parameters") / 4)
+    assert entry(dealt, "optimizer") == pytest.approx(entry(whole, "optimizer") / 4)
+    size = 1024 * 256 * 2
+    exchange_s = collective_time_s(Collective("all_to_all", size, Group(4, 1)), cluster(4))
+    assert dealt.prediction.terms_s["tensor_parallel"] == pytest.approx(
+        4 * exchange_s
+    )  # two forward, two backward
+    assert dealt.prediction.terms_s["gradient_sync"] == 0  # each expert has one owner
+    assert whole.prediction.terms_s["gradient_sync"] > 0
+    partly = mixture(ep=2)
+    assert entry(partly, "parameters") == pytest.approx(entry(whole, "parameters") / 2)
+    assert partly.prediction.terms_s["gradient_sync"] > 0
+
+
+def test_experts_must_divide() -> None:
+    with pytest.raises(
+        InvalidParallelismError, match=r"ep=3 must divide both the 8 experts .* 4 data-parallel ranks"
+    ):
+        mixture(ep=3)

@@ -143,7 +143,14 @@ def _program(model: Capture, trial: Trial) -> Program:
 def _run(directories: Sequence[Path], num_ranks: int) -> dict[str, str]:
     """The verdict on every program, by its directory."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(DRIVER), *map(str, directories)]
+    command += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        str(DRIVER),
+        *map(str, directories),
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

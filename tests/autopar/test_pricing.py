@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from math import isclose
 
-import hardware_db
 import torch
 
+import hardware_db
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import PR, RP, RR, sharded
 from autopar.pricing import OpCost, Pricer, Traffic, kind_of, total
 from autopar.strategies import strategies
-from costmodel import Collective, Group, Work, collective_time_s, work_time_s
+from costmodel import Collective, CollectiveKind, Group, Work, collective_time_s, work_time_s
 from graphs.ir import Op, OpGraph, Ref
 from tests.autopar.graph_builder import GraphBuilder
 
@@ -99,7 +99,7 @@ def conversion(name: str, num_bytes: float, *, backward: bool = True) -> OpCost:
     return PRICER.conversion(name, num_bytes, "tp", backward=backward)
 
 
-def collective_s(kind: str, num_bytes: float, axis: str = "tp") -> float:
+def collective_s(kind: CollectiveKind, num_bytes: float, axis: str = "tp") -> float:
     return collective_time_s(Collective(kind, num_bytes, PRICER.groups[axis]), CLUSTER)
 
 

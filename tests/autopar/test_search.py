@@ -53,8 +53,8 @@ def test_the_plan_is_what_evaluate_says_of_it() -> None:
     p = plan.parallelism
     again = api.evaluate(
         tower(), cluster(8), global_batch=16, dp=p.dp, dp_shard=p.dp_shard, tp=p.tp, pp=p.pp,
-        zero_stage=p.zero_stage, microbatch_size=p.microbatch_size, recompute=p.recompute, schedule=p.schedule,
-        num_virtual_stages=p.num_virtual_stages,
+        zero_stage=p.zero_stage, microbatch_size=p.microbatch_size, recompute=p.recompute,
+        schedule=p.schedule, num_virtual_stages=p.num_virtual_stages,
     )  # fmt: skip
     assert again.prediction == plan.prediction
     assert again.stages == plan.stages
@@ -76,7 +76,11 @@ def test_ddp_and_fsdp_are_always_among_the_alternatives() -> None:
     for other in plan.alternatives:
         assert other.parallelism.world_size == 8
         assert other.parallelism.global_batch == 16
-        if other.step_s is not None and other.peak_memory_bytes is not None and other.peak_memory_bytes <= 150e6:
+        if (
+            other.step_s is not None
+            and other.peak_memory_bytes is not None
+            and other.peak_memory_bytes <= 150e6
+        ):
             assert other.step_s >= plan.prediction.step_s * (1 - 1e-9)
 
 

@@ -8,17 +8,18 @@ from functools import cache
 from itertools import pairwise, product
 from math import isclose, prod
 
-import hardware_db
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphs
+import hardware_db
 from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment, Localized, localize
-from autopar.placements import RP, RR, Shard
+from autopar.placements import RP, RR, Shard, State
 from autopar.pricing import Pricer
-from autopar.search.block_ilp import AxisProblem, MemoryPrice
+from autopar.search.axis_problem import AxisProblem
+from autopar.search.block_ilp import BlockIlp, MemoryPrice
 from autopar.strategies import stored_state
 from costmodel import Group
 from graphs.ir import OpGraph
@@ -57,7 +58,7 @@ def assignments(problem: AxisProblem) -> Iterator[tuple[Assignment, float]]:
     offered = [problem.offered[index] for index in range(len(graph.ops))]
     for combination in product(*(range(len(strategies)) for strategies in offered)):
         choice = tuple(strategies[k] for strategies, k in zip(offered, combination, strict=True))
-        needed: dict[str, dict[object, None]] = {}
+        needed: dict[str, dict[State, None]] = {}
         for op, strategy in zip(graph.ops, choice, strict=True):
             for name, state in zip(op.inputs, strategy.operands, strict=True):
                 needed.setdefault(name, {})[state] = None
@@ -101,7 +102,7 @@ def test_equals_brute_force(seed: int) -> None:
     rng = random.Random(seed)
     problem = random_problem(seed)
     price = MemoryPrice(rng.choice([0, 1e-13, 1e-11]), rng.choice([0, 1e-13, 1e-11]))
-    solution = problem.solve(1, price)
+    solution = BlockIlp(problem).solve(1, price)
     best_s = min(time_s + penalty_s(problem, found, price) for found, time_s in assignments(problem))
     assert isclose(solution.objective_s, best_s, rel_tol=1e-6)
     assert isclose(solution.bound_s, best_s, rel_tol=1e-5)
@@ -112,7 +113,7 @@ def test_a_column_then_a_row_parallel_product_share_one_reduction() -> None:
     builder = GraphBuilder(torch.bfloat16)
     hidden = builder.relu(builder.linear(builder.input(4, 2048, 4096), 16384))
     graph = builder.graph(builder.sum(builder.linear(hidden, 4096)))
-    solution = AxisProblem(graph, "tp", pricer(8)).solve(1, MemoryPrice(0, 1e-9))
+    solution = BlockIlp(AxisProblem(graph, "tp", pricer(8))).solve(1, MemoryPrice(0, 1e-9))
     states = {p.tensor: solution.assignment.sources[p.tensor].value for p in graph.parameters}
     assert states == {"weight0": Shard(0), "weight1": Shard(1)}
     local = localize(Localized.of(graph), solution.assignment).graph
@@ -124,8 +125,8 @@ def test_a_column_then_a_row_parallel_product_share_one_reduction() -> None:
 def decoder(*, tied: bool) -> OpGraph:
     """Two layers as wide as those of an eight-billion-parameter model, for one replica of two."""
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=2, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=4096, tie_word_embeddings=tied, torch_dtype="bfloat16",
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=2,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096, tie_word_embeddings=tied,
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
@@ -144,9 +145,10 @@ def keys_by_module(problem: AxisProblem, assignment: Assignment, target: str) ->
 
 
 def test_finds_megatron_with_sequence_parallelism() -> None:
-    """Where memory is dear, weights are split: columns then rows, heads in between, and norms along the sequence."""
+    """Where memory is dear, weights are split: columns then rows, heads in between, and norms along the
+    sequence."""
     problem = AxisProblem(decoder(tied=False), "tp", pricer(8))
-    solution = problem.solve(8, MemoryPrice(1e-13, 1e-11))
+    solution = BlockIlp(problem).solve(8, MemoryPrice(1e-13, 1e-11))
     assert isclose(problem.time_s(solution.assignment, 8), solution.time_s, rel_tol=1e-9)
     linear = keys_by_module(problem, solution.assignment, "aten.linear.default")
     for layer in (0, 1):
@@ -161,7 +163,7 @@ def test_finds_megatron_with_sequence_parallelism() -> None:
 
 def test_finds_vocabulary_parallel_loss() -> None:
     problem = AxisProblem(decoder(tied=False), "tp", pricer(8))
-    solution = problem.solve(8)
+    solution = BlockIlp(problem).solve(8)
     local = localize(Localized.of(problem.graph), solution.assignment).graph
     (loss,) = (op for op in local.ops if op.target == "autopar.cross_entropy")
     assert loss.kwargs["class_axis"] == "tp"
@@ -170,7 +172,7 @@ def test_finds_vocabulary_parallel_loss() -> None:
 
 def test_a_tied_table_is_split_by_vocabulary_at_both_ends() -> None:
     problem = AxisProblem(decoder(tied=True), "tp", pricer(8))
-    solution = problem.solve(8, MemoryPrice(0, 1e-11))
+    solution = BlockIlp(problem).solve(8, MemoryPrice(0, 1e-11))
     assert solution.assignment.sources["model.embed_tokens.weight"].value == Shard(0)
     local = localize(Localized.of(problem.graph), solution.assignment).graph
     assert any(op.target == "autopar.embedding" and op.kwargs["vocab_axis"] == "tp" for op in local.ops)
@@ -180,7 +182,7 @@ def test_dearer_memory_never_takes_more_of_it() -> None:
     problem = AxisProblem(decoder(tied=False), "tp", pricer(8))
     stored, times_s = [], []
     for price in (0.0, 1e-13, 1e-12, 1e-11):
-        solution = problem.solve(8, MemoryPrice(0, price))
+        solution = BlockIlp(problem).solve(8, MemoryPrice(0, price))
         stored.append(penalty_s(problem, solution.assignment, MemoryPrice(0, 1)))
         times_s.append(solution.time_s)
     assert stored == sorted(stored, reverse=True)
@@ -191,6 +193,6 @@ def test_dearer_memory_never_takes_more_of_it() -> None:
 
 def test_reductions_shared_by_more_microbatches_cost_less() -> None:
     problem = AxisProblem(decoder(tied=False), "tp", pricer(8))
-    once, often = problem.solve(1), problem.solve(64)
+    once, often = BlockIlp(problem).solve(1), BlockIlp(problem).solve(64)
     assert often.time_s < once.time_s
     assert RP in often.assignment.sources.values()

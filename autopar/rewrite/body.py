@@ -1,0 +1,193 @@
+"""The body of one class's `forward`: a statement for every op and for every call or loop of calls of a child."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from autopar.rewrite.context import ProgramContext, access, below
+from autopar.rewrite.expressions import Expression, Values, cross_entropy_options, expression_of, literal
+from autopar.rewrite.loops import Call, LoopFinder
+from autopar.rewrite.naming import Names
+from autopar.rewrite.scope import Render, Scope, Statement
+from autopar.rewrite.tree import CALL, Node
+from graphs.ir import Op, Ref
+
+AXIS_ARGUMENTS = ("axis", "vocab_axis", "row_axis", "class_axis")
+"""Keyword arguments of the ops of a localized graph that name a mesh axis."""
+
+WEIGHTS = {**dict.fromkeys(("transpose", "unsqueeze", "to", "slice", "neg"), 0), "batch_norm": 3}
+"""How much of a reader's attention an op takes, if not 1."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """What the body of a `forward` is written from.
+
+    `arguments` are the names of what comes in, `constants` the expressions of parameters and buffers that the
+    class holds, `results` the tensors it returns, `calls` the borders of its children by path.
+    """
+
+    context: ProgramContext
+    node: Node
+    names: Names
+    loops: LoopFinder
+    calls: Mapping[str, Call]
+    arguments: Mapping[str, str]
+    constants: Mapping[str, str]
+    results: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Source lines, the `return` included."""
+        scope = Scope(self.arguments, self.constants, self.results)
+        position = 0
+        while position < len(self.node.items):
+            item = self.node.items[position]
+            if isinstance(item, Op):
+                scope.statements.append(self._op(item))
+                position += 1
+                continue
+            run = self.loops.run(position)
+            if self.loops.is_loop(run):
+                scope.statements.append(self._loop(run))
+            else:
+                scope.statements.extend(map(self._call, run))
+            position += len(run)
+        return scope.lines()
+
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes whose groups the body uses, in the order of first use."""
+        ops = (item for item in self.node.items if isinstance(item, Op))
+        used = (
+            str(op.kwargs[key]) for op in ops for key in AXIS_ARGUMENTS if _is_ours(op) and key in op.kwargs
+        )
+        return tuple(dict.fromkeys(used))
+
+    def looped(self) -> tuple[str, ...]:
+        """The containers over which the body loops, as expressions."""
+        nodes = [index for index, item in enumerate(self.node.items) if isinstance(item, Node)]
+        runs = (self.loops.run(index) for index in nodes)
+        return tuple(dict.fromkeys(self._container(run[0]) for run in runs if self.loops.is_loop(run)))
+
+    # --- ops
+    # -------------------------------------------------------------------------------------------------------
+
+    def _op(self, op: Op) -> Statement:
+        names = tuple(self.names.of(name) for name in op.outputs)
+        reads = tuple(name for name in op.inputs if name not in self.constants)
+        if _is_ours(op):
+            return Statement(
+                op.outputs,
+                reads,
+                lambda values: _runtime_call(op, values),
+                names,
+                weight=2,
+                foldable=False,
+                comment=self._comment(op),
+            )
+        if op.target == CALL:
+            leaf = access(below(op.module, self.node.path))
+            return Statement(
+                op.outputs,
+                reads,
+                lambda values: Expression(f"self.{leaf}({literal(op.args[0], values)})"),
+                names,
+            )
+        weight = WEIGHTS.get(op.target.split(".")[1], 1)
+        return Statement(
+            op.outputs, reads, self._plain(op), names, weight=weight, foldable=len(op.outputs) == 1
+        )
+
+    def _plain(self, op: Op) -> Render:
+        holders = (*self.arguments.values(), *self.constants.values())
+        device = next((f"{name}.device" for name in holders), None)
+        tensors = self.context.graph.tensors
+        return lambda values: expression_of(op, values, tensors, self.context.sizes, device)
+
+    def _comment(self, op: Op) -> str:
+        """What a collective, or an op that is split, does to the state of a tensor."""
+        name = op.target.partition(".")[2]
+        if name == "embedding":
+            return f"{op.kwargs['vocab_axis']}: the rows of the table are split -> P/R"
+        if name == "cross_entropy":
+            split = {"row_axis": "rows are split -> P/R", "class_axis": "classes are split -> R/R"}
+            return "; ".join(f"{op.kwargs[key]}: {text}" for key, text in split.items() if key in op.kwargs)
+        source, axis = op.args[0], op.kwargs["axis"]
+        assert isinstance(source, Ref)
+        before, after = (self.context.states[tensor].get(axis) for tensor in (source.name, op.output))
+        return f"{axis}: {before} -> {after}"
+
+    # --- calls of children
+    # -----------------------------------------------------------------------------------------
+
+    def _call(self, item: Node) -> Statement:
+        call = self.calls[item.path]
+        return Statement(
+            call.outputs,
+            self._reads(call),
+            self._calling(f"self.{access(below(item.path, self.node.path))}", item),
+            self._bases(item, call),
+            weight=2,
+            foldable=len(call.outputs) == 1,
+        )
+
+    def _loop(self, run: Sequence[Node]) -> Statement:
+        return Statement(
+            targets=self.calls[run[-1].path].outputs,
+            reads=self._reads(self.calls[run[0].path]),
+            render=self._calling("layer", run[0]),
+            base=("x",),
+            foldable=False,
+            absorbs=False,
+            loop=f"for layer in {self._container(run[0])}.values():",
+            carried=self.loops.carried(run),
+        )
+
+    def _reads(self, call: Call) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for name in call.inputs if name not in self.constants))
+
+    def _container(self, item: Node) -> str:
+        return f"self.{access(below(item.container, self.node.path))}"
+
+    def _bases(self, item: Node, call: Call) -> tuple[str, ...]:
+        tensors = self.context.graph.tensors
+        if len(call.outputs) == 1 and tensors[call.outputs[0]].requires_grad:
+            given = self.names.given.get(call.outputs[0])
+            return (given or ("x" if item.attribute.isdigit() else item.attribute),)
+        return tuple(self.names.of(name) for name in call.outputs)
+
+    def _calling(self, module: str, item: Node) -> Render:
+        """The call of a child, under `checkpoint` where it is a block whose activations are computed again."""
+        call = self.calls[item.path]
+        recompute = self.context.recompute if item.path in self.context.block_paths else "none"
+        options = {"full": "use_reentrant=False", "selective": "use_reentrant=False, context_fn=keep_matmuls"}
+
+        def render(values: Values) -> Expression:
+            arguments = ", ".join(values[name].text for name in call.inputs)
+            if recompute == "none":
+                return Expression(f"{module}({arguments})")
+            return Expression(f"checkpoint({module}, {arguments}, {options[recompute]})")
+
+        return render
+
+
+def _is_ours(op: Op) -> bool:
+    return op.target.startswith("autopar.")
+
+
+def _runtime_call(op: Op, values: Values) -> Expression:
+    """The call of the runtime function that an op of a localized graph stands for."""
+    name = op.target.partition(".")[2]
+    first, *rest = (literal(arg, values) for arg in op.args)
+    match name:
+        case "embedding":
+            padding = op.args[2] if len(op.args) > 2 else -1
+            texts = [rest[0], first, f"self.{op.kwargs['vocab_axis']}"]
+            texts += [f"padding_idx={padding}"] if padding >= 0 else []
+        case "cross_entropy":
+            groups = {"rows": op.kwargs.get("row_axis"), "classes": op.kwargs.get("class_axis")}
+            texts = [first, rest[0], *(f"{key}=self.{axis}" for key, axis in groups.items() if axis)]
+            texts += cross_entropy_options(op)
+        case _:
+            texts = [first, f"self.{op.kwargs['axis']}", *rest]
+    return Expression(f"{name}({', '.join(texts)})")

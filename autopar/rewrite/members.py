@@ -1,0 +1,190 @@
+"""The `__init__` of a class: what it holds, under the names of the original model.
+
+Leaves of `torch.nn` are themselves again, with local sizes; what fits none of them is a plain holder of
+parameters. The containers of the original model become `nn.Module`s and, where their members are numbered,
+`nn.ModuleDict`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import torch
+
+from autopar.rewrite.context import ProgramContext, access, below
+from autopar.rewrite.expressions import literal
+from autopar.rewrite.tree import CALL, Node
+from graphs.ir import Buffer, Op
+
+LITERAL_ELEMENTS = 8
+"""A buffer of at most this many elements is written into the source; a larger one is saved beside it."""
+
+Tree = dict[str, "str | Tree"]
+"""Members by name: the constructor of a module, or the members of a container."""
+
+
+class Members:
+    """Writes what the classes of a program hold, and keeps the buffers that are too large to be written."""
+
+    def __init__(self, context: ProgramContext) -> None:
+        self.context = context
+        self.graph = context.graph
+        self.buffers = {buffer.tensor: buffer for buffer in self.graph.buffers}
+        self.large_buffers: dict[str, torch.Tensor] = {}
+
+    def lines(
+        self,
+        node: Node,
+        held: Mapping[str, str],
+        children: Mapping[str, str],
+        ties: Mapping[str, str],
+        looped: Collection[str],
+    ) -> list[str]:
+        """The statements that build the members of one class.
+
+        `held` are the parameters and buffers under it by path, `children` the constructors of its child
+        classes by path, `ties` the paths that stand for another one, `looped` the containers that its
+        `forward` loops over.
+        """
+        ops = tuple(node.ops())
+        leaves: dict[str, dict[str, str]] = {}
+        buffers: list[tuple[str, str]] = []
+        for path, tensor in held.items():
+            owner, _, attribute = below(path, node.path).rpartition(".")
+            if tensor in self.buffers:
+                buffers.append((owner, self._buffer(self.buffers[tensor], owner, attribute)))
+            elif owner or path not in ties:
+                leaves.setdefault(owner, {})[attribute] = tensor
+        lines = [
+            f"self.{attribute} = nn.Parameter(torch.empty({self._shape(tensor)}{self.context.dtype(tensor)}))"
+            for attribute, tensor in leaves.pop("", {}).items()
+        ]
+        constructors = {
+            owner: self._leaf(f"{node.path}.{owner}" if node.path else owner, tensors, ops)
+            for owner, tensors in leaves.items()
+        }
+        constructors |= {below(path, node.path): constructor for path, constructor in children.items()}
+        for owner, _ in buffers:
+            if owner and not any(path.startswith(f"{owner}.") for path in constructors):
+                constructors.setdefault(owner, "nn.Module()")
+        lines += _build("self", _tree(constructors), looped)
+        lines += [line for _, line in buffers]
+        for path, first in ties.items():
+            lines.append(
+                f"self.{access(below(path, node.path))} = self.{access(below(first, node.path))}  # tied"
+            )
+        return lines
+
+    def _leaf(self, path: str, tensors: Mapping[str, str], ops: Sequence[Op]) -> str:
+        """The constructor of a leaf: torch's own where its parameters are just those, else a plain holder."""
+        info = self.graph.modules.get(path)
+        if info is not None and info.defined_in.startswith("torch.nn") and "weight" in tensors:
+            call = next((op for op in ops if op.module == path and op.target == CALL), None)
+            writer = self._writers().get(info.type_name)
+            written = writer(tensors, call) if writer is not None else None
+            if written is not None:
+                return f"nn.{info.type_name}({written}{self.context.dtype(tensors['weight'])})"
+        shapes = ", ".join(f"{name}={_tuple(self.context.sizes(tensor))}" for name, tensor in tensors.items())
+        return f"Parameters({shapes}{self.context.dtype(next(iter(tensors.values())))})"
+
+    def _writers(self) -> Mapping[str, Callable[[Mapping[str, str], Op | None], str | None]]:
+        return {"Linear": self._linear, "Embedding": self._embedding, "LayerNorm": self._layer_norm}
+
+    def _linear(self, tensors: Mapping[str, str], call: Op | None) -> str | None:
+        weight, bias = tensors["weight"], tensors.get("bias")
+        if tensors.keys() - {"weight", "bias"}:
+            return None
+        if bias is not None and self.graph.tensors[bias].shape != self.graph.tensors[weight].shape[:1]:
+            return None  # the bias is not split as the rows of the weight are
+        rows, columns = self.context.sizes(weight)
+        return f"{columns}, {rows}" if bias is not None else f"{columns}, {rows}, bias=False"
+
+    def _embedding(self, tensors: Mapping[str, str], call: Op | None) -> str | None:
+        padding = -1 if call is None else call.kwargs["padding_idx"]
+        return self._shape(tensors["weight"]) + (f", padding_idx={padding}" if padding >= 0 else "")
+
+    def _layer_norm(self, tensors: Mapping[str, str], call: Op | None) -> str | None:
+        if call is None:
+            return None
+        return f"{self._shape(tensors['weight'])}, eps={call.kwargs['eps']}"
+
+    def _shape(self, tensor: str) -> str:
+        return ", ".join(self.context.sizes(tensor))
+
+    def _buffer(self, buffer: Buffer, owner: str, attribute: str) -> str:
+        holder = f"self.{access(owner)}" if owner else "self"
+        persistence = "" if buffer.persistent else ", persistent=False"
+        return f'{holder}.register_buffer("{attribute}", {self._value(buffer)}{persistence})'
+
+    def _value(self, buffer: Buffer) -> str:
+        """The expression of a buffer's value: on the cpu even where everything else is built on the meta device."""
+        meta = self.graph.tensors[buffer.tensor]
+        value = buffer.value
+        shape = f"{literal(tuple(meta.shape), {})}"
+        if value is None:
+            return f'torch.zeros({shape}, dtype={meta.dtype}, device="cpu")'
+        if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
+            number = literal(value.flatten()[0].item(), {})
+            return f'torch.full({shape}, {number}, dtype={meta.dtype}, device="cpu")'
+        if value.numel() <= LITERAL_ELEMENTS:
+            return f'torch.tensor({literal(value.tolist(), {})}, dtype={meta.dtype}, device="cpu")'
+        self.large_buffers[buffer.name] = value
+        return f'saved_buffer("{buffer.name}")'
+
+
+def _tuple(items: Sequence[str]) -> str:
+    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
+
+
+def _tree(constructors: Mapping[str, str]) -> Tree:
+    tree: Tree = {}
+    for path, constructor in constructors.items():
+        *containers, attribute = path.split(".")
+        branch = tree
+        for container in containers:
+            inner = branch.setdefault(container, {})
+            assert isinstance(inner, dict), f"{path}: {container} is a module of its own"
+            branch = inner
+        branch[attribute] = constructor
+    return tree
+
+
+def _build(owner: str, tree: Tree, looped: Collection[str]) -> Iterator[str]:
+    """Statements that build a tree of members; containers in `looped` are built from ranges even for one
+    member.
+    """
+    for name, member in tree.items():
+        target = f'{owner}["{name}"]' if name.isdigit() else f"{owner}.{name}"
+        if isinstance(member, str):
+            yield f"{target} = {member}"
+            continue
+        constructors = {key: each for key, each in member.items() if isinstance(each, str)}
+        numbered = all(key.isdigit() for key in member)
+        if numbered and len(constructors) == len(member):
+            yield f"{target} = {_module_dict(constructors, target in looped)}"
+        else:
+            yield f"{target} = {'nn.ModuleDict()' if numbered else 'nn.Module()'}"
+            yield from _build(target, member, looped)
+
+
+def _module_dict(members: Mapping[str, str], always_range: bool) -> str:
+    """A `ModuleDict`, runs of the same constructor as a comprehension over their range."""
+    runs: list[tuple[int, int, str]] = []
+    for key, constructor in members.items():
+        number = int(key)
+        if runs and runs[-1][1] == number and runs[-1][2] == constructor:
+            runs[-1] = (runs[-1][0], number + 1, constructor)
+        else:
+            runs.append((number, number + 1, constructor))
+    if len(runs) == 1 and (len(members) > 1 or always_range):
+        return f"nn.ModuleDict({_run(*runs[0])})"
+    items = [
+        f'"{start}": {constructor}' if stop - start == 1 else f"**{_run(start, stop, constructor)}"
+        for start, stop, constructor in runs
+    ]
+    return f"nn.ModuleDict({{{', '.join(items)}}})"
+
+
+def _run(start: int, stop: int, constructor: str) -> str:
+    span = f"{stop}" if start == 0 else f"{start}, {stop}"
+    return f"{{str(i): {constructor} for i in range({span})}}"

@@ -1,0 +1,258 @@
+"""The operator layer's data: what every op may do on one mesh axis, and the true price of each possibility.
+
+Prices are those of the local graph: an op alone is localized under each strategy and priced by
+`autopar.pricing`. `block_ilp` chooses among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from autopar.localize import Assignment, Localized, localize
+from autopar.placements import PR, RP, RR, Shard, State
+from autopar.pricing import Pricer, Traffic, total
+from autopar.search.shallow import local_counts
+from autopar.strategies import Strategy, conversion, natural_sections, strategies
+from graphs.ir import Op, OpGraph
+
+LOSS_STATES = (RR, PR)
+"""What the loss may be: known to all, or a sum of terms. Either way its gradient is one on every rank."""
+
+
+MOST_SECTIONS = 16
+"""Into how many parts a dimension may be cut, each of them split: a fused projection has two or three, and a dimension
+that needs hundreds (every head by itself, every sample) is not worth splitting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A representative op that reads a tensor, and at which operand."""
+
+    op: int
+    position: int
+
+
+@dataclass(frozen=True)
+class TensorClass:
+    """Tensors that are made and read alike.
+
+    `name` is one of them; `producer` is the representative op and result that make it, None for what the
+    graph starts from; `count` is how many they are, at full depth.
+    """
+
+    name: str
+    producer: tuple[int, int] | None
+    readers: tuple[Reader, ...]
+    members: tuple[str, ...]
+    count: int
+
+
+class AxisProblem:
+    """The choice of strategies on one axis for one graph; strategies and prices are worked out once.
+
+    `graph` is local on all outer axes and knows its blocks; `pricer` knows the axis' group. `counts` says for
+    how many ops of a deeper model each op stands.
+    """
+
+    def __init__(
+        self, graph: OpGraph, axis: str, pricer: Pricer, counts: Sequence[int] | None = None
+    ) -> None:
+        self.graph = graph
+        self.axis = axis
+        self.pricer = pricer
+        self.size = pricer.groups[axis].size
+        self.counts = tuple(counts) if counts is not None else (1,) * len(graph.ops)
+        self.instances: dict[int, int] = {}
+        for index, count in zip(graph.representative, self.counts, strict=True):
+            self.instances[index] = self.instances.get(index, 0) + count
+        distinct = replace(graph, ops=tuple(graph.ops[index] for index in self.instances), blocks=())
+        sections = {
+            size: tuple(cut for cut in cuts if len(cut) <= MOST_SECTIONS)
+            for size, cuts in natural_sections(distinct, self.size).items()
+        }
+        self.offered = {index: self._offered(index, sections) for index in self.instances}
+        self._conversion_s: dict[tuple[int, bool, State, State], float | None] = {}
+
+    def _offered(
+        self, index: int, sections: Mapping[int, tuple[tuple[int, ...], ...]]
+    ) -> tuple[Strategy, ...]:
+        op = self.graph.ops[index]
+        offered = strategies(op, self.graph, self.size, sections)
+        found = tuple(strategy for strategy in offered if not _is_shredded(strategy))
+        if self.graph.loss in op.outputs:
+            position = op.outputs.index(self.graph.loss)
+            found = tuple(strategy for strategy in found if strategy.results[position] in LOSS_STATES)
+        return found
+
+    @cached_property
+    def tensor_classes(self) -> tuple[TensorClass, ...]:
+        """All tensors that some op reads, in order of first appearance."""
+        return _tensor_classes(self.graph, self.counts)
+
+    @cached_property
+    def parameter_classes(self) -> tuple[TensorClass, ...]:
+        """Those of them that are parameters."""
+        return tuple(
+            tensors for tensors in self.tensor_classes if tensors.name in self.graph.parameter_tensors
+        )
+
+    @cached_property
+    def op_times_s(self) -> Mapping[int, tuple[float, ...]]:
+        """Per representative op, the time of all its instances together under each of its strategies.
+
+        Instances differ only in which of their operands and results a fused chain keeps out of memory.
+        """
+        traffic = Traffic.of(self.graph)
+        kinds: dict[int, dict[object, tuple[Op, int]]] = {index: {} for index in self.instances}
+        for op, index, count in zip(self.graph.ops, self.graph.representative, self.counts, strict=True):
+            storages = (self.graph.tensors[name].storage for name in (*op.inputs, *op.outputs))
+            kind = tuple((traffic.is_read(storage), traffic.is_written(storage)) for storage in storages)
+            one, others = kinds[index].get(kind, (op, 0))
+            kinds[index][kind] = one, others + count
+        return {
+            index: tuple(
+                sum(count * self._op_time_s(one, strategy, traffic) for one, count in kinds[index].values())
+                for strategy in offered
+            )
+            for index, offered in self.offered.items()
+        }
+
+    def _op_time_s(self, op: Op, strategy: Strategy, traffic: Traffic) -> float:
+        local = self._local_op(op, strategy)
+        inside = traffic | Traffic.of(local)
+        return total(self.pricer.op(part, local.tensors, inside) for part in local.ops).total_s
+
+    def _local_op(self, op: Op, strategy: Strategy) -> OpGraph:
+        """The local form of one op alone, its operands already in the states that the strategy asks."""
+        names = dict.fromkeys((*op.inputs, *op.outputs))
+        alone = OpGraph(
+            name=op.name,
+            tensors={name: self.graph.tensors[name] for name in names},
+            ops=(op,),
+            parameters=(),
+            buffers=(),
+            inputs=tuple(dict.fromkeys(op.inputs)),
+            outputs=op.outputs,
+            output_names=op.outputs,
+            loss=None,
+            modules={},
+        )
+        sources = dict(zip(op.inputs, strategy.operands, strict=True))
+        return localize(Localized.of(alone), Assignment(self.axis, self.size, (strategy,), sources)).graph
+
+    @cached_property
+    def saved_bytes(self) -> Mapping[int, tuple[float, ...]]:
+        """Per representative op, the bytes that all its instances save for backward under each strategy.
+
+        A storage that several ops save is shared among them.
+        """
+        savers: dict[str, int] = {}
+        for op in self.graph.ops:
+            for storage in op.saved:
+                savers[storage] = savers.get(storage, 0) + 1
+        free = {*self.graph.parameter_tensors, *self.graph.inputs, *(b.tensor for b in self.graph.buffers)}
+
+        def saved(op: Op, strategy: Strategy) -> float:
+            states = dict(
+                zip((*op.inputs, *op.outputs), (*strategy.operands, *strategy.results), strict=True)
+            )
+            num_bytes = op.saved_internal_bytes / (self.size if strategy.factor else 1)
+            for name, state in states.items():
+                tensor = self.graph.tensors[name]
+                if tensor.storage in op.saved and tensor.storage not in free:
+                    num_bytes += tensor.num_bytes / self.parts(state) / savers[tensor.storage]
+            return num_bytes
+
+        return {
+            index: tuple(
+                self.instances[index] * saved(self.graph.ops[index], strategy) for strategy in offered
+            )
+            for index, offered in self.offered.items()
+        }
+
+    def parts(self, state: State) -> int:
+        """Into how many parts a tensor in this state is split."""
+        return self.size if isinstance(state.value, Shard) else 1
+
+    def conversion_s(self, name: str, source: State, target: State) -> float | None:
+        """Time of the conversion of one tensor, None where there is none."""
+        if source == target:
+            return 0.0
+        tensor = self.graph.tensors[name]
+        key = (tensor.num_bytes, tensor.requires_grad, source, target)
+        if key not in self._conversion_s:
+            how = conversion(source, target, tensor.requires_grad)
+            self._conversion_s[key] = None
+            if how is not None:
+                backward = tensor.requires_grad
+                cost = self.pricer.conversion(how.name, tensor.num_bytes, self.axis, backward=backward)
+                self._conversion_s[key] = cost.total_s
+        return self._conversion_s[key]
+
+    def stored_states(self, tensors: TensorClass) -> tuple[State, ...]:
+        """In what states a parameter may be stored: whole, or in the shards that some reader asks."""
+        asked = (
+            strategy.operands[reader.position]
+            for reader in tensors.readers
+            for strategy in self.offered[reader.op]
+        )
+        shards = (state for state in asked if isinstance(state.value, Shard))
+        whole = (RR, RP) if self.graph.tensors[tensors.name].requires_grad else (RR,)
+        return (*whole, *dict.fromkeys(shards))
+
+    def reduction_s(self, name: str, state: State) -> float:
+        """Time of summing a partial parameter gradient over the axis, once a step."""
+        if state != RP:
+            return 0.0
+        num_bytes = self.graph.tensors[name].num_bytes
+        return self.pricer.bucketed_s("all_reduce", num_bytes, self.pricer.groups[self.axis])
+
+    def time_s(self, assignment: Assignment, num_microbatches: float = 1) -> float:
+        """The price of an assignment, independently of any program: localize the graph and price that."""
+        local = localize(Localized.of(self.graph), assignment).graph
+        counts = local_counts(
+            local.ops, dict(zip((op.name for op in self.graph.ops), self.counts, strict=True))
+        )
+        costs = zip(self.pricer.graph(local), counts, strict=True)
+        sums_s = sum(
+            tensors.count * self.reduction_s(tensors.name, assignment.sources[tensors.name])
+            for tensors in self.parameter_classes
+        )
+        return sum(count * cost.total_s for cost, count in costs) + sums_s / num_microbatches
+
+
+def _is_shredded(strategy: Strategy) -> bool:
+    """Whether some tensor would be split in more sections than is worth while."""
+    values = (state.value for state in (*strategy.operands, *strategy.results))
+    return any(isinstance(v, Shard) and v.sections is not None and len(v.sections) > MOST_SECTIONS for v in values)
+
+
+def _tensor_classes(graph: OpGraph, counts: Sequence[int]) -> tuple[TensorClass, ...]:
+    representative = graph.representative
+    found: dict[object, list[str]] = {}
+    parts: dict[object, tuple[tuple[int, int] | None, tuple[Reader, ...]]] = {}
+    number: dict[object, int] = {}
+    for name, consumers in graph.consumers.items():
+        if not consumers:
+            continue
+        places = {(representative[index], graph.ops[index].inputs.index(name)) for index in consumers}
+        readers = tuple(Reader(*place) for place in sorted(places))
+        producer = None
+        key: object = (name, readers)
+        count = counts[consumers[0]]
+        if name in graph.producer:
+            op = graph.producer[name]
+            producer = (representative[op], graph.ops[op].outputs.index(name))
+            key = (producer, readers)
+            count = counts[op]
+        elif name in graph.parameter_tensors:
+            tensor = graph.tensors[name]
+            key = (tensor.shape, str(tensor.dtype), tensor.requires_grad, readers)
+        found.setdefault(key, []).append(name)
+        parts[key] = (producer, readers)
+        number[key] = number.get(key, 0) + count
+    return tuple(
+        TensorClass(names[0], *parts[key], tuple(names), number[key]) for key, names in found.items()
+    )
