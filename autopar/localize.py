@@ -90,7 +90,8 @@ class _Localizer:
         return Localized(replace(self.graph, tensors=self.tensors, ops=ops, blocks=()), self.states)
 
     def _define(self, tensor: Tensor, state: State, name: str | None = None) -> None:
-        """Add the local tensor of `tensor` in `state`, as the version that needs no conversion unless named."""
+        """Add the local tensor of `tensor` in `state`, as the version that needs no conversion unless
+        named."""
         local = name or tensor.name
         shape = local_shape(tensor.shape, state, self.size)
         storage = tensor.storage if name is None else local
@@ -146,7 +147,8 @@ class _Localizer:
         yield local
 
     def _local_storage(self, storage: str, versions: Mapping[str, str]) -> str:
-        """The local tensor behind a storage of the whole graph: the converted version where the op reads one."""
+        """The local tensor behind a storage of the whole graph: the converted version where the op reads
+        one."""
         for name, local in versions.items():
             if self.graph.tensors[name].storage == storage:
                 return self.tensors[local].storage

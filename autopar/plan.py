@@ -206,7 +206,8 @@ class Plan(Frozen):
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan that `save` wrote. Raises pydantic's ValidationError, a ValueError, where it is none."""
+        """Read a plan that `save` wrote. Raises pydantic's ValidationError, a ValueError, where it is
+        none."""
         return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
     def explain(self, token_budget: float | None = None, format: Literal["text", "json"] = "text") -> str:

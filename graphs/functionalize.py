@@ -66,8 +66,10 @@ class Versions:
 
     def write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """From now on `tensor`, and all that shares its memory, reads as after `tensor.copy_(value)`."""
-        self._written = True
         tensor = self.current(tensor)
+        if value is tensor:
+            return
+        self._written = True
         while (view := self._views.get(id(tensor))) is not None:
             value = _write_back(self._emitter, view, value)
             tensor = view.base

@@ -1,8 +1,8 @@
 """Indexing in which an index only counts the rows.
 
-`x[arange(n), i]` picks one element of each of the n rows of x, and `mask[arange(n)[:, None, None, None], arange(s)]`
-picks everything. As index tensors say nothing of this, such an `index` could not be split along the rows; as a
-`gather` or a reshape it can.
+`x[arange(n), i]` picks one element of each of the n rows of x, and `mask[arange(n)[:, None], arange(s)]`
+picks everything. Index tensors say nothing of this, so that such an `index` cannot be split along the rows;
+as a `gather` or a reshape it can.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _rewritten(graph: OpGraph, op: Op) -> list[tuple[Op, Tensor]] | None:
 
 
 def _counts(graph: OpGraph, index: Tensor, size: int, rank: int) -> int | None:
-    """Along which of `rank` dimensions an index counts from 0 to `size`, None where it is not such a range."""
+    """Along which of `rank` dimensions an index counts from 0 to `size`, None where it is no such range."""
     if index.num_elements != size or size == 1:
         return None
     name = index.name
@@ -80,7 +80,8 @@ def _gathered(graph: OpGraph, op: Op, index: Tensor) -> list[tuple[Op, Tensor]]:
         return tensor
 
     if index.dtype != torch.int64:
-        index = add("aten.to.dtype", replace(index, dtype=torch.int64), index.shape, Ref(index.name), torch.int64)
+        wider = replace(index, dtype=torch.int64)
+        index = add("aten.to.dtype", wider, index.shape, Ref(index.name), torch.int64)
     if not _never_negative(graph, index.name):  # a gather does not count from the end
         index = add("aten.remainder.Scalar", index, index.shape, Ref(index.name), size)
     flat = (num_rows, prod(index.shape[1:]), *(1 for _ in rest))

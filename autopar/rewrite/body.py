@@ -1,4 +1,5 @@
-"""The body of one class's `forward`: a statement for every op and for every call or loop of calls of a child."""
+"""The body of one class's `forward`: a statement for every op and for every call or loop of calls of a
+child."""
 
 from __future__ import annotations
 
@@ -90,7 +91,7 @@ class Body:
             return Statement(
                 op.outputs,
                 reads,
-                lambda values: Expression(f"self.{leaf}({literal(op.args[0], values)})"),
+                lambda values: Expression(f"{leaf}({literal(op.args[0], values)})"),
                 names,
             )
         weight = WEIGHTS.get(op.target.split(".")[1], 1)
@@ -125,7 +126,7 @@ class Body:
         return Statement(
             call.outputs,
             self._reads(call),
-            self._calling(f"self.{access(below(item.path, self.node.path))}", item),
+            self._calling(access(below(item.path, self.node.path)), item),
             self._bases(item, call),
             weight=2,
             foldable=len(call.outputs) == 1,
@@ -147,7 +148,7 @@ class Body:
         return tuple(dict.fromkeys(name for name in call.inputs if name not in self.constants))
 
     def _container(self, item: Node) -> str:
-        return f"self.{access(below(item.container, self.node.path))}"
+        return access(below(item.container, self.node.path))
 
     def _bases(self, item: Node, call: Call) -> tuple[str, ...]:
         tensors = self.context.graph.tensors
@@ -157,7 +158,8 @@ class Body:
         return tuple(self.names.of(name) for name in call.outputs)
 
     def _calling(self, module: str, item: Node) -> Render:
-        """The call of a child, under `checkpoint` where it is a block whose activations are computed again."""
+        """The call of a child, under `checkpoint` where it is a block whose activations are computed
+        again."""
         call = self.calls[item.path]
         recompute = self.context.recompute if item.path in self.context.block_paths else "none"
         options = {"full": "use_reentrant=False", "selective": "use_reentrant=False, context_fn=keep_matmuls"}

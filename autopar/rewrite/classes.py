@@ -78,7 +78,9 @@ class ClassPrinter:
     def sources(self) -> list[str]:
         """The source of every class, each after those it needs."""
         return [
-            "\n    ".join([f"class {printed.name}(nn.Module):", *_docstring(self._origins[printed.name])])
+            "\n    ".join(
+                [f"class {printed.name}({_base(printed.text)}):", *_docstring(self._origins[printed.name])]
+            )
             + f"\n\n{printed.text}\n"
             for printed in self._classes.values()
         ]
@@ -93,6 +95,12 @@ class ClassPrinter:
             printed = self._classes[text] = PrintedClass(fresh(name, taken, separator=""), text, needs_mesh)
         self._origins.setdefault(printed.name, {})[origin] = None
         return printed
+
+
+def _base(text: str) -> str:
+    """What a class derives from: one with numbered members of its own, as a `Sequential` has, is a
+    `ModuleDict`."""
+    return "nn.ModuleDict" if 'self["' in text else "nn.Module"
 
 
 class _StagePrinter:
@@ -182,7 +190,7 @@ class _StagePrinter:
             self.graph, self.maker, {**arguments, **{name: "x" for name in carried if name in made}}
         )
         always: frozenset[str] = frozenset() if self.is_whole else self.context.block_paths
-        loops = LoopFinder(self.graph, node, children, self.readers, outputs, always)
+        loops = LoopFinder(self.graph, node, children, self.readers, outputs, always, self.holding.paths)
         constants = self.holding.reads(node)
         return Body(self.context, node, names, loops, children, arguments, constants, outputs)
 
@@ -226,7 +234,8 @@ class _StagePrinter:
 
 
 def _constructor(members: Sequence[str], needs_mesh: bool, has_layers: bool) -> list[str]:
-    """The `__init__` with the blank line after it; nothing where it would only call the one of `nn.Module`."""
+    """The `__init__` with the blank line after it; nothing where it would only call the one of
+    `nn.Module`."""
     parameters = (", mesh: DeviceMesh" if needs_mesh else "") + (", layers: range" if has_layers else "")
     if not members and not parameters:
         return []

@@ -56,9 +56,11 @@ class ProgramContext:
 
 
 def access(path: str) -> str:
-    """Attribute access along a path whose numbers are keys of a `ModuleDict`: `layers["0"].norm`."""
-    text = "".join(f'["{name}"]' if name.isdigit() else f".{name}" for name in path.split("."))
-    return text.removeprefix(".")
+    """Attribute access from `self` along a path whose numbers are keys of a `ModuleDict`:
+    `self.layers["0"]`."""
+    return "self" + "".join(
+        f'["{name}"]' if name.isdigit() else f".{name}" for name in path.split(".") if name
+    )
 
 
 def prefix(path: str) -> str:

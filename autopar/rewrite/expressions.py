@@ -184,7 +184,8 @@ def _new(name: str) -> Writer:
 
 
 def _functional(name: str, *keywords: str, start: int = 1) -> Writer:
-    """`F.name(x, ...)`: the first `start` arguments stand by position, the following ones by these keywords."""
+    """`F.name(x, ...)`: the first `start` arguments stand by position, the following ones by these
+    keywords."""
 
     def write(call: Call) -> Expression | None:
         args = call.op.args
@@ -316,7 +317,8 @@ def _loss(name: str) -> Writer:
     def write(call: Call) -> Expression | None:
         if len(call.op.args) > 3 or call.op.kwargs.keys() - {"reduction"}:
             return None
-        reduction = REDUCTIONS[call.arg(2, call.op.kwargs.get("reduction", 1))]
+        number: int = call.arg(2, call.op.kwargs.get("reduction", 1))
+        reduction = REDUCTIONS[number]
         texts = [literal(arg, call.values) for arg in call.op.args[:2]]
         texts += [] if reduction == "mean" else [f'reduction="{reduction}"']
         return Expression(f"F.{name}({', '.join(texts)})")

@@ -1,4 +1,5 @@
-"""Which module of a stage holds which parameter and buffer, under the paths they have in the original model."""
+"""Which module of a stage holds which parameter and buffer, under the paths they have in the original
+model."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ class Holding:
             for tensor in dict.fromkeys(op.inputs):
                 path = self.path(tensor, op)
                 if path and path.startswith(prefix(node.path)) and not path.startswith(_children(node)):
-                    found.setdefault(tensor, f"self.{access(below(path, node.path))}")
+                    found.setdefault(tensor, access(below(path, node.path)))
         return found
 
     def ties(self, node: Node) -> Mapping[str, str]:

@@ -35,9 +35,11 @@ class LoopFinder:
     readers: Mapping[str, Sequence[str]]
     results: Collection[str]
     always: Collection[str]
+    held: Collection[str]
 
     def run(self, start: int) -> list[Node]:
-        """The longest run of sibling calls from item `start` that hand one activation from each to the next."""
+        """The longest run of sibling calls from item `start` that hand one activation from each to the
+        next."""
         first = self.node.items[start]
         assert isinstance(first, Node)
         found = [first]
@@ -51,12 +53,18 @@ class LoopFinder:
         """Whether a run is a loop over all members of a container."""
         calls = (item for item in self.node.items if isinstance(item, Node))
         siblings = sum(item.container == run[0].container for item in calls)
-        if not run[0].attribute.isdigit() or siblings != len(run):
+        if not run[0].attribute.isdigit() or siblings != len(run) or self._has_other_members(run):
             return False
         if len(run) > 1:
             return True
         call = self.calls[run[0].path]
         return run[0].path in self.always and len(call.outputs) == 1 and len(self._activations(call)) == 1
+
+    def _has_other_members(self, run: Sequence[Node]) -> bool:
+        """Whether the container also holds what is no call of the run, such as a layer written in place."""
+        inside = tuple(f"{node.path}." for node in run)
+        container = f"{run[0].container}."
+        return any(path.startswith(container) and not path.startswith(inside) for path in self.held)
 
     def carried(self, run: Sequence[Node]) -> str:
         """The tensor that goes into a loop and round in it."""

@@ -70,9 +70,7 @@ class Members:
         lines += _build("self", _tree(constructors), looped)
         lines += [line for _, line in buffers]
         for path, first in ties.items():
-            lines.append(
-                f"self.{access(below(path, node.path))} = self.{access(below(first, node.path))}  # tied"
-            )
+            lines.append(f"{access(below(path, node.path))} = {access(below(first, node.path))}  # tied")
         return lines
 
     def _leaf(self, path: str, tensors: Mapping[str, str], ops: Sequence[Op]) -> str:
@@ -112,12 +110,13 @@ class Members:
         return ", ".join(self.context.sizes(tensor))
 
     def _buffer(self, buffer: Buffer, owner: str, attribute: str) -> str:
-        holder = f"self.{access(owner)}" if owner else "self"
+        holder = access(owner)
         persistence = "" if buffer.persistent else ", persistent=False"
         return f'{holder}.register_buffer("{attribute}", {self._value(buffer)}{persistence})'
 
     def _value(self, buffer: Buffer) -> str:
-        """The expression of a buffer's value: on the cpu even where everything else is built on the meta device."""
+        """The expression of a buffer's value: on the cpu even where everything else is built on the meta
+        device."""
         meta = self.graph.tensors[buffer.tensor]
         value = buffer.value
         shape = f"{literal(tuple(meta.shape), {})}"

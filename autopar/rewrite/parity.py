@@ -1,7 +1,8 @@
 """The proof that travels with a program, and the reference it is held against.
 
-`reference` runs the original model in one process: loss, every gradient of the first step, and parameters after three
-AdamW steps. `parity.py`, saved beside the program, runs the program on the same weights and data and compares.
+`reference` runs the original model in one process: loss, every gradient of the first step, and parameters
+after three AdamW steps. `parity.py`, saved beside the program, runs the program on the same weights and data
+and compares.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def reference(
 ) -> dict[str, object]:
     """What the original model does on a global batch: the content of `reference.pt`.
 
-    Microbatches weigh the same, as they do in the program: the loss is the mean of the losses of `num_microbatches`
-    microbatches. The model is left as it was.
+    Microbatches weigh the same, as they do in the program: the loss is the mean of the losses of
+    `num_microbatches` microbatches. The model is left as it was.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     was_training = model.training
@@ -113,8 +114,9 @@ from autopar_runtime import gather
 from model import PLACEMENTS
 from train import build, forward_backward, replica_part, start
 
-# Relative, by the least precise dtype of the parameters. Models cast to single precision inside, so that even in
-# double precision sums in another order differ; AdamW divides small gradients by themselves and enlarges that.
+# Relative, by the least precise dtype of the parameters. Models cast to single precision inside, so that even
+# in double precision sums in another order differ; AdamW divides small gradients by themselves and enlarges
+# that.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 PARAMETERS_FACTOR = 10
 

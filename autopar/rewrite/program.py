@@ -109,7 +109,8 @@ def local_program(capture: Capture, plan: Plan) -> Localized:
 
 
 def chosen(graph: OpGraph, axis: str, size: int, keys: Mapping[str, str]) -> Assignment:
-    """The assignment that a plan's strategy keys name; repeated blocks take the keys of their representative."""
+    """The assignment that a plan's strategy keys name; repeated blocks take the keys of their
+    representative."""
     graph = replace(graph, blocks=find_blocks(graph))
     sections = natural_sections(graph, size)
     choice = []
@@ -126,7 +127,8 @@ def chosen(graph: OpGraph, axis: str, size: int, keys: Mapping[str, str]) -> Ass
 
 
 def parameter_sources(graph: OpGraph, choice: Sequence[Strategy]) -> dict[str, State]:
-    """The state in which every input, parameter and buffer lies on an axis; for parameters see `stored_state`."""
+    """The state in which every input, parameter and buffer lies on an axis; for parameters see
+    `stored_state`."""
     wanted: dict[str, list[State]] = {}
     for op, strategy in zip(graph.ops, choice, strict=True):
         for name, state in zip(op.inputs, strategy.operands, strict=True):

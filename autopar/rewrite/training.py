@@ -16,11 +16,11 @@ from autopar.plan import Parallelism
 class TrainingFacts:
     """What `train.py` is written from.
 
-    `inputs` are shape (of one sample) and dtype of every model input, with the number of values of integer ones;
-    `data_axis` is the mesh axis over which data parallelism sums (None without it), `loss_axes` are the mesh axes on
-    which each rank has only a term of the loss; `partial_gradients` says whether `model.py` has such a table; `ties` are
-    the paths and stages of parameters tied across stages; `block_patterns` the repeated blocks, on which `fully_shard`
-    works.
+    `inputs` are shape (of one sample) and dtype of every model input, with the number of values of integer
+    ones; `data_axis` is the mesh axis over which data parallelism sums (None without it), `loss_axes` are the
+    mesh axes on which each rank has only a term of the loss; `partial_gradients` says whether `model.py` has
+    such a table; `ties` are the paths and stages of parameters tied across stages; `block_patterns` the
+    repeated blocks, on which `fully_shard` works.
     """
 
     name: str
@@ -218,7 +218,8 @@ def _accumulated(facts: TrainingFacts) -> str:
 
 
 def _reductions(facts: TrainingFacts) -> str:
-    """What is summed over ranks: partial gradients, gradients of replicas, of tied parameters, and the loss."""
+    """What is summed over ranks: partial gradients, gradients of replicas, of tied parameters, and the
+    loss."""
     text = ""
     if facts.partial_gradients:
         text += """\

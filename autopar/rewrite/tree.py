@@ -112,7 +112,8 @@ def _has_bias(graph: OpGraph, module: str) -> bool:
 
 
 def is_leaf(graph: OpGraph, path: str) -> bool:
-    """Whether a module is one of torch's own without modules inside, such as a block that is just a `Linear`."""
+    """Whether a module is one of torch's own without modules inside, such as a block that is just a
+    `Linear`."""
     info = graph.modules.get(path)
     inside = any(other.startswith(f"{path}.") for other in graph.modules)
     return info is not None and info.defined_in.startswith("torch.nn") and not inside

@@ -1,8 +1,10 @@
-"""What a parallel program written by autopar needs besides torch. Saved beside the program; depends on torch alone.
+"""What a parallel program written by autopar needs besides torch. Saved beside the program; depends on torch
+alone.
 
-Programs run on local shards with plain autograd. A tensor has a state on each mesh axis: how its value lies on the
-ranks, and how its gradient does. `S(d)` is a slice of dimension d (value and gradient), `R` the whole value, `P` a
-term of a sum. Each function below changes the state forward and does the conjugate change backward:
+Programs run on local shards with plain autograd. A tensor has a state on each mesh axis: how its value lies
+on the ranks, and how its gradient does. `S(d)` is a slice of dimension d (value and gradient), `R` the whole
+value, `P` a term of a sum. Each function below changes the state forward and does the conjugate change
+backward:
 
     all_gather             S(d) -> R, gradient P     all_gather      | reduce_scatter
     all_gather_replicated  S(d) -> R, gradient R     all_gather      | slice
@@ -45,7 +47,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 Sections = tuple[int, ...] | None
 
 
-# --- moving data: no autograd here ---------------------------------------------------------------------------------
+# --- moving data: no autograd here
+# ---------------------------------------------------------------------------------
 
 
 def _parts(size: int, sections: Sections) -> Sequence[int]:
@@ -111,13 +114,15 @@ def _first(x: Tensor, group: ProcessGroup, *_: Any) -> Tensor:
     return x.clone() if group.rank() == 0 else torch.zeros_like(x)
 
 
-# --- changes of state: forward, and its conjugate backward ---------------------------------------------------------
+# --- changes of state: forward, and its conjugate backward
+# ---------------------------------------------------------
 
 Move = Callable[..., Tensor]
 
 
 def _conjugate(forward: Move, backward: Move) -> Callable[..., Tensor]:
-    """A differentiable function `(x, group, *dims)` that moves data with `forward`, and gradients with `backward`."""
+    """A differentiable function `(x, group, *dims)` that moves data with `forward`, and gradients with
+    `backward`."""
 
     class Conjugate(torch.autograd.Function):
         @staticmethod
@@ -145,11 +150,13 @@ first_only = _conjugate(_first, _keep)
 first_grad = _conjugate(_keep, _first)
 
 
-# --- ops that know they are split ----------------------------------------------------------------------------------
+# --- ops that know they are split
+# ----------------------------------------------------------------------------------
 
 
 def embedding(indices: Tensor, weight: Tensor, vocab: ProcessGroup, padding_idx: int = -1) -> Tensor:
-    """A lookup in a table whose rows are split over `vocab`. Returns a partial sum: zero for rows of other ranks."""
+    """A lookup in a table whose rows are split over `vocab`. Returns a partial sum: zero for rows of other
+    ranks."""
     start = vocab.rank() * weight.shape[0]
     local = indices - start
     mine = (local >= 0) & (local < weight.shape[0])
@@ -183,8 +190,8 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy of `logits` `[n, c]` with rows split over `rows`, or classes over `classes`, or both.
 
-    Over `rows` the result is partial: this rank's sum, divided by the number of valid targets on all of them. Over
-    `classes` it is whole on every rank.
+    Over `rows` the result is partial: this rank's sum, divided by the number of valid targets on all of them.
+    Over `classes` it is whole on every rank.
     """
     if classes is None:
         total = F.cross_entropy(
@@ -214,7 +221,8 @@ def _vocab_parallel_sum(
     return loss.masked_fill(target == ignore_index, 0).sum().to(logits.dtype)
 
 
-# --- modules -------------------------------------------------------------------------------------------------------
+# --- modules
+# -------------------------------------------------------------------------------------------------------
 
 
 class Parameters(nn.Module):
@@ -226,7 +234,8 @@ class Parameters(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
 
 
-# --- parameters: from and to the original model's ------------------------------------------------------------------
+# --- parameters: from and to the original model's
+# ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -331,7 +340,8 @@ def gather(tensors: Mapping[str, Tensor], mesh: DeviceMesh, placements: Placemen
     return result
 
 
-# --- gradients -----------------------------------------------------------------------------------------------------
+# --- gradients
+# -----------------------------------------------------------------------------------------------------
 
 
 def sum_gradients(
@@ -371,7 +381,8 @@ def matching(model: nn.Module, patterns: Iterable[str]) -> list[nn.Parameter]:
     ]
 
 
-# --- building and running a program --------------------------------------------------------------------------------
+# --- building and running a program
+# --------------------------------------------------------------------------------
 
 
 def make_mesh(device_type: str, axes: Mapping[str, int]) -> DeviceMesh:
@@ -385,8 +396,8 @@ def make_mesh(device_type: str, axes: Mapping[str, int]) -> DeviceMesh:
 def shard_parameters(stage: nn.Module, blocks: Sequence[str], mesh: DeviceMesh, zero_stage: int) -> None:
     """ZeRO through `fully_shard`: each block (by pattern of its path) by itself, what is left with the stage.
 
-    Gradients are summed, not averaged: the loss of each rank is already divided by the count of all. Stage 3 frees
-    gathered parameters after the forward; 1 and 2 keep them until the optimizer has run.
+    Gradients are summed, not averaged: the loss of each rank is already divided by the count of all. Stage 3
+    frees gathered parameters after the forward; 1 and 2 keep them until the optimizer has run.
     """
     units = [module for name, module in stage.named_modules() if any(_matches(name, each) for each in blocks)]
     for module in (*units, stage):
@@ -439,7 +450,8 @@ def pipeline(
 
 
 def keep_matmuls() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Selective recomputation: keep the results of matrix products, attention and collectives, compute the rest again."""
+    """Selective recomputation: keep the results of matrix products, attention and collectives, compute the
+    rest again."""
     forward, recomputation = create_selective_checkpoint_contexts(_keep_matmul)
     return forward, recomputation
 
@@ -463,10 +475,11 @@ def tied_parameters(
     ranks_of_stages: Sequence[int],
     mesh: DeviceMesh,
 ) -> list[tuple[nn.Parameter, ProcessGroup]]:
-    """Parameters of this rank that other stages have copies of, each with the group that adds up their gradients.
+    """Parameters of this rank that other stages have copies of, each with the group that adds up their
+    gradients.
 
-    A tie gives the path of the parameter in each stage that has it; all copies take the values of the first. Every
-    rank must call this: all make each group.
+    A tie gives the path of the parameter in each stage that has it; all copies take the values of the first.
+    Every rank must call this: all make each group.
     """
     axis = (mesh.mesh_dim_names or ()).index("pp")
     lines = mesh.mesh.movedim(axis, -1).reshape(-1, mesh.size(axis)).tolist()

@@ -55,14 +55,13 @@ def random_strategies(graph: OpGraph, axis_size: int, seed: int) -> dict[str, st
 def _reachable(
     graph: OpGraph, operands: Sequence[str], strategy: Strategy, made: Mapping[str, State]
 ) -> bool:
-    for name, needed in zip(operands, strategy.operands, strict=True):
-        if name in graph.parameter_tensors:
-            if isinstance(needed.value, Partial):
-                return False
-        elif made.get(name, RR) != needed:
-            if conversion(made.get(name, RR), needed, graph.tensors[name].requires_grad) is None:
-                return False
-    return True
+    return all(
+        not isinstance(needed.value, Partial)
+        if name in graph.parameter_tensors
+        else made.get(name, RR) == needed
+        or conversion(made.get(name, RR), needed, graph.tensors[name].requires_grad) is not None
+        for name, needed in zip(operands, strategy.operands, strict=True)
+    )
 
 
 def plan_of(graph: OpGraph, parallelism: Parallelism, strategies: Mapping[str, Mapping[str, str]]) -> Plan:

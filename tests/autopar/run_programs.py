@@ -1,4 +1,5 @@
-"""Run `parity.py` of several programs, one after the other, in the same ranks: starting torch takes longer than they do.
+"""Run `parity.py` of several programs, one after the other, in the same ranks: starting torch takes longer
+than they do.
 
 torchrun --nproc-per-node N run_programs.py DIRECTORY...
 
