@@ -48,10 +48,11 @@ def compile(  # the name users expect, as in torch.compile
         plan = api.plan(capture, cluster, global_batch=global_batch)
     elif plan.model.fingerprint != fingerprint(capture.graph):
         raise RewriteError(
-            f"the plan was made for {plan.model.name} with {plan.model.num_ops} ops and {plan.model.num_parameters:,} "
-            f"parameters; this is {capture.graph.name} with {len(capture.graph.ops)} ops and "
-            f"{capture.graph.num_parameters:,} parameters, or other sizes or dtypes of inputs. Plan it anew, or pass "
-            "the model as it was planned"
+            f"the plan was made for {plan.model.name} with {plan.model.num_ops} ops and "
+            f"{plan.model.num_parameters:,} parameters; this is {capture.graph.name} with "
+            f"{len(capture.graph.ops)} ops and "
+            f"{capture.graph.num_parameters:,} parameters, or other sizes or dtypes of inputs. Plan it "
+            "anew, or pass the model as it was planned"
         )
     return rewrite(capture, plan)
 

@@ -178,7 +178,6 @@ def conversion_dims(how: Conversion, made: State, needed: State) -> tuple[Any, .
 
 
 # --- ops whose arguments name sizes
-# -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -296,7 +295,6 @@ SIZE_ARGUMENTS: Mapping[str, Callable[[Op, _Sizes], Op]] = {
 
 
 # --- factors that need a special local form
-# -----------------------------------------------------------------------
 
 
 def _mean(op: Op, axis: str, size: int) -> Iterator[Op]:

@@ -132,7 +132,14 @@ def _split(
     for cut in sections.get(size, ()):
         states = _states(rule, factor, axis_size, cut)
         if states is not None:
-            yield Strategy(f"{factor}|{','.join(map(str, cut))}", *states, factor=factor)
+            yield Strategy(f"{factor}|{_written(cut)}", *states, factor=factor)
+
+
+def _written(cut: Sections) -> str:
+    """The sizes of the parts, or their number and common size where they are many: every sample's, say."""
+    if len(cut) > 8 and len(set(cut)) == 1:
+        return f"{len(cut)}x{cut[0]}"
+    return ",".join(map(str, cut))
 
 
 def _states(
@@ -210,7 +217,6 @@ def _agrees_on_repeated_operands(op: Op, strategy: Strategy) -> bool:
 
 
 # --- changes of state
-# ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

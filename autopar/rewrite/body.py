@@ -71,7 +71,6 @@ class Body:
         return tuple(dict.fromkeys(self._container(run[0]) for run in runs if self.loops.is_loop(run)))
 
     # --- ops
-    # -------------------------------------------------------------------------------------------------------
 
     def _op(self, op: Op) -> Statement:
         names = tuple(self.names.of(name) for name in op.outputs)
@@ -119,7 +118,6 @@ class Body:
         return f"{axis}: {before} -> {after}"
 
     # --- calls of children
-    # -----------------------------------------------------------------------------------------
 
     def _call(self, item: Node) -> Statement:
         call = self.calls[item.path]

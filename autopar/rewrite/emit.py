@@ -20,8 +20,9 @@ from autopar.rewrite.tree import build_tree, call_leaves
 from graphs.ir import OpGraph
 
 _RUNTIME_NAMES = """
-Parameters Placements Split all_gather all_gather_replicated all_reduce all_reduce_partial all_to_all copy cross_entropy
-embedding first_grad first_only grouped_mm keep_matmuls reduce_scatter saved_buffer shard shard_partial
+Parameters Placements Split all_gather all_gather_replicated all_reduce all_reduce_partial all_to_all copy
+cross_entropy embedding first_grad first_only grouped_mm keep_matmuls reduce_scatter saved_buffer shard
+shard_partial
 """
 RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
 """What `model.py` may need of the runtime, in the order of its import."""
@@ -122,9 +123,7 @@ def _tables(context: ProgramContext, stages: Sequence[Stage], roots: Sequence[In
     lines.append("}")
     texts = ["\n".join(lines)]
     if partial:
-        lines = [
-            "# Parameters that are whole on every rank of an axis, of whose gradient each rank has only a term."
-        ]
+        lines = ["# Parameters that are whole on every rank of an axis, of whose gradient each has a term."]
         lines.append("PARTIAL_GRADIENTS = {")
         lines += [f'    "{axis}": {list(patterns)!r},' for axis, patterns in partial.items()]
         texts.append("\n".join([*lines, "}"]))

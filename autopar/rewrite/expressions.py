@@ -302,10 +302,10 @@ REDUCTIONS = ("none", "mean", "sum")
 
 def cross_entropy_options(op: Op) -> list[str]:
     """The keyword arguments of a cross-entropy that differ from their defaults."""
-    reduction, ignore_index, smoothing = (
-        op.args[index] if len(op.args) > index else default
-        for index, default in ((3, 1), (4, -100), (5, 0.0))
-    )
+    given = dict(zip(("reduction", "ignore_index", "label_smoothing"), op.args[3:], strict=False))
+    reduction: int = given.get("reduction", 1)
+    ignore_index: int = given.get("ignore_index", -100)
+    smoothing: float = given.get("label_smoothing", 0.0)
     texts = [] if reduction == 1 else [f'reduction="{REDUCTIONS[reduction]}"']
     texts += [] if ignore_index == -100 else [f"ignore_index={ignore_index}"]
     return texts + ([] if smoothing == 0.0 else [f"label_smoothing={smoothing}"])

@@ -17,7 +17,9 @@ _RESERVED = """
 RESERVED = frozenset(_RESERVED.split())
 """Names that the source of a `forward` may need for what they stand for."""
 
-_PASSING = "to _to_copy reshape transpose contiguous unsqueeze squeeze expand clone permute slice dropout detach select"
+_PASSING = """
+to _to_copy reshape transpose contiguous unsqueeze squeeze expand clone permute slice dropout detach select
+"""
 PASSING = frozenset(_PASSING.split())
 """Ops whose result is still called what its operand is."""
 

@@ -92,12 +92,12 @@ def _loss(output: object, name: str) -> Tensor:
     return found
 
 
-PARITY = '''"""Compare this program with the original model: loss, every gradient, and parameters after some AdamW steps.
+PARITY = '''"""Compare this program with the original model: loss, every gradient, and parameters after AdamW.
 
     torchrun --nproc-per-node N parity.py
 
-reads `reference.pt`, which holds what the original model did in one process, and exits with 1 where the program does
-something else.
+reads `reference.pt`, which holds what the original model did in one process, and exits with 1 where the
+program does something else.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def difference(found: Tensor, wanted: Tensor, floor: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--reference", type=Path, default=Path(__file__).with_name("reference.pt"))
     arguments = parser.parse_args()
     device = start()

@@ -114,7 +114,7 @@ def _rank(facts: TrainingFacts) -> str:
         fields.append("schedule: PipelineSchedule")
     if facts.ties:
         fields.append(
-            "tied: list[tuple[nn.Parameter, dist.ProcessGroup]]  # parameters that other stages have copies of"
+            "tied: list[tuple[nn.Parameter, dist.ProcessGroup]]  # parameters that other stages copy"
         )
     return f'''\
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class Rank:
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters of this rank, by the names they have in the original model."""
         stages = self.stages.values()
-        return {{name: each for stage in stages for name, each in stage.named_parameters(remove_duplicate=False)}}'''
+        return {{
+            name: each for stage in stages for name, each in stage.named_parameters(remove_duplicate=False)
+        }}'''
 
 
 def _build(facts: TrainingFacts) -> str:

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 from torch.distributed.pipelining.schedules import _PipelineSchedule as PipelineSchedule
@@ -47,8 +47,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 Sections = tuple[int, ...] | None
 
 
-# --- moving data: no autograd here
-# ---------------------------------------------------------------------------------
+# --- moving data: no autograd here --------------------------------------------------------------------------
 
 
 def _parts(size: int, sections: Sections) -> Sequence[int]:
@@ -114,8 +113,7 @@ def _first(x: Tensor, group: ProcessGroup, *_: Any) -> Tensor:
     return x.clone() if group.rank() == 0 else torch.zeros_like(x)
 
 
-# --- changes of state: forward, and its conjugate backward
-# ---------------------------------------------------------
+# --- changes of state: forward, and its conjugate backward --------------------------------------------------
 
 Move = Callable[..., Tensor]
 
@@ -150,8 +148,7 @@ first_only = _conjugate(_first, _keep)
 first_grad = _conjugate(_keep, _first)
 
 
-# --- ops that know they are split
-# ----------------------------------------------------------------------------------
+# --- ops that know they are split ---------------------------------------------------------------------------
 
 
 def embedding(indices: Tensor, weight: Tensor, vocab: ProcessGroup, padding_idx: int = -1) -> Tensor:
@@ -221,8 +218,7 @@ def _vocab_parallel_sum(
     return loss.masked_fill(target == ignore_index, 0).sum().to(logits.dtype)
 
 
-# --- modules
-# -------------------------------------------------------------------------------------------------------
+# --- modules ------------------------------------------------------------------------------------------------
 
 
 class Parameters(nn.Module):
@@ -234,8 +230,7 @@ class Parameters(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
 
 
-# --- parameters: from and to the original model's
-# ------------------------------------------------------------------
+# --- parameters: from and to the original model's -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -285,7 +280,7 @@ def load(model: nn.Module, state: Mapping[str, Tensor], mesh: DeviceMesh, placem
             near = difflib.get_close_matches(name, state, n=1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
             raise ValueError(
-                f"the weights have no {name!r}{hint}. Pass the state_dict() of the model that the plan was made for"
+                f"the weights have no {name!r}{hint}. Pass the state_dict() of the model that was planned"
             )
         _fill(name, tensor, state[name], mesh, placements)
 
@@ -313,8 +308,8 @@ def _fill(name: str, tensor: Tensor, whole: Tensor, mesh: DeviceMesh, placements
         whole = _slice(whole, mesh.get_group(axis), split.dim, split.sections)
     if whole.shape != tensor.shape:
         raise ValueError(
-            f"{name}: this rank's part of the weights has the shape {tuple(whole.shape)}, the program's parameter "
-            f"{tuple(tensor.shape)}. Pass the state_dict() of the model that the plan was made for"
+            f"{name}: this rank's part of the weights has the shape {tuple(whole.shape)}, the program's "
+            f"parameter {tuple(tensor.shape)}. Pass the state_dict() of the model that the plan was made for"
         )
     with torch.no_grad():
         if isinstance(tensor, DTensor):
@@ -340,8 +335,7 @@ def gather(tensors: Mapping[str, Tensor], mesh: DeviceMesh, placements: Placemen
     return result
 
 
-# --- gradients
-# -----------------------------------------------------------------------------------------------------
+# --- gradients ----------------------------------------------------------------------------------------------
 
 
 def sum_gradients(
@@ -381,8 +375,7 @@ def matching(model: nn.Module, patterns: Iterable[str]) -> list[nn.Parameter]:
     ]
 
 
-# --- building and running a program
-# --------------------------------------------------------------------------------
+# --- building and running a program -------------------------------------------------------------------------
 
 
 def make_mesh(device_type: str, axes: Mapping[str, int]) -> DeviceMesh:
@@ -401,14 +394,14 @@ def shard_parameters(stage: nn.Module, blocks: Sequence[str], mesh: DeviceMesh, 
     """
     units = [module for name, module in stage.named_modules() if any(_matches(name, each) for each in blocks)]
     for module in (*units, stage):
-        fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3)
-    for module in (*units, stage):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        sharded = fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
 
 
 def sync_in_backward(stage: nn.Module, enabled: bool) -> None:
     """Whether the backward of a stage under `fully_shard` reduces gradients, or only adds them up."""
+    assert isinstance(stage, FSDPModule), "only a stage whose parameters are sharded has gradients to reduce"
     stage.set_requires_gradient_sync(enabled)
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import PR, RP, RR, Shard, State
-from autopar.pricing import Pricer, Traffic, total
+from autopar.pricing import Pricer, Traffic, kind_of, total
 from autopar.search.shallow import local_counts
 from autopar.strategies import Strategy, conversion, natural_sections, strategies
 from graphs.ir import Op, OpGraph
@@ -84,7 +84,23 @@ class AxisProblem:
         if self.graph.loss in op.outputs:
             position = op.outputs.index(self.graph.loss)
             found = tuple(strategy for strategy in found if strategy.results[position] in LOSS_STATES)
-        return found
+        return self._splitting_weights(op, found)
+
+    def _splitting_weights(self, op: Op, offered: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
+        """Of a matrix product with a weight, the strategies that split the weight, where there are any.
+
+        That is what tensor parallelism means to those who ask for it: with whole weights on every rank the axis would
+        be sequence or context parallelism by another name.
+        """
+        if kind_of(op, self.graph.tensors) != "matmul":
+            return offered
+        weights = [index for index, name in enumerate(op.inputs) if name in self.graph.parameter_tensors]
+        splitting = tuple(
+            strategy
+            for strategy in offered
+            if all(isinstance(strategy.operands[index].value, Shard) for index in weights)
+        )
+        return splitting if weights and splitting else offered
 
     @cached_property
     def tensor_classes(self) -> tuple[TensorClass, ...]:

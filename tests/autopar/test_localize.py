@@ -1,0 +1,157 @@
+"""The local graphs of all ranks together do what the whole graph does, whatever strategies the ops take."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+import graphs
+from autopar.localize import Localized, localize
+from autopar.placements import RP, RR, Partial, Shard, sharded
+from autopar.rewrite.program import chosen
+from autopar.strategies import Strategy, natural_sections, settle, strategies
+from graphs import Capture, OpGraph
+from tests.autopar.graph_builder import GraphBuilder
+from tests.autopar.random_plans import random_strategies
+from tests.autopar.simulated_ranks import deal, run, whole_of
+from tests.graphs.rule_cases import CASES
+from tests.graphs.rule_harness import Case, record
+from tests.models import case
+
+SIZE = 2
+NO_DOUBLES = "mixtral"
+
+
+@cache
+def captured(name: str) -> tuple[Capture, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A capture in double precision, its parameters and buffers, and a batch of four, by tensor name."""
+    torch.manual_seed(0)
+    model_case = case(name)
+    model = model_case.build().double()
+
+    def inputs(batch: int) -> dict[str, torch.Tensor]:
+        given = model_case.inputs(batch)
+        return {key: each.double() if each.is_floating_point() else each for key, each in given.items()}
+
+    capture = graphs.capture(model, inputs, name=name)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    weights = {parameter.tensor: named[parameter.name] for parameter in capture.graph.parameters}
+    weights |= {buffer.tensor: buffer.value for buffer in capture.graph.buffers if buffer.value is not None}
+    return capture, weights, inputs(4)
+
+
+def whole_gradients(
+    graph: OpGraph, values: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of all parameters that have one."""
+    leaves = {name: values[name].detach().requires_grad_() for name in graph.parameter_tensors}
+    loss = graphs.run(graph, {**values, **leaves})[graph.loss or ""]
+    loss.backward()
+    return loss, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["mlp", "gpt2", "llama", "bert", "vit", "dlrm", "resnet"])
+def test_random_strategies_give_loss_and_gradients_of_the_whole(name: str, seed: int) -> None:
+    capture, weights, batch = captured(name)
+    graph = capture.at(4)
+    values = {**weights, **batch}
+    loss, gradients = whole_gradients(graph, values)
+    assignment = chosen(graph, "tp", SIZE, random_strategies(graph, SIZE, seed))
+    local = localize(Localized.of(graph), assignment)
+    ranks = run(local, "tp", SIZE, values)
+    losses = ranks[graph.loss or ""]
+    torch.testing.assert_close(whole_of(losses, local.states[graph.loss or ""]["tp"].value), loss)
+    torch.autograd.backward(losses, [torch.ones_like(each) for each in losses])
+    for name_, wanted in gradients.items():
+        state = local.states[name_]["tp"]
+        parts = [torch.zeros_like(part) if part.grad is None else part.grad for part in ranks[name_]]
+        torch.testing.assert_close(
+            whole_of(parts, state.grad), wanted, msg=lambda text, n=name_: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("op_case", CASES, ids=str)
+def test_every_split_of_every_op_runs_on_local_shards(op_case: Case) -> None:
+    """What the rules offer, `localize` can write: sizes, groups and sections in the arguments become local."""
+    torch.manual_seed(0)
+    call = record(op_case)
+    for strategy in strategies(call.op, call.graph, SIZE, natural_sections(call.graph, SIZE)):
+        if strategy.factor is None or _is_random(call.op.target):
+            continue
+        local = localize(Localized.of(call.graph), _alone(call.graph, strategy))
+        wholes = dict(zip(call.op.inputs, call.operands, strict=True))
+        ranks = run(local, "tp", SIZE, wholes)
+        for name, wanted in zip(call.op.outputs, call.results, strict=True):
+            state = local.states[name]["tp"]
+            made = whole_of(ranks[name], state.value)
+            low = wanted.dtype == torch.bfloat16
+            torch.testing.assert_close(
+                made, wanted, atol=0.1 if low else None, rtol=0.05 if low else None,
+                equal_nan=True, msg=lambda text, s=strategy: f"{s.key}: {text}",
+            )  # fmt: skip
+
+
+def _is_random(target: str) -> bool:
+    return target.split(".")[1] in {"empty", "rand", "randn", "new_empty"}
+
+
+def _alone(graph: OpGraph, strategy: Strategy):
+    """The assignment of a graph with one op, whose operands come as it wants them."""
+    from autopar.localize import Assignment
+
+    sources = dict(zip(graph.ops[0].inputs, strategy.operands, strict=True))
+    return Assignment("tp", SIZE, (strategy,), sources)
+
+
+def test_a_column_and_a_row_split_need_one_collective_each_way() -> None:
+    """Megatron's feed-forward network: the input is copied, the output reduced, nothing in between moves."""
+    make = GraphBuilder()
+    x = make.linear(make.input(4, 8), 8)
+    up = make.linear(x, 16)
+    down = make.linear(make.relu(up), 8)
+    graph = make.graph(make.sum(down))
+    keys = {op.name: "replicate" for op in graph.ops}
+    column, relu, row = (op.name for op in graph.ops[1:4])
+    keys |= {column: "o", relu: "d1", row: "h"}
+    local = localize(Localized.of(graph), chosen(graph, "tp", SIZE, keys))
+    ours = [op for op in local.graph.ops if op.target.startswith("autopar.")]
+    assert [op.target for op in ours] == ["autopar.copy", "autopar.all_reduce"]
+    assert local.graph.tensors[up].shape == (4, 8)
+    assert local.graph.tensors["weight1"].shape == (8, 8)
+    assert local.graph.tensors["weight2"].shape == (8, 8)
+    assert local.states["weight1"]["tp"] == sharded(0)
+    assert local.states["weight2"]["tp"] == sharded(1)
+    whole = {op.name: op for op in graph.ops}
+    split = {op.name: op for op in local.graph.ops}
+    assert split[column].flops == whole[column].flops // SIZE
+    assert split[graph.ops[0].name].flops == whole[graph.ops[0].name].flops
+    copied = ours[0].output
+    assert copied in split[column].saved
+    assert x not in split[column].saved, "what autograd keeps is what the op reads: the copy"
+
+
+def test_a_view_of_a_gathered_tensor_lives_in_the_gathered_memory() -> None:
+    capture, _, _ = captured("gpt2")
+    graph = capture.at(4)
+    local = localize(Localized.of(graph), chosen(graph, "tp", SIZE, random_strategies(graph, SIZE, 1))).graph
+    for op in local.ops:
+        for name in op.outputs:
+            storage = local.tensors[name].storage
+            if storage != name and op.inputs:
+                assert storage in {local.tensors[read].storage for read in op.inputs}
+
+
+def test_pieces_of_sections_are_cut_from_every_section() -> None:
+    whole = torch.arange(12.0)
+    parts = deal(whole, Shard(0, (4, 8)), SIZE)
+    assert parts[0].tolist() == [0, 1, 4, 5, 6, 7]
+    assert torch.equal(whole_of(parts, Shard(0, (4, 8))), whole)
+
+
+def test_constants_have_no_gradient_to_be_partial() -> None:
+    assert settle(RP, requires_grad=False) == RR
+    assert settle(RP, requires_grad=True) == RP
+    assert isinstance(RP.grad, Partial)
