@@ -34,8 +34,15 @@ depth."""
 class Buildable(Protocol):
     """A model that can be built and fed, such as `autopar.models.ModelSpec`."""
 
-    name: str
-    inputs: Callable[[int], Mapping[str, Tensor]]
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        ...
+
+    @property
+    def inputs(self) -> Callable[[int], Mapping[str, Tensor]]:
+        """Keyword arguments of forward for a batch size."""
+        ...
 
     def build_without_memory(self) -> nn.Module:
         """The module with its parameters on the meta device."""

@@ -8,7 +8,7 @@ unprintable.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,10 @@ class Call:
     def rest(self, start: int) -> list[str]:
         """Arguments from `start` on, and the keyword ones."""
         return _arguments(self.op.args[start:], self.op.kwargs, self.values)
+
+
+def _tuple(items: Sequence[str]) -> str:
+    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
 
 
 def literal(value: Any, values: Values) -> str:
@@ -169,15 +173,15 @@ def _sized_method(name: str, shape_argument: int | None = None) -> Writer:
     """`x.name(sizes)`; with the shape argument at that place, sizes are the ones of the result."""
 
     def write(call: Call) -> Expression:
-        numbers = call.sizes(call.op.output) if shape_argument else [str(size) for size in call.op.args[1]]
-        return Expression(f"{call.tensor(0)}.{name}({', '.join(numbers)})")
+        sizes = call.sizes(call.op.output) if shape_argument else [str(size) for size in call.op.args[1]]
+        return Expression(f"{call.tensor(0)}.{name}({', '.join(sizes) or '()'})")
 
     return write
 
 
 def _new(name: str) -> Writer:
     def write(call: Call) -> Expression:
-        texts = [f"({', '.join(call.sizes(call.op.output))},)".replace(",,", ","), *call.rest(2)]
+        texts = [_tuple(call.sizes(call.op.output)), *call.rest(2)]
         return Expression(f"{call.tensor(0)}.{name}({', '.join(texts)})")
 
     return write

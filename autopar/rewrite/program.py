@@ -119,8 +119,9 @@ def chosen(graph: OpGraph, axis: str, size: int, keys: Mapping[str, str]) -> Ass
         offered = {strategy.key: strategy for strategy in strategies(op, graph, size, sections)}
         if key is None or key not in offered:
             raise RewriteError(
-                f"the plan gives {op.name} ({op.target}, module {op.module or 'root'}) the strategy {key!r} "
-                f"on axis {axis}, but the model offers {', '.join(offered)}; the plan was made for another model"
+                f"the plan gives {op.name} ({op.target}, module {op.module or 'root'}) the strategy "
+                f"{key!r} on axis {axis}, but the model offers {', '.join(offered)}; the plan was made for "
+                "another model"
             )
         choice.append(offered[key])
     return Assignment(axis, size, tuple(choice), parameter_sources(graph, choice))
@@ -283,7 +284,7 @@ def _header(plan: Plan) -> list[str]:
     return [
         f"{plan.model.name} for the mesh {mesh}: the plan {parallelism}.",
         "",
-        "Written by autopar. Each rank runs this on its own shards; comments at the collectives tell the state",
-        "of the tensor before and after: S(d) is split along dimension d, R whole, P a term of a sum;",
+        "Written by autopar. Each rank runs this on its own shards; comments at the collectives tell the",
+        "state of the tensor before and after: S(d) is split along dimension d, R whole, P a term of a sum;",
         "value/gradient.",
     ]

@@ -8,7 +8,7 @@ that `x = x + self.mlp(self.norm(x))` comes out as a person would write it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from autopar.rewrite.expressions import Expression
@@ -63,16 +63,20 @@ class Scope:
         values = {tensor: Expression(text) for tensor, text in {**self.constants, **names}.items()}
         lines: list[str] = []
         for index, statement in enumerate(statements):
-            if statement.carried:
-                lines += self._enter_loop(statement, index, names, values, last_use)
-            expression = statement.render(values)
             taken = {name for tensor, name in names.items() if last_use.get(tensor, -1) > index} | RESERVED
-            for target, base in zip(statement.targets, statement.base, strict=True):
-                carried = values[statement.carried].text if statement.carried else ""
-                names[target] = carried or fresh(base, taken)
-                taken.add(names[target])
+            if statement.carried:
+                # The variable that goes round must not be one whose value from before the loop is read again.
+                before = values[statement.carried].text
+                is_free = statement.carried in names and last_use.get(statement.carried, -1) <= index
+                variables = (before if is_free else fresh(statement.base[0], taken),)
+                lines += [] if is_free else [f"{variables[0]} = {before}"]
+                expression = statement.render({**values, statement.carried: Expression(variables[0])})
+            else:
+                variables = _fresh_names(statement.base, taken)
+                expression = statement.render(values)
+            names |= zip(statement.targets, variables, strict=True)
             values |= {target: Expression(names[target]) for target in statement.targets}
-            lines += _written(statement, [names[target] for target in statement.targets], expression)
+            lines += _written(statement, variables, expression)
         results = [each.render(values).text for each in returned] or [
             values[name].text for name in self.results
         ]
@@ -81,26 +85,6 @@ class Scope:
     def _is_returned(self, last: Statement) -> bool:
         """Whether the last statement is an expression that stands in the `return`."""
         return last.targets == self.results and not last.loop and not last.comment
-
-    def _enter_loop(
-        self,
-        statement: Statement,
-        index: int,
-        names: dict[str, str],
-        values: dict[str, Expression],
-        last_use: Mapping[str, int],
-    ) -> list[str]:
-        """Give the carried value a variable of its own where the value from before the loop is read again
-        later.
-        """
-        carried = statement.carried
-        if carried in names and last_use.get(carried, -1) <= index:
-            return []
-        taken = {name for tensor, name in names.items() if last_use.get(tensor, -1) > index}
-        name = fresh(statement.base[0], taken | RESERVED)
-        line = f"{name} = {values[carried].text}"
-        values[carried] = Expression(name)
-        return [line]
 
     def _folded(self) -> list[Statement]:
         """Statements with every light value that is read once written into its reader."""
@@ -150,6 +134,13 @@ def _merge(statement: Statement, inner: Mapping[str, Statement], weight: int) ->
         read for name in statement.reads for read in (inner[name].reads if name in inner else (name,))
     )
     return replace(statement, reads=reads, render=render, weight=weight)
+
+
+def _fresh_names(bases: Sequence[str], taken: Collection[str]) -> tuple[str, ...]:
+    names: list[str] = []
+    for base in bases:
+        names.append(fresh(base, {*taken, *names}))
+    return tuple(names)
 
 
 def _written(statement: Statement, targets: Sequence[str], expression: Expression) -> list[str]:

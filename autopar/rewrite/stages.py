@@ -94,8 +94,9 @@ def _needed(
             continue
         if index < start and any(graph.tensors[name].requires_grad for name in op.inputs):
             raise RewriteError(
-                f"{op.name} ({op.target}, module {op.module or 'root'}) makes a value without gradient "
-                f"from one that has one, and a later pipeline stage needs it; cut the model elsewhere or use pp=1"
+                f"{op.name} ({op.target}, module {op.module or 'root'}) makes a value without "
+                "gradient from one that has one, and a later pipeline stage needs it; cut the model "
+                "elsewhere or use pp=1"
             )
         needed.append(op)
         wanted.update(name for name in op.inputs if name not in receives)

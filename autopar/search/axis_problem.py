@@ -242,7 +242,9 @@ class AxisProblem:
 def _is_shredded(strategy: Strategy) -> bool:
     """Whether some tensor would be split in more sections than is worth while."""
     values = (state.value for state in (*strategy.operands, *strategy.results))
-    return any(isinstance(v, Shard) and v.sections is not None and len(v.sections) > MOST_SECTIONS for v in values)
+    return any(
+        isinstance(v, Shard) and v.sections is not None and len(v.sections) > MOST_SECTIONS for v in values
+    )
 
 
 def _tensor_classes(graph: OpGraph, counts: Sequence[int]) -> tuple[TensorClass, ...]:

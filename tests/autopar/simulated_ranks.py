@@ -1,7 +1,8 @@
 """Run the local graphs of all ranks of one axis in one process, with collectives by their definition.
 
-A conversion rebuilds the whole value from the state its tensor is in, and deals it out again in the state it is
-converted to; its backward does the same to the gradient, the other way round. Nothing here knows the runtime.
+A conversion rebuilds the whole value from the state its tensor is in, and deals it out again in the state it
+is converted to; its backward does the same to the gradient, the other way round. Nothing here knows the
+runtime.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graphs
-from autopar.localize import Localized, localize
+from autopar.localize import Assignment, Localized, localize
 from autopar.placements import RP, RR, Partial, Shard, sharded
 from autopar.rewrite.program import chosen
 from autopar.strategies import Strategy, natural_sections, settle, strategies
@@ -21,7 +21,6 @@ from tests.graphs.rule_harness import Case, record
 from tests.models import case
 
 SIZE = 2
-NO_DOUBLES = "mixtral"
 
 
 @cache
@@ -68,9 +67,8 @@ def test_random_strategies_give_loss_and_gradients_of_the_whole(name: str, seed:
     for name_, wanted in gradients.items():
         state = local.states[name_]["tp"]
         parts = [torch.zeros_like(part) if part.grad is None else part.grad for part in ranks[name_]]
-        torch.testing.assert_close(
-            whole_of(parts, state.grad), wanted, msg=lambda text, n=name_: f"{n}: {text}"
-        )
+        made = whole_of(parts, state.grad)
+        torch.testing.assert_close(made, wanted, msg=lambda text, n=name_: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("op_case", CASES, ids=str)
@@ -98,10 +96,8 @@ def _is_random(target: str) -> bool:
     return target.split(".")[1] in {"empty", "rand", "randn", "new_empty"}
 
 
-def _alone(graph: OpGraph, strategy: Strategy):
+def _alone(graph: OpGraph, strategy: Strategy) -> Assignment:
     """The assignment of a graph with one op, whose operands come as it wants them."""
-    from autopar.localize import Assignment
-
     sources = dict(zip(graph.ops[0].inputs, strategy.operands, strict=True))
     return Assignment("tp", SIZE, (strategy,), sources)
 

@@ -1,0 +1,126 @@
+"""Hold every conversion of the runtime against its definition, on the ranks of a torchrun job.
+
+Rank 0 prints the number of conversions that were right, or a rank fails.
+"""
+
+from __future__ import annotations
+
+import itertools
+from math import prod
+
+import torch
+import torch.distributed as dist
+
+from autopar.localize import conversion_dims
+from autopar.placements import PR, RP, RR, Shard, State, sharded
+from autopar.runtime import autopar_runtime as runtime
+from autopar.strategies import conversion
+from tests.autopar.simulated_ranks import convert, deal
+
+SHAPE = (4, 8, 12)
+STATES = (RR, RP, PR, sharded(0), sharded(1), sharded(2), sharded(1, (4, 4)), sharded(2, (4, 8)))
+
+
+def check(before: State, after: State) -> bool:
+    """Value and gradient of one change of state, on this rank; False where there is no such conversion."""
+    how = conversion(before, after, requires_grad=True)
+    if how is None or before == after:
+        return False
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(SHAPE, generator=generator)
+    gradient = torch.randn(SHAPE, generator=generator)
+    parts = [part.detach().requires_grad_() for part in deal(whole, before.value, size)]
+    wanted = convert(parts, before, after)
+    torch.autograd.backward(wanted, deal(gradient, after.grad, size))
+
+    mine = parts[rank].detach().clone().requires_grad_()
+    made = getattr(runtime, how.name)(mine, dist.group.WORLD, *conversion_dims(how, before, after))
+    made.backward(deal(gradient, after.grad, size)[rank])
+    what = f"{how.name}: {before} -> {after}"
+    same(made, wanted[rank], after.value, what)
+    same(mine.grad, parts[rank].grad, before.grad, f"gradient of {what}")
+    return True
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor, placement: object, what: str) -> None:
+    """Equal on every rank; of a partial value only the sum means anything."""
+    if not isinstance(placement, Shard) and str(placement) == "P":
+        found, wanted = found.detach().clone(), wanted.detach().clone()
+        dist.all_reduce(found)
+        dist.all_reduce(wanted)
+    torch.testing.assert_close(found, wanted, msg=lambda text: f"{what}: {text}")
+
+
+def check_cross_entropy() -> int:
+    """Rows or classes split over the ranks, with ignored labels that are not spread evenly, and smoothing."""
+    rank, size, world = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    count = 0
+    for smoothing, reduction in itertools.product((0.0, 0.1), ("mean", "sum")):
+        logits = torch.randn(8, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        target = torch.tensor([-100, 3, 11, -100, 0, 7, 5, 1])
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        wanted = torch.nn.functional.cross_entropy(logits, target, **options)
+        wanted.backward()
+        rows = logits.detach().chunk(size)[rank].requires_grad_()
+        loss = runtime.cross_entropy(rows, target.chunk(size)[rank], rows=world, **options)
+        loss.backward()
+        dist.all_reduce(total := loss.detach().clone())
+        torch.testing.assert_close(total, wanted.detach())
+        torch.testing.assert_close(rows.grad, logits.grad.chunk(size)[rank])
+        classes = logits.detach().chunk(size, 1)[rank].contiguous().requires_grad_()
+        loss = runtime.cross_entropy(classes, target, classes=world, **options)
+        loss.backward()
+        torch.testing.assert_close(loss.detach(), wanted.detach())
+        torch.testing.assert_close(classes.grad, logits.grad.chunk(size, 1)[rank])
+        count += 2
+    return count
+
+
+def check_embedding() -> int:
+    """Rows of the table split over the ranks, the padding row without gradient."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    table = torch.randn(12, 4, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    indices = torch.tensor([[0, 11, 5], [3, 5, 6]])
+    wanted = torch.nn.functional.embedding(indices, table, padding_idx=5)
+    wanted.square().sum().backward()
+    mine = table.detach().chunk(size)[rank].clone().requires_grad_()
+    found = runtime.all_reduce(
+        runtime.embedding(indices, mine, dist.group.WORLD, padding_idx=5), dist.group.WORLD
+    )
+    found.square().sum().backward()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(mine.grad, table.grad.chunk(size)[rank])
+    return 1
+
+
+def check_buckets() -> int:
+    """Gradients of several dtypes and sizes, in buckets smaller than some of them."""
+    size = dist.get_world_size()
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 5), (), (7,))]
+    parameters.append(torch.nn.Parameter(torch.zeros(3, dtype=torch.float64)))
+    parameters.append(torch.nn.Parameter(torch.zeros(2)))
+    for index, parameter in enumerate(parameters[:-1]):
+        parameter.grad = torch.full_like(parameter, index + dist.get_rank())
+    runtime.sum_gradients(parameters, dist.group.WORLD, bucket_bytes=32)
+    for index, parameter in enumerate(parameters[:-1]):
+        torch.testing.assert_close(
+            parameter.grad, torch.full_like(parameter, index * size + sum(range(size)))
+        )
+    assert parameters[-1].grad is None
+    return 1
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    assert prod(SHAPE) % dist.get_world_size() == 0
+    pairs = list(itertools.product(STATES, STATES))
+    count = sum(check(before, after) for before, after in pairs)
+    count += check_cross_entropy() + check_embedding() + check_buckets()
+    if dist.get_rank() == 0:
+        print(f"right: {count}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
