@@ -130,7 +130,8 @@ class _StagePrinter:
             arguments |= {name: name for name in stage.batch}  # the names by which it is called
             head = [_signature(arguments.values(), result)]
         else:
-            head = [_signature(arguments.values(), result, more="**batch: Tensor")]
+            batch = "**batch: Tensor" if self.is_whole else "batch: dict[str, Tensor]"
+            head = [_signature(arguments.values(), result, more=batch)]
             arguments = self._argument_names((*stage.receives, *stage.batch))
             head += [f'    {arguments[name]} = batch["{name}"]' for name in stage.batch]
         origin = "" if self.is_whole else str(stage.index)

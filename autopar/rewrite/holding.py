@@ -43,13 +43,18 @@ class Holding:
                 yield path, tensor
 
     def reads(self, node: Node) -> dict[str, str]:
-        """The tensors that a class holds itself and its ops or children read, with the expression of each."""
+        """The tensors under a class that its ops read or its children need handed in, with the expression of
+        each."""
         found: dict[str, str] = {}
-        for op in node.ops():
-            for tensor in dict.fromkeys(op.inputs):
-                path = self.path(tensor, op)
-                if path and path.startswith(prefix(node.path)) and not path.startswith(_children(node)):
-                    found.setdefault(tensor, access(below(path, node.path)))
+        for item in node.items:
+            inside_child = f"{item.path}." if isinstance(item, Node) else None
+            for op in item.ops() if isinstance(item, Node) else (item,):
+                for tensor in dict.fromkeys(op.inputs):
+                    path = self.path(tensor, op)
+                    if inside_child is not None and path.startswith(inside_child):
+                        continue  # the child reads it itself
+                    if path and path.startswith(prefix(node.path)):
+                        found.setdefault(tensor, access(below(path, node.path)))
         return found
 
     def ties(self, node: Node) -> Mapping[str, str]:

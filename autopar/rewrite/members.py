@@ -55,10 +55,10 @@ class Members:
                 buffers.append((owner, self._buffer(self.buffers[tensor], owner, attribute)))
             elif owner or path not in ties:
                 leaves.setdefault(owner, {})[attribute] = tensor
-        lines = [
-            f"self.{attribute} = nn.Parameter(torch.empty({self._shape(tensor)}{self.context.dtype(tensor)}))"
-            for attribute, tensor in leaves.pop("", {}).items()
-        ]
+        lines = []
+        for attribute, tensor in leaves.pop("", {}).items():
+            shape = self._shape(tensor) or "()"
+            lines.append(f"self.{attribute} = nn.Parameter(torch.empty({shape}{self.context.dtype(tensor)}))")
         constructors = {
             owner: self._leaf(f"{node.path}.{owner}" if node.path else owner, tensors, ops)
             for owner, tensors in leaves.items()
@@ -69,9 +69,17 @@ class Members:
                 constructors.setdefault(owner, "nn.Module()")
         lines += _build("self", _tree(constructors), looped)
         lines += [line for _, line in buffers]
+        lines += [
+            f"{access(below(path, node.path))}.requires_grad_(False)"
+            for path, tensor in held.items()
+            if self._is_frozen(tensor) and path not in ties
+        ]
         for path, first in ties.items():
             lines.append(f"{access(below(path, node.path))} = {access(below(first, node.path))}  # tied")
         return lines
+
+    def _is_frozen(self, tensor: str) -> bool:
+        return tensor not in self.buffers and not self.graph.tensors[tensor].requires_grad
 
     def _leaf(self, path: str, tensors: Mapping[str, str], ops: Sequence[Op]) -> str:
         """The constructor of a leaf: torch's own where its parameters are just those, else a plain holder."""

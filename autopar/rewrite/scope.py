@@ -68,7 +68,7 @@ class Scope:
                 # The variable that goes round must not be one whose value from before the loop is read again.
                 before = values[statement.carried].text
                 is_free = statement.carried in names and last_use.get(statement.carried, -1) <= index
-                variables = (before if is_free else fresh(statement.base[0], taken),)
+                variables: tuple[str, ...] = (before if is_free else fresh(statement.base[0], taken),)
                 lines += [] if is_free else [f"{variables[0]} = {before}"]
                 expression = statement.render({**values, statement.carried: Expression(variables[0])})
             else:

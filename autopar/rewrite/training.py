@@ -186,9 +186,9 @@ def _pipelined(facts: TrainingFacts) -> str:
     losses: list[Tensor] = []
     if len(STAGES) - 1 in rank.stages:
         unread = next(iter(batch.values()))  # the last stage computes the loss itself; no target is read
-        rank.schedule.step(**batch, target=unread, losses=losses, return_outputs=False)
+        rank.schedule.step(batch=batch, target=unread, losses=losses, return_outputs=False)
     else:
-        rank.schedule.step(**batch, return_outputs=False)
+        rank.schedule.step(batch=batch, return_outputs=False)
     device = next(iter(batch.values())).device
     total = sum((loss.detach() for loss in losses), torch.zeros((), dtype={facts.loss_dtype}, device=device))
 """

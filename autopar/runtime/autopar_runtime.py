@@ -264,7 +264,8 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device))
+                fresh = torch.empty_like(parameter, device=device)
+                made[parameter] = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
             setattr(module, name, made[parameter])
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -420,8 +421,12 @@ def pipeline(
 
     def activations(border: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> tuple[Tensor, ...]:
         return tuple(
-            torch.empty(shape, dtype=dtype, device=device, requires_grad=True) for shape, dtype in border
+            torch.empty(shape, dtype=dtype, device=device, requires_grad=dtype.is_floating_point)
+            for shape, dtype in border
         )
+
+    for module in stages.values():
+        module.register_forward_hook(_contiguous)
 
     built: list[Any] = [
         PipelineStage(
@@ -440,6 +445,11 @@ def pipeline(
     several = issubclass(kind, PipelineScheduleMulti)
     made: PipelineSchedule = kind(built if several else built[0], num_microbatches, **options)
     return made
+
+
+def _contiguous(module: nn.Module, args: object, sent: Tensor | tuple[Tensor, ...]) -> object:
+    """What a stage returns, as it can be sent."""
+    return sent.contiguous() if isinstance(sent, Tensor) else tuple(each.contiguous() for each in sent)
 
 
 def keep_matmuls() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

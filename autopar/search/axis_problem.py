@@ -22,8 +22,8 @@ LOSS_STATES = (RR, PR)
 
 
 MOST_SECTIONS = 16
-"""Into how many parts a dimension may be cut, each of them split: a fused projection has two or three, and a dimension
-that needs hundreds (every head by itself, every sample) is not worth splitting."""
+"""Into how many parts a dimension may be cut, each of them split: a fused projection has two or three, and a
+dimension that needs hundreds (every head by itself, every sample) is not worth splitting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,8 @@ class AxisProblem:
     def _splitting_weights(self, op: Op, offered: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
         """Of a matrix product with a weight, the strategies that split the weight, where there are any.
 
-        That is what tensor parallelism means to those who ask for it: with whole weights on every rank the axis would
-        be sequence or context parallelism by another name.
+        That is what tensor parallelism means to those who ask for it: with whole weights on every rank the
+        axis would be sequence or context parallelism by another name.
         """
         if kind_of(op, self.graph.tensors) != "matmul":
             return offered

@@ -283,9 +283,11 @@ def _gather_warnings(planner: Planner, p: Parallelism) -> tuple[str, ...]:
     if p.dp == 1 or p.ep > 1:
         return ()
     gathered = planner.programs.replica(p.microbatch_size, 2).gathered
-    if not gathered:
+    modules = {op.name: op.module or "the root" for op in planner.capture.graph.ops}
+    places = list(dict.fromkeys(f"{modules.get(name, name)} ({name})" for name in gathered))
+    if not places:
         return ()
     return (
-        f"samples meet in {', '.join(gathered[:3])}{' and others' if len(gathered) > 3 else ''}: "
+        f"samples meet in {', '.join(places[:3])}{' and others' if len(places) > 3 else ''}: "
         "data parallelism gathers the batch there",
     )

@@ -110,7 +110,8 @@ class Programs:
         return self._programs[key]
 
     def lightest(self, p: Parallelism) -> Program:
-        """The program of two replicas in place of `p.dp`: where samples meet, more of them have only more to do."""
+        """The program of two replicas in place of `p.dp`: where samples meet, more of them have only more to
+        do."""
         if p.dp <= 2:
             return self.program(p)
         return self.program(p.model_copy(update={"dp_replicate": 2, "dp_shard": 1}))

@@ -15,7 +15,7 @@ from autopar.localize import Localized
 from autopar.placements import RP
 from autopar.plan import Recompute
 from autopar.pricing import OpCost, Pricer, is_conversion, kind_of, total
-from graphs.ir import Op, OpGraph, Tensor
+from graphs.ir import Block, Op, OpGraph, Tensor
 
 RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
@@ -116,64 +116,55 @@ Stretch = tuple[int, int, str | None]
 
 
 def _stretches(whole: OpGraph, graph: OpGraph) -> Iterator[Stretch]:
-    """Where every unit begins and ends.
+    """Where every unit of a local graph begins and ends: at the same ops as in the graph it was made from.
 
     Ops that localization inserted stand just before the op that needs them and belong to its unit, but sums
-    of partial
-    values to the unit that made those: a stage sends sums, not terms.
+    of
+    partial values to the unit that made those: a stage sends sums, not terms.
     """
-    block_of = {op.name: block.path for block in whole.blocks for op in whole.ops[block.start : block.stop]}
-    original = {op.name for op in whole.ops}
+    block_at = {block.start: block for block in whole.blocks}
+    opens = {whole.ops[start].name: block_at.get(start) for start in unit_starts(whole)}
     start = end = 0
-    current: str | None = None
+    current: Block | None = None
     for index, op in enumerate(graph.ops):
-        if op.name not in original:
-            continue
-        member = block_of.get(op.name)
-        if member != current:
+        if op.name in opens:
             begin = index
             while begin > end and not _reduces(graph.ops[begin - 1]):
                 begin -= 1
             if begin > start:
-                yield from _cut(graph, start, begin, current)
-            start, current = begin, member
-        end = index + 1
-    yield from _cut(graph, start, len(graph.ops), current)
+                yield start, begin, None if current is None else current.path
+            start, current = begin, opens[op.name]
+        if not is_conversion(op):
+            end = index + 1
+    yield start, len(graph.ops), None if current is None else current.path
 
 
 def _reduces(op: Op) -> bool:
     return op.target in ("autopar.all_reduce", "autopar.all_reduce_partial", "autopar.reduce_scatter")
 
 
-def _cut(graph: OpGraph, start: int, stop: int, block: str | None) -> Iterator[Stretch]:
-    """Cut a stretch between blocks where the module changes and a single activation crosses."""
-    begin = start
-    if block is None:
-        for index in range(start + 1, stop):
-            op = graph.ops[index]
-            if op.module == graph.ops[index - 1].module or kind_of(op, graph.tensors) in (
-                "view",
-                "communication",
-            ):
-                continue
-            if _num_crossing(graph, begin, index) == 1:
-                yield begin, index, None
-                begin = index
-    yield begin, stop, block
-
-
-def _num_crossing(graph: OpGraph, start: int, border: int) -> int:
-    """How many activations that ops `[start, border)` make are read from `border` on."""
-    names = (name for op in graph.ops[start:border] for name in op.outputs)
-    return len(
-        {
-            graph.tensors[name].storage
-            for name in names
-            if graph.tensors[name].requires_grad
-            and graph.consumers[name]
-            and graph.consumers[name][-1] >= border
-        }
-    )
+def unit_starts(graph: OpGraph) -> tuple[int, ...]:
+    """The ops at which a unit begins: blocks, what follows them, and between blocks wherever the module
+    changes and a single activation crosses."""
+    found = {0}
+    inside: set[int] = set()
+    for block in graph.blocks:
+        found.update((block.start, block.stop))
+        inside.update(range(block.start, block.stop))
+    live: set[str] = set()
+    for index, op in enumerate(graph.ops):
+        is_border = index not in inside and index and op.module != graph.ops[index - 1].module
+        if is_border and len(live) == 1 and kind_of(op, graph.tensors) != "view":
+            found.add(index)
+        alive = (name for name in (*op.inputs, *op.outputs) if name in graph.producer)
+        for name in alive:
+            tensor, readers = graph.tensors[name], graph.consumers[name]
+            if tensor.requires_grad and readers and readers[-1] > index:
+                live.add(name)
+            else:
+                live.discard(name)
+    found.discard(len(graph.ops))
+    return tuple(sorted(found))
 
 
 def _crossing_bytes(graph: OpGraph, starts: Sequence[int]) -> list[int]:

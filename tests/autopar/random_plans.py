@@ -67,7 +67,8 @@ def _reachable(
 def plan_of(graph: OpGraph, parallelism: Parallelism, strategies: Mapping[str, Mapping[str, str]]) -> Plan:
     """A plan that says what to do, and nothing about what it costs; stages hold equal numbers of blocks."""
     num_stages = parallelism.pp * parallelism.num_virtual_stages
-    starts = [0] + [graph.blocks[i * len(graph.blocks) // num_stages].start for i in range(1, num_stages)]
+    possible = [block.start for block in graph.blocks] or range(len(graph.ops))
+    starts = [0] + [possible[i * len(possible) // num_stages] for i in range(1, num_stages)]
     stages = tuple(
         StagePlan(
             index=index,

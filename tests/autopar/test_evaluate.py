@@ -13,7 +13,7 @@ from autopar import api
 from autopar.errors import InvalidParallelismError
 from autopar.plan import Plan
 from costmodel import Collective, Group, collective_time_s
-from tests.autopar.small_models import cluster, tower
+from tests.autopar.small_models import Tower, cluster, tower
 
 
 def evaluated(num_devices: int = 4, **settings: Any) -> Plan:
@@ -67,8 +67,6 @@ def test_model_states_follow_the_zero_paper(
 
 def test_activations_are_what_autograd_saves() -> None:
     """Counted by torch itself, on the real model and one microbatch."""
-    from tests.autopar.small_models import Tower
-
     model = Tower(64, 3, 128)
     tokens = torch.zeros(2, 32, dtype=torch.long)
     kept: dict[int, int] = {}
@@ -311,3 +309,21 @@ def test_experts_must_divide() -> None:
         InvalidParallelismError, match=r"ep=3 must divide both the 8 experts .* 4 data-parallel ranks"
     ):
         mixture(ep=3)
+
+
+def test_warns_where_samples_meet() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.body(x).square().mean()}
+
+    plan = api.evaluate(
+        Model(), cluster(2), inputs=lambda b: {"x": torch.zeros(b, 3, 16, 16)}, global_batch=4
+    )
+    assert any("samples meet in body.1" in warning for warning in plan.warnings)
+    assert plan.prediction.terms_s["tensor_parallel"] > 0

@@ -73,7 +73,7 @@ def test_random_strategies_give_loss_and_gradients_of_the_whole(name: str, seed:
 
 @pytest.mark.parametrize("op_case", CASES, ids=str)
 def test_every_split_of_every_op_runs_on_local_shards(op_case: Case) -> None:
-    """What the rules offer, `localize` can write: sizes, groups and sections in the arguments become local."""
+    """What the rules offer, `localize` can write: sizes and groups in the arguments become local."""
     torch.manual_seed(0)
     call = record(op_case)
     for strategy in strategies(call.op, call.graph, SIZE, natural_sections(call.graph, SIZE)):

@@ -19,9 +19,11 @@ import pytest
 import torch
 
 import autopar
+import hardware_db
 from autopar.plan import Parallelism
 from autopar.rewrite.program import Program, rewrite
 from graphs import Capture, capture
+from hardware_db import Cluster
 from tests.autopar.random_plans import random_plan
 from tests.models import case
 
@@ -41,13 +43,17 @@ class Trial:
     model: str
     parallelism: Parallelism
     seed: int | None = None
+    dtype: torch.dtype = torch.float64
 
     def __str__(self) -> str:
-        return f"{self.model} {self.parallelism}" + ("" if self.seed is None else f" random {self.seed}")
+        random = "" if self.seed is None else f" random {self.seed}"
+        return f"{self.model} {self.parallelism}{random} {self.dtype}"
 
 
-def _trial(model: str, seed: int | None = None, **degrees: object) -> Trial:
-    return Trial(model, Parallelism.model_validate({"microbatch_size": 2, **degrees}), seed)
+def _trial(
+    model: str, seed: int | None = None, dtype: torch.dtype = torch.float64, **degrees: object
+) -> Trial:
+    return Trial(model, Parallelism.model_validate({"microbatch_size": 2, **degrees}), seed, dtype)
 
 
 TRIALS = {
@@ -61,6 +67,9 @@ TRIALS = {
         _trial("bert", tp=2, recompute="selective"),
         _trial("bert", pp=2, schedule="GPipe", num_microbatches=2),
         _trial("t5", tp=2),
+        _trial("llama", dtype=torch.bfloat16, dp_shard=2, zero_stage=3, num_microbatches=2),
+        _trial("bert", dtype=torch.bfloat16, tp=2),
+        _trial("gpt2", dtype=torch.bfloat16, pp=2, num_microbatches=2),
         _trial("mixtral", tp=2),
         *(_trial(model, seed, tp=2) for model in ("mlp", "gpt2", "llama", "bert") for seed in range(2)),
     ),
@@ -109,7 +118,7 @@ def _prepare(trial: Trial, directory: Path) -> Path:
     """Write the program of a trial, and what the original does, in double precision where it can."""
     model_case = case(trial.model)
     torch.manual_seed(0)
-    dtype = torch.float32 if trial.model in SINGLE_PRECISION else torch.float64
+    dtype = torch.float32 if trial.model in SINGLE_PRECISION else trial.dtype
     model = model_case.build().to(dtype)
 
     def inputs(batch: int) -> dict[str, torch.Tensor]:
@@ -128,7 +137,7 @@ def _program(model: Capture, trial: Trial) -> Program:
         return rewrite(model, random_plan(model, degrees, trial.seed))
     plan = autopar.evaluate(
         model,
-        f"local-cpu*{degrees.world_size}",
+        fast_network(degrees.world_size),
         global_batch=degrees.global_batch,
         dp=degrees.dp,
         dp_shard=degrees.dp_shard,
@@ -140,7 +149,21 @@ def _program(model: Capture, trial: Trial) -> Program:
         schedule=degrees.schedule if degrees.pp > 1 else None,
     )
     assert plan.parallelism == degrees
-    return autopar.compile(model, plan)
+    program = autopar.compile(model, plan)
+    assert degrees.tp == 1 or 'mesh.get_group("tp")' in program.source, "nothing is split over tp"
+    return program
+
+
+def fast_network(num_devices: int) -> Cluster:
+    """Devices so slow and links so fast that even the smallest model is best split."""
+    device = {
+        "name": "slow",
+        "memory_bytes": 16e9,
+        "memory_bandwidth_bytes_per_s": 1e9,
+        "peak_flops_per_s": {"fp32": 1e9, "fp64": 1e9, "bf16": 1e9},
+    }
+    links = {"name": "links", "devices": num_devices, "bandwidth_bytes_per_s": 1e15, "latency_s": 1e-12}
+    return hardware_db.parse_cluster({"name": "fast network", "device": device, "levels": [links]})
 
 
 def _run(directories: Sequence[Path], num_ranks: int) -> dict[str, str]:

@@ -88,11 +88,11 @@ def test_fresh_parameters_differ_by_name_and_are_the_same_again() -> None:
     models = [nn.ModuleDict({"a12": Tied(), "a21": Tied()}) for _ in range(2)]
     for model in models:
         initialize(model, None, {})  # without placements no mesh is asked
-    first, again = ({name: each for name, each in model.named_parameters()} for model in models)
+    first, again = (dict(model.named_parameters()) for model in models)
     torch.testing.assert_close(first, again)
     assert not torch.equal(first["a12.inner.weight"], first["a21.inner.weight"]), "an anagram is another name"
     assert first["a12.inner.bias"].tolist() == [0.0] * 4
-    assert 0.002 < float(first["a12.inner.weight"].std()) < 0.2
+    assert 0.002 < first["a12.inner.weight"].std().item() < 0.2
 
 
 def test_weights_of_another_model_are_refused_by_name() -> None:

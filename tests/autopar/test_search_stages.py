@@ -125,3 +125,16 @@ def test_recomputation_keeps_less_and_runs_more() -> None:
             assert again_s[2] == pytest.approx(unit.cost.forward_s)
         else:
             assert again_s == [0, 0, 0]
+
+
+def test_units_do_not_depend_on_how_the_program_is_split() -> None:
+    programs = Programs(tower(), cluster())
+    firsts = {
+        tuple(
+            unit.first_op for unit in programs.program(Parallelism(tp=tp, dp_replicate=dp), level).chain.units
+        )
+        for tp in (1, 2, 4)
+        for dp in (1, 2)
+        for level in (0, 2)
+    }
+    assert len(firsts) == 1
