@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PLAN_VERSION = 1
+PLAN_VERSION: Literal[1] = 1
 
 Recompute = Literal["none", "selective", "full"]
 ScheduleName = Literal["GPipe", "1F1B", "Interleaved1F1B"]

@@ -140,7 +140,9 @@ def _verdicts(output: str) -> dict[Path, str]:
     found: dict[Path, str] = {}
     start = 0
     for match in re.finditer(r"^\[rank 0\] (.*): (equal|NOT EQUAL)$", output, re.MULTILINE):
-        differences = re.findall(r"gradients: largest relative difference (\S+)", output[start : match.start()])
+        differences = re.findall(
+            r"gradients: largest relative difference (\S+)", output[start : match.start()]
+        )
         text = differences[-1] if differences else "?"
         found[Path(match[1])] = text if match[2] == "equal" else f"NOT EQUAL {text}"
         start = match.end()

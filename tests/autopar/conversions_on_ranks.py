@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from autopar.localize import conversion_dims
 from autopar.placements import PR, RP, RR, Shard, State, sharded
@@ -19,6 +21,13 @@ from tests.autopar.simulated_ranks import convert, deal
 
 SHAPE = (4, 8, 12)
 STATES = (RR, RP, PR, sharded(0), sharded(1), sharded(2), sharded(1, (4, 4)), sharded(2, (4, 8)))
+
+
+def everybody() -> ProcessGroup:
+    """The group of all ranks."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 def check(before: State, after: State) -> bool:
@@ -35,7 +44,7 @@ def check(before: State, after: State) -> bool:
     torch.autograd.backward(wanted, deal(gradient, after.grad, size))
 
     mine = parts[rank].detach().clone().requires_grad_()
-    made = getattr(runtime, how.name)(mine, dist.group.WORLD, *conversion_dims(how, before, after))
+    made = getattr(runtime, how.name)(mine, everybody(), *conversion_dims(how, before, after))
     made.backward(deal(gradient, after.grad, size)[rank])
     what = f"{how.name}: {before} -> {after}"
     same(made, wanted[rank], after.value, what)
@@ -43,8 +52,10 @@ def check(before: State, after: State) -> bool:
     return True
 
 
-def same(found: torch.Tensor, wanted: torch.Tensor, placement: object, what: str) -> None:
+def same(found: torch.Tensor | None, wanted: torch.Tensor | None, placement: object, what: str) -> None:
     """Equal on every rank; of a partial value only the sum means anything."""
+    assert found is not None
+    assert wanted is not None
     if not isinstance(placement, Shard) and str(placement) == "P":
         found, wanted = found.detach().clone(), wanted.detach().clone()
         dist.all_reduce(found)
@@ -54,12 +65,12 @@ def same(found: torch.Tensor, wanted: torch.Tensor, placement: object, what: str
 
 def check_cross_entropy() -> int:
     """Rows or classes split over the ranks, with ignored labels that are not spread evenly, and smoothing."""
-    rank, size, world = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    rank, size, world = dist.get_rank(), dist.get_world_size(), everybody()
     count = 0
     for smoothing, reduction in itertools.product((0.0, 0.1), ("mean", "sum")):
         logits = torch.randn(8, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
         target = torch.tensor([-100, 3, 11, -100, 0, 7, 5, 1])
-        options = {"reduction": reduction, "label_smoothing": smoothing}
+        options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
         wanted = torch.nn.functional.cross_entropy(logits, target, **options)
         wanted.backward()
         rows = logits.detach().chunk(size)[rank].requires_grad_()
@@ -85,9 +96,7 @@ def check_embedding() -> int:
     wanted = torch.nn.functional.embedding(indices, table, padding_idx=5)
     wanted.square().sum().backward()
     mine = table.detach().chunk(size)[rank].clone().requires_grad_()
-    found = runtime.all_reduce(
-        runtime.embedding(indices, mine, dist.group.WORLD, padding_idx=5), dist.group.WORLD
-    )
+    found = runtime.all_reduce(runtime.embedding(indices, mine, everybody(), padding_idx=5), everybody())
     found.square().sum().backward()
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(mine.grad, table.grad.chunk(size)[rank])
@@ -102,7 +111,7 @@ def check_buckets() -> int:
     parameters.append(torch.nn.Parameter(torch.zeros(2)))
     for index, parameter in enumerate(parameters[:-1]):
         parameter.grad = torch.full_like(parameter, index + dist.get_rank())
-    runtime.sum_gradients(parameters, dist.group.WORLD, bucket_bytes=32)
+    runtime.sum_gradients(parameters, everybody(), bucket_bytes=32)
     for index, parameter in enumerate(parameters[:-1]):
         torch.testing.assert_close(
             parameter.grad, torch.full_like(parameter, index * size + sum(range(size)))

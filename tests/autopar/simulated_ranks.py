@@ -107,12 +107,10 @@ def _cross_entropy(op: Op, local: Localized, axis: str, values: Mapping[str, Par
     """Of the whole rows and classes; each rank then has it, or the first one all of it."""
     logits, target = op.inputs[:2]
     known = [convert(values[name], local.states[name].get(axis, RR), RR) for name in (logits, target)]
-    _, reduction, ignore_index, smoothing = (*op.args[2:], *(None, 1, -100, 0.0)[len(op.args) - 2 :])
+    options = dict(zip(("reduction", "ignore_index", "label_smoothing"), op.args[3:], strict=False))
     names = ("none", "mean", "sum")
     whole = [
-        F.cross_entropy(
-            x, y, reduction=names[reduction], ignore_index=ignore_index, label_smoothing=smoothing
-        )
+        F.cross_entropy(x, y, **{**options, "reduction": names[options.get("reduction", 1)]})
         for x, y in zip(*known, strict=True)
     ]
     return convert(whole, RR, local.states[op.output][axis])

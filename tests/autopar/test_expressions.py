@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,7 @@ def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> to
     return grouped_mm(x, weight, ends)
 
 
-def _text(target: str, *args: object, shapes: dict[str, tuple[int, ...]], **kwargs: object) -> str:
+def _text(target: str, *args: object, shapes: Mapping[str, tuple[int, ...]], **kwargs: object) -> str:
     tensors = {name: Tensor(name, shape, torch.float32, True, name) for name, shape in shapes.items()}
     op = Op("op", target, args, kwargs, ("y",), "")
     values = {name: Expression(name) for name in shapes}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 
@@ -12,33 +10,15 @@ from autopar.localize import Assignment, Localized, localize
 from autopar.placements import RP, RR, Partial, Shard, sharded
 from autopar.rewrite.program import chosen
 from autopar.strategies import Strategy, natural_sections, settle, strategies
-from graphs import Capture, OpGraph
+from graphs import OpGraph
+from tests.autopar.double_captures import captured
 from tests.autopar.graph_builder import GraphBuilder
 from tests.autopar.random_plans import random_strategies
 from tests.autopar.simulated_ranks import deal, run, whole_of
 from tests.graphs.rule_cases import CASES
 from tests.graphs.rule_harness import Case, record
-from tests.models import case
 
 SIZE = 2
-
-
-@cache
-def captured(name: str) -> tuple[Capture, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A capture in double precision, its parameters and buffers, and a batch of four, by tensor name."""
-    torch.manual_seed(0)
-    model_case = case(name)
-    model = model_case.build().double()
-
-    def inputs(batch: int) -> dict[str, torch.Tensor]:
-        given = model_case.inputs(batch)
-        return {key: each.double() if each.is_floating_point() else each for key, each in given.items()}
-
-    capture = graphs.capture(model, inputs, name=name)
-    named = dict(model.named_parameters(remove_duplicate=False))
-    weights = {parameter.tensor: named[parameter.name] for parameter in capture.graph.parameters}
-    weights |= {buffer.tensor: buffer.value for buffer in capture.graph.buffers if buffer.value is not None}
-    return capture, weights, inputs(4)
 
 
 def whole_gradients(
@@ -68,7 +48,7 @@ def test_random_strategies_give_loss_and_gradients_of_the_whole(name: str, seed:
         state = local.states[name_]["tp"]
         parts = [torch.zeros_like(part) if part.grad is None else part.grad for part in ranks[name_]]
         made = whole_of(parts, state.grad)
-        torch.testing.assert_close(made, wanted, msg=lambda text, n=name_: f"{n}: {text}")
+        torch.testing.assert_close(made, wanted, msg=f"the gradient of {name_}")
 
 
 @pytest.mark.parametrize("op_case", CASES, ids=str)
@@ -88,7 +68,7 @@ def test_every_split_of_every_op_runs_on_local_shards(op_case: Case) -> None:
             low = wanted.dtype == torch.bfloat16
             torch.testing.assert_close(
                 made, wanted, atol=0.1 if low else None, rtol=0.05 if low else None,
-                equal_nan=True, msg=lambda text, s=strategy: f"{s.key}: {text}",
+                equal_nan=True, msg=strategy.key,
             )  # fmt: skip
 
 

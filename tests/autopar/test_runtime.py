@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.placements import PR, RP, RR, sharded
 from autopar.runtime.autopar_runtime import (
@@ -62,6 +64,8 @@ def test_a_pattern_stands_for_every_number_and_nothing_else() -> None:
 
 
 class Tied(nn.Module):
+    scale: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.inner = Parameters(weight=(4, 2), bias=(4,))
@@ -75,9 +79,13 @@ def built_on_meta() -> Tied:
         return Tied()
 
 
+NO_MESH = cast(DeviceMesh, None)
+"""Without placements no mesh is asked."""
+
+
 def test_allocating_keeps_ties_and_the_values_of_buffers() -> None:
     model = built_on_meta()
-    assert model.inner.weight.is_meta
+    assert model.get_parameter("inner.weight").is_meta
     allocate(model, torch.device("cpu"))
     assert model.inner.weight.device.type == "cpu"
     assert model.inner.weight is model.twin.weight
@@ -87,7 +95,7 @@ def test_allocating_keeps_ties_and_the_values_of_buffers() -> None:
 def test_fresh_parameters_differ_by_name_and_are_the_same_again() -> None:
     models = [nn.ModuleDict({"a12": Tied(), "a21": Tied()}) for _ in range(2)]
     for model in models:
-        initialize(model, None, {})  # without placements no mesh is asked
+        initialize(model, NO_MESH, {})
     first, again = (dict(model.named_parameters()) for model in models)
     torch.testing.assert_close(first, again)
     assert not torch.equal(first["a12.inner.weight"], first["a21.inner.weight"]), "an anagram is another name"
@@ -99,9 +107,9 @@ def test_weights_of_another_model_are_refused_by_name() -> None:
     model = built_on_meta()
     allocate(model, torch.device("cpu"))
     right = {"inner.weight": torch.ones(4, 2), "inner.bias": torch.ones(4), "twin.weight": torch.ones(4, 2)}
-    load(model, right, None, {})
-    assert model.inner.weight.sum() == 8
+    load(model, right, NO_MESH, {})
+    assert model.get_parameter("inner.weight").sum() == 8
     with pytest.raises(ValueError, match=r"no 'inner.bias'; the nearest is 'inner.bia'.*state_dict"):
-        load(model, {"inner.weight": torch.ones(4, 2), "inner.bia": torch.ones(4)}, None, {})
+        load(model, {"inner.weight": torch.ones(4, 2), "inner.bia": torch.ones(4)}, NO_MESH, {})
     with pytest.raises(ValueError, match=r"inner.weight.*\(2, 2\).*\(4, 2\)"):
-        load(model, {**right, "inner.weight": torch.ones(2, 2)}, None, {})
+        load(model, {**right, "inner.weight": torch.ones(2, 2)}, NO_MESH, {})

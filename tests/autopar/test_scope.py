@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from autopar.rewrite.expressions import SUM, Expression
 from autopar.rewrite.naming import fresh
 from autopar.rewrite.scope import FOLD_WEIGHT, Scope, Statement
 
 
-def call(target: str, reads: Sequence[str], function: str, base: str = "x", **more: object) -> Statement:
+def call(target: str, reads: Sequence[str], function: str, base: str = "x", **more: Any) -> Statement:
     """`target = function(reads)`."""
     return Statement(
         (target,),

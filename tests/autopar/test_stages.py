@@ -12,8 +12,8 @@ from autopar.errors import RewriteError
 from autopar.rewrite.stages import Stage, cut
 from graphs import OpGraph
 from graphs.ir import Op, Ref, Tensor
+from tests.autopar.double_captures import captured
 from tests.autopar.graph_builder import GraphBuilder
-from tests.autopar.test_localize import captured
 
 
 def run_stages(graph: OpGraph, stages: tuple[Stage, ...], values: dict[str, torch.Tensor]) -> torch.Tensor:

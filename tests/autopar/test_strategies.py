@@ -9,8 +9,8 @@ import pytest
 from autopar.placements import PR, RP, RR, Shard, State, sharded
 from autopar.strategies import Strategy, conversion, natural_sections, stored_state, strategies
 from graphs import OpGraph
+from tests.autopar.double_captures import captured
 from tests.autopar.graph_builder import GraphBuilder
-from tests.autopar.test_localize import captured
 
 STATES = (RR, RP, PR, sharded(0), sharded(1))
 

@@ -238,6 +238,7 @@ NORMALIZATION = [
         "n c s0",
         constants=(3, 4),
     ),
+    Case("aten._weight_norm.default", (x(4, 6, 2), x(1, 6, 1), 1), "d1", linear="1"),
     Case("aten.instance_norm.default", (x(4, 6, 8), x(6), x(6), None, None, True, 0.1, 1e-5, False), "n c"),
     Case("aten.pixel_shuffle.default", (x(2, 8, 3, 3), 2), "n"),
 ]
@@ -251,6 +252,7 @@ EMBEDDING_AND_LOSS = [
     Case("aten.cross_entropy_loss.default", (x(8, 6), i(6, 8), x(6) ** 2), "", constants=(2,)),
     Case("aten.cross_entropy_loss.default", (x(8, 6), i(6, 8), x(6) ** 2, 2), "+d0", constants=(2,)),
     Case("aten.cross_entropy_loss.default", (x(8, 6, 4), i(6, 8, 4), None, 2), "+d0 +d1"),
+    Case("aten.cross_entropy_loss.default", (x(8, 6, 4), targets(6, 8)[:, None].expand(8, 4)), "+d0 +d1"),
     Case("aten.cross_entropy_loss.default", (x(8, 6), x(8, 6).softmax(1), None, 0), "d0"),
     Case("aten.nll_loss_nd.default", (x(8, 6), targets(6, 8)), "", linear="0"),
     Case("aten.nll_loss_nd.default", (x(8, 6), targets(6, 8), None, 2), "+d0", linear="0"),

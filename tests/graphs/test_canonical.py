@@ -65,6 +65,10 @@ def targets(graph: graphs.OpGraph) -> list[str]:
             lambda x: x[:, None].expand(-1, 3, -1, -1),
             [("unsqueeze.default", 1), ("expand.default", [2, 3, 6, 4])],
         ),
+        (lambda x: x[:, None].broadcast_to(2, 3, 6, 4), None),
+        (lambda x: x[:, :, :1].squeeze(), [("slice.Tensor", 2, 0, 1), ("squeeze.dim", 2)]),
+        (lambda x: x[:, :1, :1].squeeze(), None),
+        (lambda x: torch.broadcast_tensors(x, x[:, :1])[1], None),
         (lambda x: x.float(), [("to.dtype", torch.float32)]),
         (lambda x: torch.addmm(x[0, 0], x[0], x[0, :4]), None),
     ],
@@ -85,6 +89,19 @@ def test_one_form(function, expected):
 )
 def test_what_changes_nothing_disappears(function):
     assert targets(assert_same(function)) == []
+
+
+def test_broadcasting_is_expanding():
+    graph = assert_same(lambda x: torch.add(*torch.broadcast_tensors(x, x[:, :1].broadcast_to(2, 1, 4))))
+    assert targets(graph) == ["slice.Tensor", "expand.default", "add.Tensor"]
+
+
+def test_operators_of_python_have_names_that_python_allows():
+    graph = assert_same(lambda x: x * ((x > 1) & (x < 5) | (x > 6)))
+    assert [op.name for op in graph.ops if op.target.startswith("aten.bitwise")] == [
+        "bitwise_and",
+        "bitwise_or",
+    ]
 
 
 def test_biases_are_added_apart():
@@ -154,6 +171,10 @@ def fills(x: Tensor) -> Tensor:
     return y + x
 
 
+def leaves_a_view_as_it_is(x: Tensor) -> Tensor:
+    return torch.nn.functional.dropout((x * 2).flatten(1), 0.0, inplace=True)
+
+
 def integer_steps(x: Tensor) -> Tensor:
     index = torch.arange(6)
     index[2:] -= 2
@@ -169,6 +190,7 @@ def integer_steps(x: Tensor) -> Tensor:
         copies_before_write,
         writes_a_part,
         fills,
+        leaves_a_view_as_it_is,
         integer_steps,
     ],
 )
