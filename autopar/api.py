@@ -14,7 +14,13 @@ import graphs
 import hardware_db
 from autopar.errors import InvalidParallelismError
 from autopar.plan import Alternative, Certificate, Plan, Recompute, ScheduleName
-from autopar.search.describe import alternative, build_plan, memory_excess, training_policy
+from autopar.search.describe import (
+    alternative,
+    build_plan,
+    impossible_baseline,
+    memory_excess,
+    training_policy,
+)
 from autopar.search.infeasible import infeasible
 from autopar.search.outcome import Solved
 from autopar.search.planner import Planner, Progress, SearchResult
@@ -108,7 +114,10 @@ def plan(
         if _agree(best, result.best):
             break
     return build_plan(
-        planner, best, _certificate(result, best, time.monotonic() - started), _alternatives(result, best)
+        planner,
+        best,
+        _certificate(result, best, time.monotonic() - started),
+        _alternatives(result, best, global_batch, machine.num_devices),
     )
 
 
@@ -203,11 +212,13 @@ def _certificate(result: SearchResult, best: Solved, solve_s: float) -> Certific
     )
 
 
-def _alternatives(result: SearchResult, best: Solved) -> list[Alternative]:
+def _alternatives(
+    result: SearchResult, best: Solved, global_batch: int, num_devices: int
+) -> list[Alternative]:
     found = [alternative(str(other.parallelism), other, best.evaluated) for other in result.runners_up]
-    named = [
-        alternative(label, other, best.evaluated)
-        for label, other in result.baselines.items()
-        if other is not None
-    ]
-    return found + named
+    for label, other in result.baselines.items():
+        if other is None:
+            found.append(impossible_baseline(label, global_batch, num_devices))
+        else:
+            found.append(alternative(label, other, best.evaluated))
+    return found

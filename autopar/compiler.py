@@ -66,7 +66,7 @@ def save_reference(program: Program, model: nn.Module, inputs: api.Inputs, direc
     """
     parallelism = program.plan.parallelism
     batch = graphs.inputs_of_any_batch(inputs)(parallelism.global_batch)
-    did = reference(model, batch, parallelism.num_microbatches, program.loss_name)
+    did = reference(model, batch, parallelism.num_microbatches, program.loss_name, parallelism.dp)
     path = Path(directory) / "reference.pt"
     torch.save(did, path)
     return path

@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/model_matrix.py [MODEL ...]
 
-Every model of `tests/models.py` is captured, planned on local CPU devices with the degrees of the column, written out,
-and run by torchrun on gloo ranks. A cell is the largest relative difference of any gradient after the first step, where
-loss, gradients and the parameters after three AdamW steps all are within tolerance; otherwise what went wrong. With no
-models named, the table is written to `docs/models.md` too.
+Every model of `tests/models.py` is captured, planned on local CPU devices with the degrees of the column,
+written out, and run by torchrun on gloo ranks. A cell is the largest relative difference of any gradient
+after the first step, where loss, gradients and the parameters after three AdamW steps all are within
+tolerance; otherwise what went wrong. With no models named, the table is written to `docs/models.md` too.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ NUM_MICROBATCHES = 2
 
 INTRODUCTION = """# Models and plans
 
-Each model below, at a size that trains in no time, was captured, given the plan of the column, written out as a
-program, and trained for three steps on real ranks (gloo) beside the original in one process. A number is the largest
-relative difference of any gradient; loss and parameters after the third step agree too, within the tolerances of
-`parity.py`. Models marked with * ran in single precision, as torch has no grouped matrix product for doubles.
+Each model below, at a size that trains in no time, was captured, given the plan of the column, written out
+as a program, and trained for three steps on real ranks (gloo) beside the original in one process. A number is
+the largest relative difference of any gradient; loss and parameters after the third step agree too, within
+the tolerances of `parity.py`. Models marked with * ran in single precision, as torch has no grouped matrix
+product for doubles.
 
-Made by `python benchmarks/model_matrix.py` with torch {torch} and transformers {transformers}. It says nothing of speed.
+Made by `python benchmarks/model_matrix.py` with torch {torch} and transformers {transformers}. It says
+nothing of speed.
 
 """
 

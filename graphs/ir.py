@@ -1,8 +1,8 @@
 """The operator graph: what a model computes, as frozen values.
 
-An `OpGraph` is a straight line of `Op`s over named tensors in single-assignment form: no in-place operation, no
-control flow, every shape a plain integer. It is what the planner prices, cuts and rewrites. Arguments of an op are
-ordinary Python values in which a tensor stands as `Ref(name)`.
+An `OpGraph` is a straight line of `Op`s over named tensors in single-assignment form: no in-place operation,
+no control flow, every shape a plain integer. It is what the planner prices, cuts and rewrites. Arguments of
+an op are ordinary Python values in which a tensor stands as `Ref(name)`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Ref:
 class Tensor:
     """One value of the graph.
 
-    `storage` names the tensor that owns the memory: a view has the storage of its base, everything else its own.
-    `requires_grad` is true where autograd tracks the value, so where it has a gradient.
+    `storage` names the tensor that owns the memory: a view has the storage of its base, everything else its
+    own. `requires_grad` is true where autograd tracks the value, so where it has a gradient.
     """
 
     name: str
@@ -58,7 +58,8 @@ class Op:
         module: path of the module whose forward called it, `""` for the root.
         flops: floating-point operations of the forward, as `torch.utils.flop_counter` counts them.
         saved: storages (tensor names) that autograd keeps for this op's backward.
-        saved_internal_bytes: bytes autograd keeps that are no tensor of the graph (log-sum-exp of attention, masks).
+        saved_internal_bytes: bytes autograd keeps that are no tensor of the graph (log-sum-exp of attention,
+            masks).
     """
 
     name: str
@@ -87,8 +88,8 @@ class Op:
 class Parameter:
     """A parameter of the model.
 
-    `name` is its first path in `named_parameters()`; `aliases` are the other paths of a tied parameter. Its tensor in
-    the graph has the name `tensor`.
+    `name` is its first path in `named_parameters()`; `aliases` are the other paths of a tied parameter. Its
+    tensor in the graph has the name `tensor`.
     """
 
     name: str
@@ -119,7 +120,8 @@ class ModuleInfo:
 class Block:
     """One instance of a repeated block: ops `[start, stop)` of the graph, all under module `path`.
 
-    Instances of one `block_class` are isomorphic: op `start + i` of each does the same to corresponding tensors.
+    Instances of one `block_class` are isomorphic: op `start + i` of each does the same to corresponding
+    tensors.
     """
 
     path: str
@@ -132,9 +134,9 @@ class Block:
 class OpGraph:
     """A captured model.
 
-    `inputs` are the user's tensors in the order of the call, by their argument names; `outputs` the tensors the
-    model returns (`output_names` says under which key); `loss` the scalar among them that training minimises, or
-    None. `modules` maps every module path to its class.
+    `inputs` are the user's tensors in the order of the call, by their argument names; `outputs` the tensors
+    the model returns (`output_names` says under which key); `loss` the scalar among them that training
+    minimises, or None. `modules` maps every module path to its class.
     """
 
     name: str
@@ -170,7 +172,8 @@ class OpGraph:
 
     @cached_property
     def representative(self) -> tuple[int, ...]:
-        """For each op, the index of the corresponding op in the first instance of its block class (itself outside)."""
+        """For each op, the index of the corresponding op in the first instance of its block class (itself
+        outside)."""
         first: dict[int, Block] = {}
         result = list(range(len(self.ops)))
         for block in self.blocks:

@@ -7,7 +7,7 @@ and compares.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,19 @@ EPSILON = 1e-6
 
 
 def reference(
-    model: nn.Module, batch: Mapping[str, Tensor], num_microbatches: int, loss_name: str
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    num_microbatches: int,
+    loss_name: str,
+    num_replicas: int = 1,
 ) -> dict[str, object]:
     """What the original model does on a global batch: the content of `reference.pt`.
 
     Microbatches weigh the same, as they do in the program: the loss is the mean of the losses of
-    `num_microbatches` microbatches. What is no tensor in the batch goes with every microbatch. The model is
-    left as it was.
+    `num_microbatches` microbatches. Each takes its rows from all `num_replicas` parts of the batch, as replicas
+    do that work at the same time: where samples meet (batch norm, a contrastive loss, a mean over labels that
+    count), it matters which. What is no tensor in the batch goes with every microbatch. The model is left as
+    it was.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -36,7 +42,7 @@ def reference(
     gradients: dict[str, Tensor] = {}
     for step in range(NUM_STEPS):
         total = 0.0
-        for rows in _microbatches(tensors, num_microbatches):
+        for rows in _microbatches(tensors, num_microbatches, num_replicas):
             loss = _loss(model(**{**batch, **rows}), loss_name) / num_microbatches
             loss.backward()
             total += loss.item()
@@ -76,11 +82,13 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _microbatches(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    return [
-        dict(zip(batch, rows, strict=True))
-        for rows in zip(*(each.chunk(count) for each in batch.values()), strict=True)
-    ]
+def _microbatches(batch: Mapping[str, Tensor], count: int, num_replicas: int) -> Iterator[dict[str, Tensor]]:
+    """The rows that the replicas, each of which has one run of them, take at a time."""
+    for number in range(count):
+        yield {
+            name: torch.cat([part.chunk(count)[number] for part in rows.chunk(num_replicas)])
+            for name, rows in batch.items()
+        }
 
 
 def _loss(output: object, name: str) -> Tensor:

@@ -238,6 +238,22 @@ def alternative(label: str, solved: Solved, best: Evaluated) -> Alternative:
     )
 
 
+def impossible_baseline(label: str, global_batch: int, num_devices: int) -> Alternative:
+    """Plain data parallelism over all devices, where the batch does not divide over them."""
+    sharded = label == "FSDP"
+    return Alternative(
+        label=label,
+        parallelism=Parallelism(
+            dp_shard=num_devices if sharded else 1,
+            dp_replicate=1 if sharded else num_devices,
+            zero_stage=3 if sharded else 0,
+        ),
+        step_s=None,
+        peak_memory_bytes=None,
+        reason=f"a global batch of {global_batch} does not divide over {num_devices} replicas",
+    )
+
+
 def _why_worse(evaluated: Evaluated, best: Evaluated) -> str:
     if not evaluated.fits:
         return memory_excess(evaluated)
