@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,7 +93,7 @@ def prepare(model_case: Case, folder: Path) -> list[Cell]:
     return cells
 
 
-def _compiled(captured: Capture, degrees: Mapping[str, int]) -> autopar.Program:
+def _compiled(captured: Capture, degrees: Mapping[str, Any]) -> autopar.Program:
     num_devices = degrees.get("dp", 1) * degrees.get("tp", 1) * degrees.get("pp", 1)
     plan = autopar.evaluate(
         captured,

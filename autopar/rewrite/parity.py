@@ -28,8 +28,8 @@ def reference(
     """What the original model does on a global batch: the content of `reference.pt`.
 
     Microbatches weigh the same, as they do in the program: the loss is the mean of the losses of
-    `num_microbatches` microbatches. Each takes its rows from all `num_replicas` parts of the batch, as replicas
-    do that work at the same time: where samples meet (batch norm, a contrastive loss, a mean over labels that
+    `num_microbatches` microbatches. Each takes its rows from all `num_replicas` parts of the batch, as the
+    replicas do at the same time: where samples meet (batch norm, a contrastive loss, a mean over labels that
     count), it matters which. What is no tensor in the batch goes with every microbatch. The model is left as
     it was.
     """

@@ -145,6 +145,12 @@ def _check(graph: OpGraph, plan: Plan) -> None:
             f"{graph.name} returns no loss: training needs a scalar output; pass labels, or return the loss "
             "from forward"
         )
+    scalars = [each.name for each in graph.parameters if not graph.tensors[each.tensor].shape]
+    if parallelism.zero_stage and scalars:
+        raise RewriteError(
+            f"ZeRO stage {parallelism.zero_stage} cannot split the parameter {scalars[0]}: it is a scalar, "
+            "which fully_shard does not take; give it one dimension of size 1, or use zero_stage=0"
+        )
     for axis, size, what in (("cp", parallelism.cp, "context"), ("ep", parallelism.ep, "expert")):
         if size > 1:
             raise RewriteError(
