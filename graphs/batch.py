@@ -67,13 +67,20 @@ def interpolate(low: OpGraph, high: OpGraph, batch: int) -> OpGraph:
             return {key: between(value, second[key]) for key, value in first.items()}
         return first
 
+    def count(first: int, second: int) -> int:
+        """Affine in the batch, or quadratic where every sample meets every other (a contrastive loss)."""
+        if first * HIGH**2 == second * LOW**2:
+            return first * batch**2 // LOW**2
+        result: int = between(first, second)
+        return result
+
     def op_between(first: Op, second: Op) -> Op:
         return replace(
             first,
             args=between(first.args, second.args),
             kwargs=between(first.kwargs, second.kwargs),
-            flops=between(first.flops, second.flops),
-            saved_internal_bytes=between(first.saved_internal_bytes, second.saved_internal_bytes),
+            flops=count(first.flops, second.flops),
+            saved_internal_bytes=count(first.saved_internal_bytes, second.saved_internal_bytes),
         )
 
     tensors = {
