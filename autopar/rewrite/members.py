@@ -144,15 +144,19 @@ def _tuple(items: Sequence[str]) -> str:
 
 
 def _tree(constructors: Mapping[str, str]) -> Tree:
+    """Members by name. A module that holds both parameters of its own and others inside has its own
+    constructor under `""`.
+    """
     tree: Tree = {}
-    for path, constructor in constructors.items():
+    for path in sorted(constructors, key=lambda path: path.count(".")):
         *containers, attribute = path.split(".")
         branch = tree
         for container in containers:
             inner = branch.setdefault(container, {})
-            assert isinstance(inner, dict), f"{path}: {container} is a module of its own"
+            if isinstance(inner, str):
+                inner = branch[container] = {"": inner}
             branch = inner
-        branch[attribute] = constructor
+        branch[attribute] = constructors[path]
     return tree
 
 
@@ -170,8 +174,9 @@ def _build(owner: str, tree: Tree, looped: Collection[str]) -> Iterator[str]:
         if numbered and len(constructors) == len(member):
             yield f"{target} = {_module_dict(constructors, target in looped)}"
         else:
-            yield f"{target} = {'nn.ModuleDict()' if numbered else 'nn.Module()'}"
-            yield from _build(target, member, looped)
+            own = constructors.get("", "nn.ModuleDict()" if numbered else "nn.Module()")
+            yield f"{target} = {own}"
+            yield from _build(target, {key: each for key, each in member.items() if key}, looped)
 
 
 def _module_dict(members: Mapping[str, str], always_range: bool) -> str:
