@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import autopar  # noqa: E402  # after the path that makes `tests` importable
-from autopar.errors import AutoparError  # noqa: E402
-from graphs import Capture, GraphError, capture  # noqa: E402
-from tests.models import ALL, Case, case  # noqa: E402
+from autopar.errors import AutoparError  # noqa: E402  # the same
+from graphs import Capture, GraphError, capture  # noqa: E402  # the same
+from tests.models import ALL, Case, case  # noqa: E402  # the same
 
 DRIVER = ROOT / "tests" / "autopar" / "run_programs.py"
 PAGE = ROOT / "docs" / "models.md"

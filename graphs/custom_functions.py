@@ -88,7 +88,7 @@ def disagreement(call: CustomCall) -> str | None:
     try:
         custom, custom_gradients = _outputs_and_gradients(call.cls.apply, trial)
         plain, plain_gradients = _outputs_and_gradients(lambda *args: _plain_forward(call.cls, *args), trial)
-    except Exception as error:
+    except Exception as error:  # the user's own code may raise anything; what it raised is told
         return f"it cannot be tried on small tensors ({type(error).__name__}: {error})"
     same = all(_close(a, b) for a, b in zip(custom + custom_gradients, plain + plain_gradients, strict=True))
     return None if same else "its backward is not the derivative of its forward, and cannot be captured"

@@ -47,7 +47,7 @@ def export_training(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProg
         try:
             with _quiet():
                 program = torch.export.export(model, (), fakes, strict=False)
-        except Exception as error:
+        except Exception as error:  # forward may raise anything; `_explained` says what, where and what to do
             raise _explained(error, model) from error
     for function in functions:
         if (problem := disagreement(function)) is not None:

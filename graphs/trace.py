@@ -214,7 +214,7 @@ class Tracer:
                 **where,
                 advice=DATA_DEPENDENT_ADVICE,
             ) from error
-        except Exception as error:
+        except Exception as error:  # operators raise what they like; the culprit and the reason are told
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             advice = "write this part of forward with operators that have a fake implementation"
             raise UnsupportedOpError(

@@ -28,7 +28,7 @@ def run(directory: str) -> str:
         runpy.run_path(f"{directory}/parity.py", run_name="__main__")
     except SystemExit as finished:
         return "equal" if finished.code == 0 else "NOT EQUAL"
-    except Exception:
+    except Exception:  # the traceback is the verdict, and the test fails on it
         return traceback.format_exc()
     return "no verdict"
 
