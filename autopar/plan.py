@@ -14,7 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PLAN_VERSION: Literal[1] = 1
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "attention", "alternate", "selective", "full"]
+"""What the backward computes again of every block: nothing; the probabilities of attention, where its kernel
+keeps them (Megatron's selective recomputation, arXiv:2205.05198, section 5); all but matrix products and
+attention ("selective"), of the products every second one too ("alternate", torchtitan's default); everything.
+"""
 ScheduleName = Literal["GPipe", "1F1B", "Interleaved1F1B"]
 
 
@@ -29,13 +33,15 @@ class Parallelism(Frozen):
 
     Ranks are laid out row-major over the mesh `(pp, dp_replicate, dp_shard, cp, tp)`, so `tp` is innermost.
     The global batch is `microbatch_size * num_microbatches * dp`. `ep` divides the data-parallel ranks among
-    experts.
+    experts. `sequence_parallel` says whether what lies between the split products of a layer is split along
+    the sequence (True) or whole on every rank of the tensor axis (False); None leaves it to the search.
     """
 
     dp_replicate: int = Field(default=1, ge=1)
     dp_shard: int = Field(default=1, ge=1)
     cp: int = Field(default=1, ge=1)
     tp: int = Field(default=1, ge=1)
+    sequence_parallel: bool | None = None
     ep: int = Field(default=1, ge=1)
     pp: int = Field(default=1, ge=1)
     num_virtual_stages: int = Field(default=1, ge=1, description="stages per pipeline rank")
@@ -80,6 +86,8 @@ class Parallelism(Frozen):
         parts += [
             f"{axis}{size}" for axis, size in (("cp", self.cp), ("tp", self.tp), ("ep", self.ep)) if size > 1
         ]
+        if self.sequence_parallel is not None:
+            parts.append("sp" if self.sequence_parallel else "no-sp")
         if self.pp > 1:
             virtual = f"x{self.num_virtual_stages}" if self.num_virtual_stages > 1 else ""
             parts.append(f"pp{self.pp}{virtual} {self.schedule}")

@@ -6,12 +6,19 @@ from `hardware_db`, and answers in seconds and bytes. Every machine's number com
 
 from __future__ import annotations
 
-from costmodel.collectives import Algorithm, algorithms, collective_time_s
+from costmodel.collectives import algorithms, collective_time_s
+from costmodel.curves import Algorithm, MeasuredAlgorithm
 from costmodel.errors import CostModelError
 from costmodel.goodput import end_to_end_training_s, model_flops_utilization, scale_factor
 from costmodel.memory import Ledger, OptimizerPolicy, model_state_ledger, optimizer_policies, optimizer_policy
 from costmodel.orders import SCHEDULES, ScheduleName, peak_activation_bytes, peak_in_flight, rank_orders
-from costmodel.roofline import work_time_s, work_times_s
+from costmodel.parameter_server import (
+    GradientExchange,
+    ParameterServers,
+    gradient_exchange,
+    spread_servers_s,
+)
+from costmodel.roofline import Roofline, matmul_share, work_time_s
 from costmodel.schedule import (
     Event,
     Timeline,
@@ -19,6 +26,7 @@ from costmodel.schedule import (
     pipeline_lower_bound_s,
     simulate,
 )
+from costmodel.software import Software, software, software_eras
 from costmodel.steady import rank_finish_s
 from costmodel.step import IDEAL_OVERLAP, TERMS, Overlap, StageWork, StepCost, step_cost
 from costmodel.topology import Span, spans
@@ -33,11 +41,16 @@ __all__ = [
     "CollectiveKind",
     "CostModelError",
     "Event",
+    "GradientExchange",
     "Group",
     "Ledger",
+    "MeasuredAlgorithm",
     "OptimizerPolicy",
     "Overlap",
+    "ParameterServers",
+    "Roofline",
     "ScheduleName",
+    "Software",
     "Span",
     "StageWork",
     "StepCost",
@@ -48,6 +61,8 @@ __all__ = [
     "closed_form_step_s",
     "collective_time_s",
     "end_to_end_training_s",
+    "gradient_exchange",
+    "matmul_share",
     "model_flops_utilization",
     "model_state_ledger",
     "optimizer_policies",
@@ -59,8 +74,10 @@ __all__ = [
     "rank_orders",
     "scale_factor",
     "simulate",
+    "software",
+    "software_eras",
     "spans",
+    "spread_servers_s",
     "step_cost",
     "work_time_s",
-    "work_times_s",
 ]

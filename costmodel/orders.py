@@ -1,29 +1,31 @@
-"""The order in which each rank of a pipeline runs forwards and backwards, and what it then holds.
+"""The order in which each rank of a pipeline runs its work, and what it then holds for backward.
 
-Names and orders are torch.distributed.pipelining's. With p ranks, v virtual stages on each and m
-microbatches, rank r holds the virtual stages r, r + p, ...; a microbatch passes a chain of 2 p v *legs*,
-forward through the stages (legs 0 .. pv-1) and backward through them (pv .. 2pv-1), so the stage of a leg is
-`leg` or `2 p v - 1 - leg`.
-
-    GPipe            all forwards, then all backwards (arXiv:1811.06965)
-    1F1B             p - 1 - r forwards, then one forward, one backward (PipeDream-Flush, arXiv:2006.09503)
-    Interleaved1F1B  the same over v chunks, taken in rounds of about p microbatches, after (v - 1) · round +
-                     2 (p - 1 - r) forwards (arXiv:2104.04473, section 2.2)
+Names and orders are torch.distributed.pipelining's (2.13). p ranks hold v virtual stages each; m microbatches
+pass forward through all p v stages and backward through them. In a loop, rank r holds the stages r, r + p,
+and so on (`loop_orders`); in a V, the stages r and 2 p - 1 - r, so that the first and the last stage are on
+the same rank (`v_orders`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate
 from typing import Literal, get_args
 
 from costmodel.errors import CostModelError
+from costmodel.loop_orders import loop_order, rounds
+from costmodel.phases import Op, Phase
+from costmodel.v_orders import dual_pipe_v_order, zero_bubble_v_order
 
-ScheduleName = Literal["GPipe", "1F1B", "Interleaved1F1B"]
+ScheduleName = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
-
-Op = tuple[int, int]  # (leg, microbatch)
+V_SCHEDULES = frozenset({"ZBVZeroBubble", "DualPipeV"})
+SPLIT_BACKWARD_SCHEDULES = frozenset({"InterleavedZeroBubble", *V_SCHEDULES})
+_SINGLE_STAGE = frozenset({"GPipe", "1F1B"})
+_IN_ROUNDS = frozenset({"Interleaved1F1B", "InterleavedZeroBubble"})
 
 
 def check_schedule(schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int) -> None:
@@ -35,55 +37,55 @@ def check_schedule(schedule_name: str, num_stages: int, num_microbatches: int, n
             f"a pipeline needs at least one stage, microbatch and virtual stage: "
             f"got {num_stages}, {num_microbatches}, {num_virtual}"
         )
-    if num_virtual > 1 and schedule_name != "Interleaved1F1B":
+    if num_virtual > 1 and schedule_name in _SINGLE_STAGE:
         raise CostModelError(
             f"{schedule_name} has one stage per rank, got {num_virtual}; use Interleaved1F1B"
         )
-    num_rounds = max(1, num_microbatches // num_stages)
-    if schedule_name == "Interleaved1F1B" and num_microbatches % num_rounds:
+    if num_virtual != 2 and schedule_name in V_SCHEDULES:
+        raise CostModelError(f"{schedule_name} has two stages per rank, got {num_virtual}")
+    if schedule_name == "DualPipeV" and num_microbatches < 2 * num_stages:
         raise CostModelError(
-            f"Interleaved1F1B runs {num_microbatches} microbatches on {num_stages} ranks in {num_rounds} "
-            f"rounds, which do not divide them; use a multiple of {num_stages} microbatches"
+            f"DualPipeV on {num_stages} ranks needs a microbatch for each of its {2 * num_stages} stages, "
+            f"got {num_microbatches}; use more microbatches or ZBVZeroBubble"
         )
+    if schedule_name in _IN_ROUNDS:
+        num_rounds, per_round = rounds(num_stages, num_microbatches)
+        if num_rounds * per_round != num_microbatches:
+            raise CostModelError(
+                f"{schedule_name} runs {num_microbatches} microbatches on {num_stages} ranks in {num_rounds} "
+                f"rounds, which do not divide them; use a multiple of {num_stages} microbatches"
+            )
 
 
-@lru_cache(maxsize=64)
+def rank_stages(schedule_name: str, rank: int, num_stages: int, num_virtual: int = 1) -> tuple[int, ...]:
+    """The virtual stages that a rank holds, in the order of the model."""
+    if schedule_name in V_SCHEDULES:
+        return rank, 2 * num_stages - 1 - rank
+    return tuple(range(rank, num_stages * num_virtual, num_stages))
+
+
+def stage_ranks(schedule_name: str, num_stages: int, num_virtual: int = 1) -> tuple[int, ...]:
+    """The rank that holds each of the `num_stages * num_virtual` virtual stages."""
+    if schedule_name in V_SCHEDULES:
+        return (*range(num_stages), *reversed(range(num_stages)))
+    return tuple(range(num_stages)) * num_virtual
+
+
+@lru_cache(maxsize=16)
 def rank_orders(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int = 1
 ) -> tuple[tuple[Op, ...], ...]:
-    """What each of `num_stages` ranks runs, in order, as (leg, microbatch). Raises as `check_schedule`."""
+    """What each of `num_stages` ranks runs, in order, as (phase, stage, microbatch).
+
+    Raises as `check_schedule`.
+    """
     check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
-    return tuple(
-        _rank_order(schedule_name, rank, num_stages, num_microbatches, num_virtual)
-        for rank in range(num_stages)
-    )
-
-
-def _rank_order(
-    name: str, rank: int, num_stages: int, num_microbatches: int, num_virtual: int
-) -> tuple[Op, ...]:
-    num_ops = num_microbatches * num_virtual
-    # A rank's k-th forward and k-th backward: chunk by chunk within a round of microbatches.
-    num_rounds = max(1, num_microbatches // num_stages)
-    per_round = num_microbatches // num_rounds if num_virtual > 1 else num_microbatches
-    last_leg = 2 * num_stages * num_virtual - 1
-    forwards: list[Op] = []
-    backwards: list[Op] = []
-    for first in range(0, num_microbatches, per_round):
-        for chunk in range(num_virtual):
-            leg = chunk * num_stages + rank
-            mirrored = last_leg - ((num_virtual - 1 - chunk) * num_stages + rank)
-            forwards.extend((leg, first + i) for i in range(per_round))
-            backwards.extend((mirrored, first + i) for i in range(per_round))
-
-    if name == "GPipe":
-        num_warmup = num_ops
-    elif name == "1F1B":
-        num_warmup = min(num_stages - 1 - rank, num_ops)
-    else:
-        num_warmup = min((num_virtual - 1) * per_round + 2 * (num_stages - 1 - rank), num_ops)
-    steady = chain.from_iterable(zip(forwards[num_warmup:], backwards, strict=False))
-    return (*forwards[:num_warmup], *steady, *backwards[num_ops - num_warmup :])
+    ranks = range(num_stages)
+    if schedule_name == "ZBVZeroBubble":
+        return tuple(zero_bubble_v_order(rank, num_stages, num_microbatches) for rank in ranks)
+    if schedule_name == "DualPipeV":
+        return tuple(dual_pipe_v_order(rank, num_stages, num_microbatches) for rank in ranks)
+    return tuple(loop_order(schedule_name, rank, num_stages, num_microbatches, num_virtual) for rank in ranks)
 
 
 def peak_in_flight(
@@ -91,12 +93,11 @@ def peak_in_flight(
 ) -> tuple[int, ...]:
     """How many (virtual stage, microbatch) activations each rank holds at its peak.
 
-    GPipe m, 1F1B min(m, p - r), Interleaved1F1B min(m v, (v - 1) · round + 2 (p - 1 - r) + 1).
+    GPipe m, LoopedBFS m v, 1F1B min(m, p - r), Interleaved1F1B min(m v, (v - 1) round + 2 (p - 1 - r) + 1).
     Raises as `check_schedule`.
     """
-    peaks = peak_activation_bytes(
-        schedule_name, num_stages, num_microbatches, [1] * (num_stages * num_virtual), num_virtual
-    )
+    ones = [1] * (num_stages * num_virtual)
+    peaks = peak_activation_bytes(schedule_name, num_stages, num_microbatches, ones, num_virtual)
     return tuple(int(peak) for peak in peaks)
 
 
@@ -106,35 +107,49 @@ def peak_activation_bytes(
     num_microbatches: int,
     saved_bytes: Sequence[float],
     num_virtual: int = 1,
+    weight_saved_bytes: Sequence[float] | None = None,
 ) -> tuple[float, ...]:
     """The most bytes each rank keeps for backward; virtual stage s saves `saved_bytes[s]` per microbatch.
 
-    The order alone decides it: a rank runs one thing at a time. Raises as `check_schedule`, or when
-    `saved_bytes` has not one entry per virtual stage.
+    Of them `weight_saved_bytes[s]`, all by default, stay from the input to the weight part of a split
+    backward. The order alone decides the peak: a rank runs one thing at a time. Raises as `check_schedule`,
+    or when there is not one size per virtual stage.
     """
-    num_legs = 2 * num_stages * num_virtual
-    if len(saved_bytes) != num_legs // 2:
-        raise CostModelError(f"{num_legs // 2} virtual stages need as many sizes, got {len(saved_bytes)}")
-    if num_virtual == 1:
-        check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
+    check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
+    change = held_changes(num_stages * num_virtual, saved_bytes, weight_saved_bytes)
+    if schedule_name in ("GPipe", "LoopedBFS"):
+        return tuple(num_microbatches * sum(saved_bytes[rank::num_stages]) for rank in range(num_stages))
+    if num_virtual == 1 and schedule_name != "InterleavedZeroBubble":
+        step = 1 if schedule_name == "1F1B" else 2
         return tuple(
-            _single_stage_peak(schedule_name, rank, num_stages, num_microbatches) * num_bytes
+            min(num_microbatches, step * (num_stages - 1 - rank) + 1) * num_bytes
             for rank, num_bytes in enumerate(saved_bytes)
         )
-    change = [*saved_bytes, *(-num_bytes for num_bytes in reversed(saved_bytes))]
-    peaks = []
-    for order in rank_orders(schedule_name, num_stages, num_microbatches, num_virtual):
-        held = peak = 0.0
-        for leg, _ in order:
-            held += change[leg]
-            peak = max(peak, held)
-        peaks.append(peak)
-    return tuple(peaks)
+    # Beyond four rounds of p microbatches a rank repeats itself; broken rounds are longer ones.
+    if schedule_name in V_SCHEDULES or num_microbatches % num_stages == 0:
+        num_microbatches = min(num_microbatches, 5 * num_stages)
+    return tuple(
+        max(accumulate(change[phase][stage] for phase, stage, _ in order))
+        for order in rank_orders(schedule_name, num_stages, num_microbatches, num_virtual)
+    )
 
 
-def _single_stage_peak(schedule_name: str, rank: int, num_stages: int, num_microbatches: int) -> int:
-    num_ahead = num_stages - 1 - rank
-    peak = {"GPipe": num_microbatches, "1F1B": num_ahead + 1, "Interleaved1F1B": 2 * num_ahead + 1}[
-        schedule_name
-    ]
-    return min(num_microbatches, peak)
+def held_changes(
+    num_total: int, saved_bytes: Sequence[float], weight_saved_bytes: Sequence[float] | None = None
+) -> dict[Phase, list[float]]:
+    """By how many bytes each phase of each virtual stage changes what its rank keeps for backward.
+
+    Arguments and errors as `peak_activation_bytes`.
+    """
+    kept = saved_bytes if weight_saved_bytes is None else weight_saved_bytes
+    for sizes in (saved_bytes, kept):
+        if len(sizes) != num_total:
+            raise CostModelError(f"{num_total} virtual stages need as many sizes, got {len(sizes)}")
+    freed = [-num_bytes for num_bytes in saved_bytes]
+    return {
+        "F": list(saved_bytes),
+        "B": freed,
+        "O": freed,
+        "I": [later - num_bytes for later, num_bytes in zip(kept, saved_bytes, strict=True)],
+        "W": [-later for later in kept],
+    }

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
-from costmodel.orders import Op, check_schedule, rank_orders
-from costmodel.schedule import closed_form_step_s, microbatch_legs, run_orders
+from costmodel.closed_forms import uniform_finish_s
+from costmodel.events import WorkTimes, ordered_steps, run_steps, work_times
+from costmodel.one_f_one_b import one_f_one_b_finish_s
+from costmodel.orders import check_schedule, rank_orders
 
 
 def rank_finish_s(
@@ -16,23 +19,58 @@ def rank_finish_s(
     backward_s: Sequence[float],
     send_s: float | Sequence[float] = 0.0,
     num_virtual: int = 1,
+    *,
+    weight_s: Sequence[float] | None = None,
+    blocking_sends: bool = False,
+    overlap_saving_s: float | Sequence[float] = 0.0,
 ) -> tuple[float, ...]:
-    """When each rank ends its last backward: `simulate(...).finish_s`.
+    """When each rank ends its last backward: `simulate(...).finish_s`, with the same arguments and errors.
 
-    GPipe, and uniform stages without message time, have closed forms. Otherwise the simulation stops as soon
-    as the step repeats itself, and multiplies; the result is the same up to rounding. Raises as `simulate`.
+    GPipe, and uniform stages without message time, have closed forms; 1F1B goes row by row. Otherwise the
+    simulation stops as soon as the step repeats itself, and multiplies. The result is the same up to
+    rounding.
     """
     check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
-    leg_s, delay_s = microbatch_legs(num_stages, num_virtual, forward_s, backward_s, send_s)
-    if schedule_name == "GPipe" or num_stages == 1:
-        return _chain_finish_s(schedule_name, num_stages, num_microbatches, leg_s, delay_s)
-    if num_virtual > 1 and num_microbatches % num_stages:
-        orders = rank_orders(schedule_name, num_stages, num_microbatches, num_virtual)
-        return run_orders(orders, leg_s, delay_s, num_microbatches)[1]
-    uniform = _uniform(leg_s) if not any(delay_s) else None
-    if uniform is None:
-        return _periodic_finish_s(schedule_name, num_stages, num_microbatches, num_virtual, leg_s, delay_s)
-    return _uniform_finish_s(schedule_name, num_stages, num_microbatches, num_virtual, *uniform)
+    times = work_times(
+        schedule_name, num_stages, num_virtual, forward_s, backward_s, send_s, weight_s, overlap_saving_s
+    )
+    sends_s = times.send_s[: num_stages * num_virtual]
+    overlaps = schedule_name == "DualPipeV" and overlap_saving_s != 0.0
+    if not any(sends_s) and not overlaps:
+        uniform = _uniform(forward_s, backward_s, weight_s)
+        if uniform is not None:
+            finish_s = uniform_finish_s(schedule_name, num_stages, num_microbatches, num_virtual, *uniform)
+            if finish_s is not None:
+                return finish_s
+    if schedule_name == "GPipe" and not blocking_sends:
+        return _chain_finish_s(num_microbatches, forward_s, backward_s, sends_s)
+    if schedule_name == "1F1B" and num_microbatches >= num_stages:
+        return one_f_one_b_finish_s(num_microbatches, forward_s, backward_s, sends_s[:-1], blocking_sends)
+    return _periodic_finish_s(schedule_name, num_stages, num_microbatches, num_virtual, times, blocking_sends)
+
+
+def _uniform(
+    forward_s: Sequence[float], backward_s: Sequence[float], weight_s: Sequence[float] | None
+) -> tuple[float, float, float] | None:
+    """Forward, backward and weight seconds of every stage, if they are the same for all."""
+    weights_s = weight_s or (0.0,) * len(backward_s)
+    same = all(times.count(times[0]) == len(times) for times in (forward_s, backward_s, weights_s))
+    return (forward_s[0], backward_s[0], weights_s[0]) if same else None
+
+
+def _chain_finish_s(
+    num_microbatches: int, forward_s: Sequence[float], backward_s: Sequence[float], sends_s: Sequence[float]
+) -> tuple[float, ...]:
+    """GPipe is two flow shops of equal jobs, each taking Σ t + (m - 1) max t; the last rank has no gap."""
+    repeats = num_microbatches - 1
+    passed_s = sum(forward_s) + repeats * max(forward_s) + sum(sends_s)
+    slowest_s = 0.0
+    finish_s = []
+    for backward, send in zip(reversed(backward_s), reversed(sends_s), strict=True):
+        slowest_s = max(slowest_s, backward)
+        passed_s += send + backward
+        finish_s.append(passed_s + repeats * slowest_s)
+    return tuple(reversed(finish_s))
 
 
 def _periodic_finish_s(
@@ -40,78 +78,58 @@ def _periodic_finish_s(
     num_stages: int,
     num_microbatches: int,
     num_virtual: int,
-    leg_s: list[float],
-    delay_s: list[float],
+    times: WorkTimes,
+    blocking_sends: bool,
 ) -> tuple[float, ...]:
     """Finish times from a shorter step, once that is seen to repeat itself every `num_stages` microbatches.
 
     A schedule is a max-plus linear system: when every rank's latest round ends a constant later than the
     round before, all further rounds do (Baccelli et al., Synchronization and Linearity, 1992, chapter 3).
     """
+    shape = (schedule_name, num_stages)
+    whole_rounds = num_virtual == 1 or num_microbatches % num_stages == 0
+    repeats = whole_rounds and schedule_name not in ("GPipe", "LoopedBFS")
     num_short = 4 * num_stages + num_microbatches % num_stages  # two rounds beyond the longest warm-up
-    while 2 * num_short <= num_microbatches:
-        orders = rank_orders(schedule_name, num_stages, num_short, num_virtual)
-        end_s, finish_s = run_orders(orders, leg_s, delay_s, num_short)
-        round_s = _round_s(orders, end_s, 2 * num_stages * num_virtual)
+    while repeats and 2 * num_short <= num_microbatches:
+        end_s, finish_s = run_steps(
+            ordered_steps(*shape, num_short, num_virtual)[0], times, num_stages, blocking_sends
+        )
+        round_s = _round_s(end_s, _rounds_apart(*shape, num_short, num_virtual))
         if round_s is not None:
             num_more = (num_microbatches - num_short) // num_stages
             return tuple(finish + num_more * round_s for finish in finish_s)
         num_short += num_short // num_stages * num_stages
-    orders = rank_orders(schedule_name, num_stages, num_microbatches, num_virtual)
-    return run_orders(orders, leg_s, delay_s, num_microbatches)[1]
+    steps = ordered_steps(*shape, num_microbatches, num_virtual)[0]
+    return run_steps(steps, times, num_stages, blocking_sends)[1]
 
 
-def _round_s(orders: Sequence[Sequence[Op]], end_s: list[list[float]], num_ops: int) -> float | None:
-    """How long a round of microbatches takes; None while rounds still differ.
+def _round_s(end_s: Sequence[float], apart: Sequence[tuple[int, int]]) -> float | None:
+    """How long a round of microbatches takes; None while rounds still differ."""
+    rounds_s = [end_s[later] - end_s[earlier] for earlier, later in apart]
+    if not rounds_s:
+        return None
+    longest_s = max(rounds_s)
+    return longest_s if longest_s - min(rounds_s) <= 1e-9 * longest_s else None
 
-    Compares the ends of each rank's last `num_ops` before its cooldown with those one round earlier.
+
+@lru_cache(maxsize=16)
+def _rounds_apart(
+    schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int
+) -> tuple[tuple[int, int], ...]:
+    """Pairs of steps a round apart: each rank's last round of work before its cool-down, and the one before.
+
+    Empty when the order of the one is not that of the other.
     """
-    num_stages = len(orders)
-    longest, shortest = 0.0, float("inf")
-    for order in orders:
-        stop = len(order)
-        while order[stop - 1][0] >= len(end_s) // 2:
-            stop -= 1
-        for leg, microbatch in order[stop - num_ops : stop]:
-            if microbatch < num_stages:
-                return None
-            later_s = end_s[leg][microbatch] - end_s[leg][microbatch - num_stages]
-            longest, shortest = max(longest, later_s), min(shortest, later_s)
-    return longest if longest - shortest <= 1e-9 * longest else None
-
-
-def _chain_finish_s(
-    schedule_name: str, num_stages: int, num_microbatches: int, leg_s: list[float], delay_s: list[float]
-) -> tuple[float, ...]:
-    """GPipe is two flow shops of equal jobs, each taking Σ t + (m - 1) max t; one rank is always busy."""
-    if num_stages == 1:
-        return (num_microbatches * sum(leg_s),)
-    repeats = num_microbatches - 1
-    forward_s = sum(leg_s[:num_stages]) + sum(delay_s[:num_stages]) + repeats * max(leg_s[:num_stages])
-    legs_back = range(num_stages, 2 * num_stages)
-    finish_s = []
-    for last in reversed(legs_back):
-        passed = slice(num_stages, last + 1)
-        finish_s.append(forward_s + sum(leg_s[passed]) + sum(delay_s[passed]) + repeats * max(leg_s[passed]))
-    return tuple(finish_s)
-
-
-def _uniform(leg_s: list[float]) -> tuple[float, float] | None:
-    """Forward and backward seconds of every stage, if they are the same for all."""
-    half = len(leg_s) // 2
-    forward_s, backward_s = leg_s[0], leg_s[-1]
-    same = leg_s[:half].count(forward_s) == half and leg_s[half:].count(backward_s) == half
-    return (forward_s, backward_s) if same else None
-
-
-def _uniform_finish_s(
-    schedule_name: str,
-    num_stages: int,
-    num_microbatches: int,
-    num_virtual: int,
-    forward_s: float,
-    backward_s: float,
-) -> tuple[float, ...]:
-    per_rank = (num_virtual * forward_s, num_virtual * backward_s)
-    step_s = closed_form_step_s(schedule_name, num_stages, num_microbatches, *per_rank, num_virtual)
-    return tuple(step_s - rank * backward_s for rank in range(num_stages))
+    shape = (schedule_name, num_stages, num_microbatches, num_virtual)
+    ops = ordered_steps(*shape)[1]
+    position = {op: index for index, op in enumerate(ops)}
+    pairs = []
+    for order in rank_orders(*shape):
+        stop = max(index for index, op in enumerate(order) if op[0] == "F") + 1
+        start = stop - len(order) * num_stages // num_microbatches
+        for phase, stage, microbatch in order[max(0, start) : stop]:
+            earlier = position.get((phase, stage, microbatch - num_stages))
+            if earlier is None or start < 0:
+                return ()
+            pairs.append((earlier, position[phase, stage, microbatch]))
+    return tuple(pairs)

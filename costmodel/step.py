@@ -6,10 +6,11 @@ says when each rank ends its last backward. Gradients are reduced once a step, b
 backward as far as they fit; then the optimizer runs. For an amount X of communication that may hide behind a
 time T,
 
-    exposed = max(X - overlap · T, X / num_units)
+    exposed = max(X - overlap · T, X / num_units)        cost = exposed + contention · (X - exposed)
 
 because the first gather and the last reduction of a stage's `num_units` sharding units find nothing to hide
-behind. The step is the largest of: finish + exposed gradient synchronisation + optimizer. That rank, the
+behind, and because what hides takes memory bandwidth and cores from the compute it hides behind. The step is
+the largest of: finish + cost of gradient synchronisation + optimizer, and a constant overhead. That rank, the
 bottleneck, is accounted for: its own work, how much later messages made it finish (send_recv), and what is
 left, the bubble.
 """
@@ -18,8 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 from costmodel.errors import CostModelError
+from costmodel.events import overlap_saving_s
+from costmodel.orders import rank_stages
 from costmodel.steady import rank_finish_s
 
 TERMS = (
@@ -31,6 +35,7 @@ TERMS = (
     "pipeline_bubble",
     "gradient_sync",
     "optimizer",
+    "overhead",
 )
 
 
@@ -38,6 +43,7 @@ TERMS = (
 class StageWork:
     """What one (virtual) stage does on one of its ranks, in seconds; per microbatch unless said otherwise.
 
+    `weight_s` is the part of the backward that makes weight gradients, which some schedules put off;
     `recompute_s` is the part of the forward, communication in it included, that runs again before the
     backward; `*_communication_s` is what runs in line with compute (tensor, sequence, context and expert
     parallelism); `*_gather_s` gathers ZeRO-3 parameters and `gradient_sync_s`, once a step, reduces
@@ -54,6 +60,7 @@ class StageWork:
     gradient_sync_s: float = 0.0
     optimizer_s: float = 0.0
     num_units: int = 1
+    weight_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name in _SECONDS:
@@ -67,11 +74,13 @@ class StageWork:
 class Overlap:
     """Which share of a computation's time communication can run behind: 1 is ideal, 0 none.
 
-    The ideal is the default: it claims no measurement.
+    `contention` is how much longer computing takes for a second of what runs behind it. The ideal is the
+    default: it claims no measurement.
     """
 
     gradient_sync: float = 1.0
     parameter_gather: float = 1.0
+    contention: float = 0.0
 
 
 IDEAL_OVERLAP = Overlap()
@@ -97,17 +106,21 @@ def step_cost(
     num_virtual: int = 1,
     send_s: float | Sequence[float] = 0.0,
     overlap: Overlap = IDEAL_OVERLAP,
+    *,
+    blocking_sends: bool = False,
+    overhead_s: float = 0.0,
 ) -> StepCost:
     """The cost of one step over `stages`, in the order of the model, `num_virtual` of them on each rank.
 
-    `send_s` is the time of a message between neighbouring stages, one number or one per boundary. Without a
-    pipeline, pass one stage: every schedule is then plain gradient accumulation. Raises CostModelError when
-    the stages do not divide into ranks, or for a schedule that does not run them.
+    `send_s` is the time of a message between neighbouring stages, one number or one per boundary; with
+    `blocking_sends` it stops both. `overhead_s` is added to every step. Without a pipeline, pass one stage:
+    every schedule is then plain gradient accumulation. Raises CostModelError when the stages do not divide
+    into ranks, or for a schedule that does not run them.
     """
     num_ranks, remainder = divmod(len(stages), num_virtual) if num_virtual > 0 else (0, 0)
     if not num_ranks or remainder:
         raise CostModelError(f"{len(stages)} stages do not divide into ranks of {num_virtual} virtual stages")
-    exposed = [_exposed(stage, overlap) for stage in stages]
+    exposed = [_communication(stage, overlap) for stage in stages]
     forward_s = [
         s.forward_s + s.forward_communication_s + e.forward_gather_s
         for s, e in zip(stages, exposed, strict=True)
@@ -116,46 +129,74 @@ def step_cost(
         s.recompute_s + s.backward_s + s.backward_communication_s + e.backward_gather_s
         for s, e in zip(stages, exposed, strict=True)
     ]
-    shape = (schedule_name, num_ranks, num_microbatches, forward_s, backward_s)
-    finish_s = rank_finish_s(*shape, send_s, num_virtual)
+    finish = partial(
+        rank_finish_s, schedule_name, num_ranks, num_microbatches, forward_s, backward_s,
+        num_virtual=num_virtual, weight_s=[stage.weight_s for stage in stages],
+        overlap_saving_s=_savings_s(stages) if schedule_name == "DualPipeV" else 0.0,
+    )  # fmt: skip
+    finish_s = finish(send_s=send_s, blocking_sends=blocking_sends)
 
+    mine = [rank_stages(schedule_name, rank, num_ranks, num_virtual) for rank in range(num_ranks)]
     once_s = [s.optimizer_s + e.gradient_sync_s for s, e in zip(stages, exposed, strict=True)]
-    ends_s = [finish_s[rank] + sum(once_s[rank::num_ranks]) for rank in range(num_ranks)]
+    ends_s = [finish_s[rank] + sum(once_s[stage] for stage in mine[rank]) for rank in range(num_ranks)]
     slowest = ends_s.index(max(ends_s))
     unhindered_s = finish_s[slowest]
     if isinstance(send_s, Sequence) or send_s:
-        unhindered_s = rank_finish_s(*shape, 0.0, num_virtual)[slowest]
-    terms = _work_terms(stages[slowest::num_ranks], exposed[slowest::num_ranks], num_microbatches)
-    busy_s = num_microbatches * sum(forward_s[slowest::num_ranks] + backward_s[slowest::num_ranks])
+        unhindered_s = finish()[slowest]
+    own = mine[slowest]
+    terms = _work_terms([stages[n] for n in own], [exposed[n] for n in own], num_microbatches)
+    busy_s = num_microbatches * sum(forward_s[n] + backward_s[n] for n in own)
     terms["pipeline_bubble"] = max(0.0, unhindered_s - busy_s)
     terms["send_recv"] = max(0.0, finish_s[slowest] - unhindered_s)
+    terms["overhead"] = overhead_s
     return StepCost({name: terms[name] for name in TERMS}, slowest)
 
 
+def _savings_s(stages: Sequence[StageWork]) -> list[float]:
+    """What running a forward of each stage beside a backward of its rank's other stage saves."""
+    return [
+        overlap_saving_s(
+            one.forward_s,
+            one.forward_communication_s,
+            other.recompute_s + other.backward_s,
+            other.backward_communication_s,
+        )
+        for one, other in zip(stages, reversed(stages), strict=True)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
-class _Exposed:
-    """Communication of a stage that nothing hides: gathers per microbatch, the synchronisation per step."""
+class _Communication:
+    """What communication behind compute costs a stage: gathers per microbatch, the synchronisation per
+    step."""
 
     forward_gather_s: float
     backward_gather_s: float
     gradient_sync_s: float
 
 
-def _exposed(stage: StageWork, overlap: Overlap) -> _Exposed:
-    def rest_s(communication_s: float, hiding_s: float) -> float:
+def _communication(stage: StageWork, overlap: Overlap) -> _Communication:
+    def exposed_s(communication_s: float, hiding_s: float) -> float:
         return max(communication_s - hiding_s, communication_s / stage.num_units)
 
+    def cost_s(communication_s: float, exposed_s: float) -> float:
+        return exposed_s + overlap.contention * (communication_s - exposed_s)
+
     backward_s = stage.recompute_s + stage.backward_s
-    forward_gather_s = rest_s(stage.forward_gather_s, overlap.parameter_gather * stage.forward_s)
-    backward_gather_s = rest_s(stage.backward_gather_s, overlap.parameter_gather * backward_s)
+    forward_gather_s = exposed_s(stage.forward_gather_s, overlap.parameter_gather * stage.forward_s)
+    backward_gather_s = exposed_s(stage.backward_gather_s, overlap.parameter_gather * backward_s)
     # Both use the network: what a gather hides behind is taken.
     taken_s = stage.backward_gather_s - backward_gather_s
-    gradient_sync_s = rest_s(stage.gradient_sync_s, max(0.0, overlap.gradient_sync * backward_s - taken_s))
-    return _Exposed(forward_gather_s, backward_gather_s, gradient_sync_s)
+    gradient_sync_s = exposed_s(stage.gradient_sync_s, max(0.0, overlap.gradient_sync * backward_s - taken_s))
+    return _Communication(
+        cost_s(stage.forward_gather_s, forward_gather_s),
+        cost_s(stage.backward_gather_s, backward_gather_s),
+        cost_s(stage.gradient_sync_s, gradient_sync_s),
+    )
 
 
 def _work_terms(
-    stages: Sequence[StageWork], exposed: Sequence[_Exposed], num_microbatches: int
+    stages: Sequence[StageWork], exposed: Sequence[_Communication], num_microbatches: int
 ) -> dict[str, float]:
     """The terms of one rank, of the stages on it, that do not depend on the schedule."""
     return {

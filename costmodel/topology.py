@@ -10,12 +10,21 @@ down.
 
 What k peers out of n children of a level, `spacing` children apart, get of a device's bandwidth B there:
 
-    switch, fat_tree   B
-    mesh               B (k - 1) / (n - 1)    a link for every pair
-    ring, pcie         B / spacing            the groups between share the links
-    torus              B / spacing            the same, and half of it where k peers leave the ring open
+    switch, fat_tree, rails   B
+    mesh                      B (k - 1) / (n - 1)             a link for every pair
+    dragonfly                 B max((k - 1) / (n - 1), 1/2)   a mesh of groups; a detour over a third group
+                                                              takes two links (Valiant routing; Kim et al.,
+                                                              ISCA 2008)
+    ring, pcie                B / spacing                     the groups between share the links
+    torus                     B / spacing                     the same; half where the k leave a ring open
 
 Adjacent torus levels that a group fills work at once: their bandwidths add ("How to Scale Your Model").
+
+That is while all groups of the axis communicate, as they do in a training step: B is a device's part of the
+network cards and uplinks that it shares. A group `alone` shares with no one: each member gets what one device
+can drive (`Level.alone_bytes_per_s`), as far as its node or subtree has it. One device drives one card: of
+two nodes of eight A100, a single pair reached the 12.5 GB/s of its own card, eight pairs 91 GB/s together
+(Alpa's measurements on CoreWeave).
 """
 
 from __future__ import annotations
@@ -38,9 +47,10 @@ class Span:
 
     Bandwidths are per member and one direction: in a collective of the peers, and between two neighbours. A
     collective's ring takes `num_steps` steps of `latency_s`; a message to a random peer passes `mean_hops`
-    links. Axes of a torus that the group fills are one span of several levels.
+    links. Axes of a torus that the group fills are one span of several levels, `level` being the outermost.
     """
 
+    level: Level
     level_names: tuple[str, ...]
     num_peers: int
     num_inside: int
@@ -57,9 +67,10 @@ class Span:
         return self.num_inside * self.bandwidth_bytes_per_s
 
 
-def spans(group: Group, cluster: Cluster) -> tuple[Span, ...]:
+def spans(group: Group, cluster: Cluster, *, alone: bool = False) -> tuple[Span, ...]:
     """Where members of `group` meet, innermost first; the product of `num_peers` is the group's size.
 
+    `alone` is whether the cluster's other devices are quiet meanwhile.
     Raises CostModelError when the cluster has fewer devices than the group reaches over.
     """
     num_needed = (group.size - 1) * group.stride + 1
@@ -69,7 +80,7 @@ def spans(group: Group, cluster: Cluster) -> tuple[Span, ...]:
             f"but cluster {cluster.name!r} has {cluster.num_devices}; use a smaller mesh or a larger cluster"
         )
     merged: list[Span] = []
-    for span in _single_spans(group, cluster):
+    for span in _single_spans(group, cluster, alone):
         if span.is_closed_torus and merged and merged[-1].is_closed_torus:
             merged[-1] = _both_axes(merged[-1], span)
         else:
@@ -77,7 +88,7 @@ def spans(group: Group, cluster: Cluster) -> tuple[Span, ...]:
     return tuple(merged)
 
 
-def _single_spans(group: Group, cluster: Cluster) -> Iterator[Span]:
+def _single_spans(group: Group, cluster: Cluster, alone: bool) -> Iterator[Span]:
     """One span for each level on which members meet."""
     num_inside, num_below = 1, 1
     for level in cluster.levels:
@@ -85,8 +96,9 @@ def _single_spans(group: Group, cluster: Cluster) -> Iterator[Span]:
         num_members = group.size if is_outermost else _num_members(group, level.num_devices)
         if num_members > num_inside:
             num_children = level.num_devices // num_below
-            spacing = max(1, group.stride // num_below)
-            yield _span(level, num_members // num_inside, num_inside, num_children, spacing)
+            spacing = 1 if alone else max(1, group.stride // num_below)
+            num_sharing = num_below / num_inside if alone else 1.0
+            yield _span(level, num_members // num_inside, num_inside, num_children, spacing, num_sharing)
         num_inside, num_below = num_members, level.num_devices
 
 
@@ -95,22 +107,33 @@ def _num_members(group: Group, num_devices: int) -> int:
     return 1 if remainder or not num_slots else gcd(group.size, num_slots)
 
 
-def _span(level: Level, num_peers: int, num_inside: int, num_children: int, spacing: int) -> Span:
-    collective = pair = level.bandwidth_bytes_per_s
+def _span(
+    level: Level, num_peers: int, num_inside: int, num_children: int, spacing: int, num_sharing: float
+) -> Span:
+    """One span. A member may use the parts of `num_sharing` devices, up to what one device can drive."""
+    limit = level.alone_bytes_per_s or level.bandwidth_bytes_per_s
+    member = level.bandwidth_bytes_per_s
+    if num_sharing > 1:
+        member = max(member, min(limit, num_sharing * member))
+    collective = pair = member
     num_steps, mean_hops, is_closed = num_peers - 1, 1.0, False
     match level.topology:
         case "mesh":
-            pair = level.bandwidth_bytes_per_s / max(1, num_children - 1)
+            pair = member / max(1, num_children - 1)
             collective = pair * (num_peers - 1)
+        case "dragonfly":
+            pair = member * max(1 / max(1, num_children - 1), 0.5)
+            collective = member * max((num_peers - 1) / max(1, num_children - 1), 0.5)
         case "ring" | "pcie":
-            collective = pair = level.bandwidth_bytes_per_s / spacing
+            collective = pair = member / spacing
             mean_hops = num_peers / 4 if level.topology == "ring" else 1.0
         case "torus":
             is_closed = num_peers == num_children
-            collective = level.bandwidth_bytes_per_s / spacing / (1 if is_closed else 2)
-            pair = level.bandwidth_bytes_per_s / spacing / 2  # one of the two links of the axis
+            collective = member / spacing / (1 if is_closed else 2)
+            pair = member / spacing / 2  # one of the two links of the axis
             num_steps, mean_hops = (num_peers // 2 if is_closed else num_peers - 1), num_peers / 4
     return Span(
+        level=level,
         level_names=(level.name,),
         num_peers=num_peers,
         num_inside=num_inside,
@@ -129,6 +152,7 @@ def _both_axes(inner: Span, outer: Span) -> Span:
     bandwidth_bytes_per_s = inner.bandwidth_bytes_per_s + outer.bandwidth_bytes_per_s
     busiest = max(axis.mean_hops / axis.bandwidth_bytes_per_s for axis in (inner, outer))
     return Span(
+        level=outer.level,
         level_names=inner.level_names + outer.level_names,
         num_peers=inner.num_peers * outer.num_peers,
         num_inside=inner.num_inside,

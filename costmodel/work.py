@@ -7,8 +7,18 @@ from typing import Literal
 
 from costmodel.errors import CostModelError
 
-WorkKind = Literal["matmul", "attention", "memory"]
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "broadcast"]
+WorkKind = Literal["matmul", "attention", "native_attention", "memory"]
+CollectiveKind = Literal[
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "broadcast",
+    "reduce",
+    "scatter",
+    "gather",
+    "send_recv",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,18 +27,26 @@ class Work:
 
     `flops` counts a multiply-add as two; `bytes` is what is read from and written to device memory; `dtype`
     is the type the arithmetic runs in ("bf16", "fp32", ...); `kind` says which of the device's efficiencies
-    applies. Raises CostModelError for a negative amount.
+    applies.
+
+    `shape` is what the efficiency depends on: `(batch, m, n, k)` of a product `[batch, m, k] @ [batch, k, n]`,
+    `(heads, queries, keys, head_dim)` of an attention, `()` where nothing is known but the FLOPs.
+    `num_launches` is how many kernels the host launches for it, 0 for the part of a chain that another one
+    launches. Raises CostModelError for a negative amount.
     """
 
     flops: float
     bytes: float
     dtype: str = "bf16"
     kind: WorkKind = "matmul"
+    shape: tuple[int, ...] = ()
+    num_launches: int = 1
 
     def __post_init__(self) -> None:
-        if self.flops < 0 or self.bytes < 0:
+        if self.flops < 0 or self.bytes < 0 or self.num_launches < 0:
             raise CostModelError(
-                f"work cannot be negative: got {self.flops:g} FLOPs and {self.bytes:g} bytes"
+                f"work cannot be negative: got {self.flops:g} FLOPs, {self.bytes:g} bytes and "
+                f"{self.num_launches} launches"
             )
 
 
@@ -56,13 +74,15 @@ class Collective:
     """One collective over `group`.
 
     `num_bytes` is the whole payload S: for all_gather the gathered tensor, for reduce_scatter the input, for
-    all_reduce and broadcast the tensor, for all_to_all what one rank holds, for send_recv the message between
-    neighbours of the group. Raises CostModelError when it is negative.
+    all_reduce, broadcast and reduce the tensor, for scatter and gather the whole tensor at the root, for
+    all_to_all what one rank holds, for send_recv the message between neighbours of the group. `alone` is
+    whether no other group of the axis communicates meanwhile. Raises CostModelError when it is negative.
     """
 
     kind: CollectiveKind
     num_bytes: float
     group: Group
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.num_bytes < 0:

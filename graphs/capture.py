@@ -26,6 +26,7 @@ from graphs.ir import OpGraph
 from graphs.measure import measured
 from graphs.repeats import expanded, find_runs, shortened
 from graphs.tidy import renamed, tidied
+from graphs.windows import with_windows
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,16 @@ def capture(
     """
     inputs_at = inputs_of_any_batch(example_inputs)
     title = name or type(model).__name__
-    short = _capture_shortened(model, inputs_at, title)
-    if short is not None:
-        return short
+    found = _capture_shortened(model, inputs_at, title) or _capture_both(model, inputs_at, title)
+    other = found.other
+    return Capture(
+        with_windows(found.graph, model),
+        with_windows(other, model) if isinstance(other, OpGraph) else other,
+    )
+
+
+def _capture_both(model: nn.Module, inputs_at: Callable[[int], Inputs], title: str) -> Capture:
+    """The capture of the whole model, at both batch sizes where that can be done."""
     graph = _capture_whole(model, inputs_at(LOW), title)
     other: OpGraph | CaptureError
     try:

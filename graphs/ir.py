@@ -60,6 +60,7 @@ class Op:
         saved: storages (tensor names) that autograd keeps for this op's backward.
         saved_internal_bytes: bytes autograd keeps that are no tensor of the graph (log-sum-exp of attention,
             masks).
+        window: how many keys each query of an attention attends to at most, where its mask says so.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Op:
     flops: int = 0
     saved: tuple[str, ...] = ()
     saved_internal_bytes: int = 0
+    window: int | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -8,13 +8,16 @@
 989000000000000.0
 """
 
+from hardware_db.calibration import calibrated
 from hardware_db.catalog import accelerator, accelerators, clusters, node, nodes, sources
 from hardware_db.cluster_file import cluster_document, load_cluster, parse_cluster
 from hardware_db.errors import ClusterFileError, HardwareError, MissingFactError, UnknownHardwareError
 from hardware_db.facts import Dimensions, Fact, Source, facts_of
 from hardware_db.machine import Cluster, Level
+from hardware_db.profile import Profile, load_profile
 from hardware_db.schema import Accelerator, Efficiency, Node
 from hardware_db.spec import cluster
+from hardware_db.transport import InNetworkReduction, MeasuredCollective, Protocol
 
 __all__ = [
     "Accelerator",
@@ -24,18 +27,24 @@ __all__ = [
     "Efficiency",
     "Fact",
     "HardwareError",
+    "InNetworkReduction",
     "Level",
+    "MeasuredCollective",
     "MissingFactError",
     "Node",
+    "Profile",
+    "Protocol",
     "Source",
     "UnknownHardwareError",
     "accelerator",
     "accelerators",
+    "calibrated",
     "cluster",
     "cluster_document",
     "clusters",
     "facts_of",
     "load_cluster",
+    "load_profile",
     "node",
     "nodes",
     "parse_cluster",

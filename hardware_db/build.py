@@ -5,12 +5,13 @@ From the inside out, each level present only where it joins more devices than th
 1. the dies of one card, where software sees several;
 2. scale-up: the cards that the node's own links join. One level for a switch, mesh or ring; one per axis for
    a torus, at the rate of two links (both ways round the ring) where the axis closes and of one where not;
-3. PCIe: the rest of the host, where the scale-up domain is smaller than the node;
-4. the network: the node's NICs shared by its devices, then the tiers of a named cluster. Oversubscription
-   ratios of nested tiers multiply.
+3. PCIe: the rest of the host, where the scale-up domain is smaller than the node: the cards of one switch, of
+   one socket, of both sockets. An uplink is shared by all that lies below it;
+4. the network (`hardware_db.network`): the node's cards shared by its devices, then the tiers of a named
+   cluster. Cards that nobody has published are assumed to be the typical ones of `links.json`, with a note on
+   the cluster.
 
-Every rate is a published one times the share of it that collectives reach; both are data
-(`scale_up.efficiency` of the card, else `links.json`).
+`hardware_db.level` turns the rates into levels.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from itertools import accumulate
 from operator import mul
 
 from hardware_db import catalog
-from hardware_db.errors import HardwareError, MissingFactError
+from hardware_db.errors import HardwareError
+from hardware_db.level import level_of, measured_inside, switch_reduction
 from hardware_db.machine import Cluster, Level
-from hardware_db.schema import Accelerator, ClusterEntry, NetworkLevel, Node
+from hardware_db.network import one_network, tiers
+from hardware_db.schema import Accelerator, ClusterEntry, Node
 from hardware_db.torus import slice_shape
-from hardware_db.units import bytes_per_s_from_gbit
 
 
 def cluster_of_nodes(
@@ -38,33 +40,39 @@ def cluster_of_nodes(
     """`count` nodes on one network without tiers.
 
     `card`, `scale_out_bytes_per_s_per_device` and `oversubscription` replace the node's own. Raises
-    HardwareError for a count that does not fill the node's scale-up domains, MissingFactError for a link rate
-    that nobody has published.
+    HardwareError for a count that does not fill the node's scale-up domains, MissingFactError for the rate of
+    a link inside the node that nobody has published.
     """
     _check_count(node, count)
     card = card or catalog.accelerator(node.accelerator_id)
     levels = _inside(node, card, count, torus_dims=None)
     num_devices = _devices_per_node(node, card) * count
+    notes: tuple[str, ...] = ()
     if levels[-1].num_devices < num_devices:
-        rate = scale_out_bytes_per_s_per_device or _nic_bytes_per_s(node, card)
-        levels.append(_network_level("network", "network", num_devices, rate, oversubscription))
-    return _assemble(f"{node.id}*{count}", f"{count} x {node.name}", node, card, count, levels)
+        network, notes = one_network(node, card, count, scale_out_bytes_per_s_per_device, oversubscription)
+        levels.append(network)
+    return _assemble(f"{node.id}*{count}", f"{count} x {node.name}", node, card, count, levels, notes)
 
 
 def named_cluster(entry: ClusterEntry) -> Cluster:
-    """A named cluster with the tiers of its network.
-
-    A tier whose size does not divide the cluster's (127 nodes in units of 32) is merged into the next one.
-    """
+    """A named cluster with the tiers of its network."""
     node = catalog.node(entry.node_id)
     card = catalog.accelerator(node.accelerator_id)
     count = int(entry.node_count.require(f"{entry.id}: node_count"))
     levels = _inside(node, card, count, entry.torus_dims.value if entry.torus_dims else None)
-    levels.extend(_tiers(entry, node, card, count))
+    levels.extend(tiers(entry, node, card, count))
     return _assemble(entry.id, entry.name, node, card, count, levels)
 
 
-def _assemble(id: str, name: str, node: Node, card: Accelerator, count: int, levels: list[Level]) -> Cluster:
+def _assemble(
+    id: str,
+    name: str,
+    node: Node,
+    card: Accelerator,
+    count: int,
+    levels: list[Level],
+    notes: tuple[str, ...] = (),
+) -> Cluster:
     num_devices = _devices_per_node(node, card) * count
     per_host = num_devices if node.single_host else _devices_per_host(node, card)
     host_memory = node.host_memory_bytes.value
@@ -82,35 +90,49 @@ def _assemble(id: str, name: str, node: Node, card: Accelerator, count: int, lev
         else host_memory / _devices_per_node(node, card),
         price_usd_per_device_hour=None if price is None else price / parts,
         node_id=node.id,
-        notes=node.notes,
+        notes=node.notes + notes,
     )
 
 
 def _inside(node: Node, card: Accelerator, count: int, torus_dims: tuple[int, ...] | None) -> list[Level]:
     """Levels 1 to 3; at least one, so that a lone device has a level of its own."""
     levels = [level for level in _package(card) if level.num_devices <= _devices_per_node(node, card)]
-    if node.scale_up.topology != "none":
-        levels += _scale_up(node, card, count, torus_dims)
+    levels += _scale_up(node, card, count, torus_dims)
     inside = levels[-1].num_devices if levels else 0
-    if inside < _devices_per_node(node, card):
-        levels.append(_pcie_level(node, card))
+    levels += [level for level in _pcie_tree(node, card, inside) if level.num_devices > inside]
     return levels
 
 
 def _package(card: Accelerator) -> Iterator[Level]:
     rate = card.scale_up.intra_card_bytes_per_s.value
     if card.logical_devices_per_card > 1 and rate is not None:
-        yield _level("package", "package", card.logical_devices_per_card, rate, "switch")
+        yield level_of("package", "package", card.logical_devices_per_card, rate, "switch")
 
 
 def _scale_up(node: Node, card: Accelerator, count: int, torus_dims: tuple[int, ...] | None) -> list[Level]:
+    topology = node.scale_up.topology
+    if topology == "none":
+        return []
     domain = _domain_cards(node, count)
     name = node.scale_up.name or card.scale_up.name or "scale-up"
-    if node.scale_up.topology == "torus":
+    if topology == "torus":
         return _torus_levels(name, node, card, torus_dims or _torus_shape(node, card, domain))
     parts = card.logical_devices_per_card
     total = card.scale_up.total_bytes_per_s.require(f"{card.id}: scale_up.total_bytes_per_s")
-    return [_scale_up_level(name, card, domain * parts, total / parts, node.scale_up.topology)]
+    num_devices = domain * parts
+    is_switch = topology == "switch"
+    return [
+        level_of(
+            name,
+            card.scale_up.link or "network",
+            num_devices,
+            total / parts,
+            topology,
+            efficiency=card.scale_up.efficiency.value,
+            reduction=switch_reduction(card) if is_switch else None,
+            measured=measured_inside(card, num_devices) if is_switch else (),
+        )
+    ]
 
 
 def _torus_shape(node: Node, card: Accelerator, num_chips: int) -> tuple[int, ...]:
@@ -124,12 +146,13 @@ def _torus_levels(name: str, node: Node, card: Accelerator, dims: tuple[int, ...
     sides = [side for side in dims if side > 1] or [1]
     closed = _closed_axes(card, dims)
     return [
-        _scale_up_level(
+        level_of(
             f"{name} {axis}",
-            card,
+            card.scale_up.link or "network",
             size * parts,
             link * (2 if side in closed else 1) / parts,
             "torus",
+            efficiency=card.scale_up.efficiency.value,
         )
         for axis, side, size in zip("xyzw", sides, accumulate(sides, mul), strict=False)
     ]
@@ -161,63 +184,35 @@ def _domain_cards(node: Node, count: int) -> int:
     return domain
 
 
-def _pcie_level(node: Node, card: Accelerator) -> Level:
+def _pcie_tree(node: Node, card: Accelerator, num_inside: int) -> Iterator[Level]:
+    """The levels of the host's tree; none where the cards' own links join `num_inside`, the whole node."""
+    parts, num_devices = card.logical_devices_per_card, _devices_per_node(node, card)
+    if num_inside >= num_devices:
+        return
     rate = card.host_link.bytes_per_s.require(f"{card.id}: host_link.bytes_per_s")
-    parts = card.logical_devices_per_card
-    return _level("pcie", "pcie", _devices_per_node(node, card), rate / parts, "pcie")
-
-
-def _tiers(entry: ClusterEntry, node: Node, card: Accelerator, count: int) -> Iterator[Level]:
-    per_node = _devices_per_node(node, card)
-    nodes, ratio = 1, 1.0
-    for position, tier in enumerate(entry.levels):
-        child_devices = nodes * per_node
-        nodes *= int(tier.num_children.require(f"{entry.id}: levels[{position}].num_children"))
-        ratio *= tier.oversubscription.require(f"{entry.id}: levels[{position}].oversubscription")
-        outermost = position == len(entry.levels) - 1
-        if outermost or count % nodes == 0:
-            rate = _tier_bytes_per_s(tier, child_devices, node, card)
-            yield _network_level(
-                tier.name, tier.link, (count if outermost else nodes) * per_node, rate, ratio
-            )
-
-
-def _tier_bytes_per_s(tier: NetworkLevel, child_devices: int, node: Node, card: Accelerator) -> float:
-    per_child = tier.child_bytes_per_s.value
-    return _nic_bytes_per_s(node, card) if per_child is None else per_child / child_devices
-
-
-def _network_level(name: str, link: str, num_devices: int, rate: float, oversubscription: float) -> Level:
-    return _level(name, link, num_devices, rate / oversubscription, "fat_tree")
-
-
-def _nic_bytes_per_s(node: Node, card: Accelerator) -> float:
-    """Network rate per logical device: the node's NICs, else the card's in its vendor's reference node."""
-    nics, gbit = node.scale_out.num_nics.value, node.scale_out.gbit_per_s_per_nic.value
-    if nics is not None and gbit is not None:
-        return bytes_per_s_from_gbit(nics * gbit) / _devices_per_node(node, card)
-    reference = card.scale_out.gbit_per_s_per_card.value
-    if reference is not None:
-        return bytes_per_s_from_gbit(reference) / card.logical_devices_per_card
-    raise MissingFactError(
-        f"{node.id}: scale_out.num_nics and gbit_per_s_per_nic are unknown, so nodes cannot be joined; "
-        f"write a cluster file with `node: {node.id}`, `count` and `scale_out_bytes_per_s_per_device`"
+    tree = node.pcie
+    per_switch, per_socket = tree.cards_per_switch.value, tree.cards_per_socket.value
+    if per_switch is None or per_socket is None:
+        yield level_of("pcie", "pcie", num_devices, rate / parts, "pcie")
+        return
+    between_sockets = tree.socket_bytes_per_s.require(f"{node.id}: pcie.socket_bytes_per_s")
+    yield level_of("pcie switch", "pcie", int(per_switch) * parts, rate / parts, "switch")
+    yield level_of(
+        "pcie root",
+        "pcie",
+        int(per_socket) * parts,
+        rate / per_switch / parts,
+        "switch",
+        alone_bytes_per_s=rate,
     )
-
-
-def _scale_up_level(name: str, card: Accelerator, num_devices: int, rate: float, topology: str) -> Level:
-    return _level(
-        name, card.scale_up.link or "network", num_devices, rate, topology, card.scale_up.efficiency.value
+    yield level_of(
+        "sockets",
+        "socket",
+        num_devices,
+        min(between_sockets, rate) / per_socket / parts,
+        "switch",
+        alone_bytes_per_s=min(between_sockets, rate),
     )
-
-
-def _level(
-    name: str, link: str, num_devices: int, rate: float, topology: str, efficiency: float | None = None
-) -> Level:
-    link_class = catalog.links()[link]
-    share = efficiency or link_class.efficiency.require(f"links.{link}.efficiency")
-    latency = link_class.latency_s.require(f"links.{link}.latency_s")
-    return Level(name, num_devices, rate * share, latency, topology, line_rate_bytes_per_s=rate)
 
 
 def _devices_per_node(node: Node, card: Accelerator) -> int:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from hardware_db.errors import UnknownHardwareError, did_you_mean
 from hardware_db.facts import Record, Source
-from hardware_db.schema import Accelerator, ClusterEntry, EfficiencyDefaults, LinkClass, Node
+from hardware_db.schema import Accelerator, ClusterEntry, CollectiveFacts, EfficiencyDefaults, LinkClass, Node
 
 
 class _Named(Protocol):
@@ -92,6 +92,12 @@ def names_of(items: Iterable[str], kind: str) -> tuple[str, ...]:
 def links() -> Mapping[str, LinkClass]:
     """Latency and reachable share of line rate per link technology."""
     return MappingProxyType(TypeAdapter(dict[str, LinkClass]).validate_python(_read(_data() / "links.json")))
+
+
+@cache
+def collective_facts() -> CollectiveFacts:
+    """Reductions in switches and measured tables of collectives."""
+    return CollectiveFacts.model_validate(_read(_data() / "collectives.json"))
 
 
 @cache

@@ -17,7 +17,15 @@ or nodes from the database, with what is different about yours:
 
 `bandwidth_bytes_per_s` is per device and one direction; `efficiency` (default 1) is the share of it that
 large collectives reach, `oversubscription` (default 1) divides it, `topology` is one of those of
-`hardware_db.Level` (default switch). `device` is an id or a device of your own:
+`hardware_db.Level` (default switch). A level also takes what `Level` documents: `alone_bytes_per_s`,
+`start_s`, `protocols`, `concurrent_messages`, `level_by_level` (default: as the device's library does),
+`tree_bandwidth_share`, `in_network_reduction`, and tables that you measured, as (payload bytes, seconds) over
+so many peers on each level:
+
+    measured:
+      - {kind: all_reduce, shape: [8], points: [[1e6, 46e-6], [16e6, 134e-6], [1e9, 4.05e-3]]}
+
+`device` is an id or a device of your own:
 
     device:
       name: prototype
@@ -26,9 +34,12 @@ large collectives reach, `oversubscription` (default 1) divides it, `topology` i
       peak_flops_per_s: {bf16: 400e12, fp32: 50e12}
       efficiency: {matmul: 0.6}
 
-Both forms also take `name`, `efficiency` (matmul, attention, memory, launch_overhead_s,
-reserved_memory_bytes), `host_memory_bytes_per_device` and `price_usd_per_device_hour`; the first also
-`devices_per_node` (default: the devices of its innermost level).
+`profile` names a file that `autopar calibrate` wrote on such a machine, relative to this file. What was
+measured replaces what is published, rates of links included; the first form then needs no `device`.
+
+Both forms also take `name`, `efficiency` (the numbers of `hardware_db.Efficiency`),
+`host_memory_bytes_per_device` and `price_usd_per_device_hour`; the first also `devices_per_node` (default:
+the devices of its innermost level).
 """
 
 from __future__ import annotations
@@ -45,9 +56,12 @@ from pydantic_core import ErrorDetails
 
 from hardware_db import catalog
 from hardware_db.build import cluster_of_nodes
-from hardware_db.cluster_form import TAGS, DeviceForm, Form, LevelsForm, NodeForm, form_at
+from hardware_db.calibration import accelerator_of, calibrated
+from hardware_db.cluster_form import TAGS, DeviceForm, Form, LevelForm, LevelsForm, NodeForm, form_at
 from hardware_db.errors import ClusterFileError, HardwareError, did_you_mean
+from hardware_db.level import library_of
 from hardware_db.machine import Cluster
+from hardware_db.profile import Profile, load_profile
 from hardware_db.schema import Accelerator
 
 F = TypeVar("F", bound=Form)
@@ -63,11 +77,14 @@ def load_cluster(path: Path) -> Cluster:
         document: object = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ClusterFileError(f"{path}: is not valid {path.suffix.lstrip('.').upper()}: {error}") from error
-    return parse_cluster(document, origin=str(path), default_name=path.stem)
+    return parse_cluster(document, origin=str(path), default_name=path.stem, folder=path.parent)
 
 
-def parse_cluster(document: object, *, origin: str = "cluster", default_name: str = "custom") -> Cluster:
-    """The cluster in an already loaded document; `origin` opens each error message."""
+def parse_cluster(
+    document: object, *, origin: str = "cluster", default_name: str = "custom", folder: Path = Path()
+) -> Cluster:
+    """The cluster in an already loaded document; `origin` opens each error message, `folder` is where a
+    profile is looked for."""
     if not isinstance(document, Mapping):
         raise ClusterFileError(
             f"{origin}: expected fields such as `device` and `levels`, got {_shown(document)}"
@@ -83,8 +100,8 @@ def parse_cluster(document: object, *, origin: str = "cluster", default_name: st
         )
     try:
         if "node" in document:
-            return _from_nodes(_validated(NodeForm, document, origin), default_name)
-        return _from_levels(_validated(LevelsForm, document, origin), default_name)
+            return _from_nodes(_validated(NodeForm, document, origin), default_name, folder)
+        return _from_levels(_validated(LevelsForm, document, origin), default_name, folder)
     except ClusterFileError:
         raise
     except HardwareError as error:
@@ -93,21 +110,11 @@ def parse_cluster(document: object, *, origin: str = "cluster", default_name: st
 
 def cluster_document(cluster: Cluster) -> dict[str, object]:
     """The document, in the first form, that `parse_cluster` turns back into the same machine."""
-    levels = [
-        {
-            "name": level.name,
-            "devices": level.num_devices,
-            "bandwidth_bytes_per_s": level.bandwidth_bytes_per_s,
-            "latency_s": level.latency_s,
-            "topology": level.topology,
-        }
-        for level in cluster.levels
-    ]
     document: dict[str, object] = {
         "name": cluster.id,
         "device": _device_document(cluster.device),
         "devices_per_node": cluster.devices_per_node,
-        "levels": levels,
+        "levels": [LevelForm.document(level) for level in cluster.levels],
     }
     if cluster.host_memory_bytes_per_device is not None:
         document["host_memory_bytes_per_device"] = cluster.host_memory_bytes_per_device
@@ -134,10 +141,16 @@ def _device_document(device: Accelerator) -> str | dict[str, object]:
     }
 
 
-def _from_levels(form: LevelsForm, default_name: str) -> Cluster:
-    levels = tuple(level.level() for level in form.levels)
+def _from_levels(form: LevelsForm, default_name: str, folder: Path) -> Cluster:
+    profile = _profile(form, folder)
+    if form.device is not None:
+        card = _device(form.device)
+    elif profile is not None:
+        card = accelerator_of(profile)
+    else:
+        raise HardwareError("device: is missing")
     name = form.name or default_name
-    card = _device(form.device)
+    levels = tuple(level.level(library_of(card).level_by_level) for level in form.levels)
     price = card.price_usd_per_card_hour
     cluster = Cluster(
         id=name,
@@ -148,10 +161,10 @@ def _from_levels(form: LevelsForm, default_name: str) -> Cluster:
         levels=levels,
         price_usd_per_device_hour=None if price is None else price / card.logical_devices_per_card,
     )
-    return _overridden(cluster, form)
+    return _overridden(cluster, form, profile)
 
 
-def _from_nodes(form: NodeForm, default_name: str) -> Cluster:
+def _from_nodes(form: NodeForm, default_name: str, folder: Path) -> Cluster:
     node = catalog.node(form.node)
     cluster = cluster_of_nodes(
         node,
@@ -161,10 +174,16 @@ def _from_nodes(form: NodeForm, default_name: str) -> Cluster:
         oversubscription=form.oversubscription,
     )
     name = form.name or default_name
-    return _overridden(replace(cluster, id=name, name=name), form)
+    return _overridden(replace(cluster, id=name, name=name), form, _profile(form, folder))
 
 
-def _overridden(cluster: Cluster, form: Form) -> Cluster:
+def _profile(form: Form, folder: Path) -> Profile | None:
+    return None if form.profile is None else load_profile(folder / form.profile)
+
+
+def _overridden(cluster: Cluster, form: Form, profile: Profile | None) -> Cluster:
+    if profile is not None:
+        cluster = calibrated(cluster, profile)
     return replace(
         cluster,
         device=cluster.device.with_efficiency(form.efficiency.facts()),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from hardware_db.errors import HardwareError
 from hardware_db.schema import Accelerator
+from hardware_db.transport import InNetworkReduction, MeasuredCollective, Protocol
+
+LevelTopology = Literal["switch", "fat_tree", "rails", "mesh", "dragonfly", "ring", "torus", "pcie"]
 
 __all__ = ["Cluster", "Level"]
 
@@ -15,13 +19,24 @@ class Level:
     """One tier of links; a group of this level holds `num_devices` consecutive devices.
 
     `bandwidth_bytes_per_s` is what each device sustains, in one direction, in a large collective that spans
-    the level: line rate times the share that collectives reach, oversubscription divided in.
-    `line_rate_bytes_per_s` is the published rate, for display. `latency_s` is the time of one step of a
-    collective, whatever its size.
+    the level while all others do the same: line rate times the share that collectives reach,
+    oversubscription divided in. Devices that share a network card have their part of it each;
+    `alone_bytes_per_s` is what one of them gets while the others are quiet (None: no more than its part).
+    `line_rate_bytes_per_s` is the published rate, for display.
+
+    A collective takes `start_s` once and `latency_s` for every step, whatever its size, or less by one of
+    `protocols`; `concurrent_messages` to different peers are under way at once. `level_by_level` is whether
+    the library of these devices composes a collective of one over each level (TPUs, Ascend); if not, it knows
+    rings through all ranks, and trees between nodes (NCCL), at `tree_bandwidth_share` of the bandwidth.
+    `reduction` is there where switches reduce, `measured` has the tables that replace all of this where they
+    fit.
 
     `topology` tells what a smaller group gets of it:
       "switch", "fat_tree"  all of it, wherever its members sit;
+      "rails"               the same: card i of every node sits on rail i, and what is for another rail first
+                            changes to it inside the node;
       "mesh"                one link per peer: g of n devices use (g-1)/(n-1) of it;
+      "dragonfly"           a mesh of groups of switches, with detours over third groups: at least half;
       "ring", "pcie"        all of it while its members are neighbours;
       "torus"               this level is one axis of a torus; whole axes work at once, so the bandwidth of a
                             group that fills several adjacent torus levels is their sum.
@@ -31,8 +46,29 @@ class Level:
     num_devices: int
     bandwidth_bytes_per_s: float
     latency_s: float
-    topology: str
+    topology: LevelTopology
     line_rate_bytes_per_s: float | None = None
+    alone_bytes_per_s: float | None = None
+    start_s: float = 0.0
+    protocols: tuple[Protocol, ...] = ()
+    concurrent_messages: int = 1
+    level_by_level: bool = True
+    tree_bandwidth_share: float = 1.0
+    reduction: InNetworkReduction | None = None
+    measured: tuple[MeasuredCollective, ...] = ()
+
+    def calibrated(self, bandwidth_bytes_per_s: float, latency_s: float) -> Level:
+        """This level with the line that was fitted to measurements in place of all that is published."""
+        return replace(
+            self,
+            bandwidth_bytes_per_s=bandwidth_bytes_per_s,
+            latency_s=latency_s,
+            alone_bytes_per_s=None,
+            start_s=0.0,
+            protocols=(),
+            reduction=None,
+            measured=(),
+        )
 
 
 @dataclass(frozen=True)

@@ -32,27 +32,65 @@ _EXECUTED_AS: Final[dict[str, tuple[Dtype, ...]]] = {
 
 
 class Efficiency(Record):
-    """The share of the published figures that well-shaped work reaches, and fixed overheads, as plain
-    numbers.
+    """The share of the published figures that work reaches, and fixed overheads, as plain numbers.
 
-    `matmul` and `attention` are fractions of the peak rate of their dtype, `memory` of the memory bandwidth.
+    `matmul` and `matmul_fp8` (for 8 bits and fewer) are the shares of the peak rate of their dtype that a
+    large product reaches, `memory` that of the memory bandwidth. `attention` is the share that fused attention
+    reaches in its forward when written portably (FlashAttention-2), `attention_native` when written for the
+    device (FlashAttention-3, cuDNN, a TPU's own). A kernel costs the device `launch_overhead_s` besides its
+    work.
+
+    `num_cores` compute a product's result in tiles of up to `tile_m` × `tile_n`, `wave_loss` of the last
+    wave's idle cores being lost; `fill_k` is how much of the reduction a tile takes to fill its pipeline, and
+    `tile_reuse` how fast smaller tiles get slower (`costmodel.roofline` has the formula). `head_dim_half` and
+    `sequence_half` are the head dimension and the sequence at which attention reaches half of its best;
+    `edge_sharpness` is how sharp the edge of the roofline is.
     """
 
     matmul: Annotated[float, Field(gt=0, le=1)]
+    matmul_fp8: Annotated[float, Field(gt=0, le=1)]
     attention: Annotated[float, Field(gt=0, le=1)]
+    attention_native: Annotated[float, Field(gt=0, le=1)]
     memory: Annotated[float, Field(gt=0, le=1)]
     launch_overhead_s: Annotated[float, Field(ge=0)]
     reserved_memory_bytes: Annotated[float, Field(ge=0)]
+    num_cores: Annotated[float, Field(ge=1)]
+    tile_m: Annotated[float, Field(ge=1)]
+    tile_n: Annotated[float, Field(ge=1)]
+    tile_reuse: Annotated[float, Field(ge=0)]
+    wave_loss: Annotated[float, Field(ge=0, le=1)]
+    fill_k: Annotated[float, Field(ge=0)]
+    head_dim_half: Annotated[float, Field(ge=0)]
+    sequence_half: Annotated[float, Field(ge=0)]
+    edge_sharpness: Annotated[float, Field(ge=1)]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(value for _, value in self))
 
 
 class EfficiencyFacts(Record):
-    """The same five numbers with their sources; those a file leaves out come from `efficiency.json`."""
+    """The numbers of `Efficiency` with their sources; those a file leaves out come from `efficiency.json`."""
 
     matmul: Fact = UNKNOWN
+    matmul_fp8: Fact = UNKNOWN
     attention: Fact = UNKNOWN
+    attention_native: Fact = UNKNOWN
     memory: Fact = UNKNOWN
     launch_overhead_s: Fact = UNKNOWN
     reserved_memory_bytes: Fact = UNKNOWN
+    num_cores: Fact = UNKNOWN
+    tile_m: Fact = UNKNOWN
+    tile_n: Fact = UNKNOWN
+    tile_reuse: Fact = UNKNOWN
+    wave_loss: Fact = UNKNOWN
+    fill_k: Fact = UNKNOWN
+    head_dim_half: Fact = UNKNOWN
+    sequence_half: Fact = UNKNOWN
+    edge_sharpness: Fact = UNKNOWN
 
     def over(self, defaults: EfficiencyFacts) -> EfficiencyFacts:
         """These facts where they are known, else the defaults."""
@@ -240,8 +278,20 @@ class NodeScaleUp(Record):
 
 
 class NodeScaleOut(Record):
+    """A host's network cards; `link` is a key of `links.json`."""
+
     num_nics: Fact
     gbit_per_s_per_nic: Fact
+    link: str = "network"
+
+
+class PcieTree(Record):
+    """How a host joins its cards: some share a switch, the switches of a socket its root complex, sockets a
+    link of `socket_bytes_per_s` in each direction. Where nothing is known, one level joins all cards."""
+
+    cards_per_switch: Fact = UNKNOWN
+    cards_per_socket: Fact = UNKNOWN
+    socket_bytes_per_s: Fact = UNKNOWN
 
 
 class Node(Record):
@@ -260,6 +310,7 @@ class Node(Record):
     cards_per_host: Fact = UNKNOWN
     scale_up: NodeScaleUp
     scale_out: NodeScaleOut
+    pcie: PcieTree = PcieTree()
     num_storage_nics: Fact
     host_memory_bytes: Fact
     local_nvme_bytes: Fact
@@ -274,14 +325,19 @@ class Node(Record):
 
 
 class NetworkLevel(Record):
-    """One tier of a cluster's network: it joins `num_children` units of the tier below."""
+    """One tier of a cluster's network: it joins `num_children` units of the tier below.
+
+    `link` is a key of `links.json`; the node's own where it is left out.
+    """
 
     name: str
     num_children: Fact
     oversubscription: Fact
     child_bytes_per_s: Fact
     num_switches: Fact = UNKNOWN
-    link: str = "network"
+    topology: Literal["fat_tree", "rails", "dragonfly"] = "fat_tree"
+    in_network_reduction: bool = False
+    link: str | None = None
     note: str | None = None
 
 
@@ -302,8 +358,65 @@ class ClusterEntry(Record):
     release_year: Fact
 
 
+class ProtocolFacts(Record):
+    """`hardware_db.Protocol` with its sources."""
+
+    start_s: Fact
+    step_s: Fact
+    bandwidth_share: Fact
+
+
 class LinkClass(Record):
-    """What links of one technology have in common: time per step, and the share of line rate reached."""
+    """What links of one technology have in common: times, and the share of line rate that is reached.
+
+    `level_by_level`, `protocols`, `tree_bandwidth_share` and `concurrent_messages` are those of the library that drives them (see
+    `hardware_db.Level`); `reduction_start_s` is the start of a reduction in its switches, where they can. A
+    message passes each further switch of a network in `switch_latency_s`. A node whose cards are unpublished
+    is taken to have the typical ones.
+    """
 
     latency_s: Fact
     efficiency: Fact
+    start_s: Fact = UNKNOWN
+    protocols: dict[str, ProtocolFacts] = Field(default_factory=dict)
+    concurrent_messages: Fact = UNKNOWN
+    level_by_level: bool = True
+    tree_bandwidth_share: Fact = UNKNOWN
+    reduction_start_s: Fact = UNKNOWN
+    switch_latency_s: Fact = UNKNOWN
+    typical_gbit_per_s_per_card: Fact = UNKNOWN
+
+
+class ReductionFacts(Record):
+    """`hardware_db.InNetworkReduction` of the scale-up switches that these accelerators use."""
+
+    accelerators: tuple[str, ...]
+    all_reduce_bytes_per_s: Fact
+    start_s: Fact
+    min_peers: Fact
+
+
+class CollectiveTable(Record):
+    """A measured table as nccl-tests prints it: payload bytes and bus bandwidth in bytes/s.
+
+    `shape` is that of `hardware_db.MeasuredCollective`. It holds for these accelerators, in these nodes only
+    where `nodes` names some.
+    """
+
+    id: str
+    what: str
+    kind: str
+    shape: tuple[Annotated[int, Field(ge=2)], ...]
+    accelerators: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
+    source: str
+    confidence: Literal["read", "derived"]
+    note: str | None = None
+    rows: tuple[tuple[float, float], ...]
+
+
+class CollectiveFacts(Record):
+    """What is known of collectives beyond links: reductions in switches, and measured tables."""
+
+    reductions: tuple[ReductionFacts, ...]
+    tables: tuple[CollectiveTable, ...]

@@ -8,21 +8,27 @@ from pathlib import Path
 
 from hardware_db import catalog
 from hardware_db.build import cluster_of_nodes, named_cluster
+from hardware_db.calibration import calibrated
 from hardware_db.cluster_file import load_cluster
 from hardware_db.errors import HardwareError, UnknownHardwareError, did_you_mean
 from hardware_db.machine import Cluster
+from hardware_db.profile import Profile, load_profile
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
-def cluster(spec: str | os.PathLike[str]) -> Cluster:
-    """The cluster that `spec` names.
+def cluster(spec: str | os.PathLike[str], profile: Profile | str | os.PathLike[str] | None = None) -> Cluster:
+    """The cluster that `spec` names, as published or as measured by `profile` (or the file that holds it).
 
     `"dgx-h100*16"` is sixteen nodes on one network (`"dgx-h100"` is one), `"meta-roce-24k"` a named cluster,
     and a path that ends in .yaml, .yml or .json a file of the user's own (see `hardware_db.cluster_file`).
     Raises UnknownHardwareError for an unknown name, ClusterFileError for a bad file, MissingFactError when a
-    link rate that the cluster needs is unpublished, HardwareError for a count that cannot be.
+    link rate that the cluster needs is unpublished, HardwareError for a count that cannot be or a profile of
+    another device.
     """
+    if profile is not None:
+        measured = profile if isinstance(profile, Profile) else load_profile(Path(profile))
+        return calibrated(cluster(spec), measured)
     if isinstance(spec, os.PathLike) or spec.lower().endswith(_SUFFIXES):
         return load_cluster(Path(spec))
     name, star, count = (part.strip() for part in spec.partition("*"))

@@ -42,6 +42,12 @@ def plan(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """`autopar evaluate`."""
+    from autopar.cli.records import check_one_plan, evaluate_records
+
+    if options.records is not None:
+        evaluate_records(options)
+        return OK
+    check_one_plan(options)
     from autopar import api
 
     check_new(options.output, force=options.force)
@@ -107,6 +113,14 @@ def hardware(options: argparse.Namespace) -> int:
     from autopar.cli.hardware import show
 
     sys.stdout.write(show(options.id, options.format))
+    return OK
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """`autopar calibrate`."""
+    from autopar.cli.calibrate import calibrate_machine
+
+    calibrate_machine(options)
     return OK
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = ("plan", "explain", "evaluate", "compile", "launch", "verify", "hardware")
+COMMANDS = ("plan", "explain", "evaluate", "compile", "launch", "verify", "hardware", "calibrate")
 
 _DESCRIPTION = """\
 Finds the fastest way to train a PyTorch model on a cluster, says why, and writes the parallel program."""
@@ -22,6 +22,7 @@ examples:
   autopar compile llama3-8b plan.json -o program          model.py, train.py and what they need
   autopar launch plan.json --target slurm -o program      the script that starts them
   autopar verify program                                  is it the same mathematics as the original?
+  autopar calibrate -o profile.json                       what this machine really does
 
 MODEL is a built-in name (llama3-8b), a Hugging Face config.json or its directory, or FILE.py:FUNCTION
 where the function returns a module, or a module and its inputs. CLUSTER is NODE*COUNT ('dgx-h100*16'), a
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _launch(commands)
     _verify(commands)
     _hardware(commands)
+    _calibrate(commands)
     return parser
 
 
@@ -121,19 +123,23 @@ def _evaluate(commands: Subparsers[argparse.ArgumentParser]) -> None:
     command = _add(
         commands,
         "evaluate",
-        "price a parallelism of your own",
+        "price a parallelism of your own, or compare with measured runs",
         """\
 examples:
   autopar evaluate llama3-8b 'dgx-h100*8' --global-batch 512 --zero-stage 3
   autopar evaluate gpt3-175b 'dgx-a100*128' --global-batch 1536 --tp 8 --pp 16 --recompute full
+  autopar evaluate --records runs.json --worst 20           how well measured runs are predicted
 
 Replicas (dp) default to the devices that the other degrees leave. Exit code 1 when it does not fit.
 """,
     )
-    _workload(command)
+    _workload(command, required=False)
+    _records(command)
     degrees = command.add_argument_group("parallelism")
     _parallelism(degrees, searched=False)
-    command.add_argument("-o", "--output", type=Path, metavar="PLAN.json", help="also save it as a plan here")
+    command.add_argument(
+        "-o", "--output", type=Path, metavar="OUT.json", help="also save the plan, or the accuracy, here"
+    )
     _force(command)
     _report(command, "json prints the plan itself")
     _quiet(command)
@@ -232,13 +238,66 @@ examples:
     _format(command, "json prints the records")
 
 
-def _workload(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL")
-    command.add_argument("cluster", metavar="CLUSTER")
+def _calibrate(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    command = _add(
+        commands,
+        "calibrate",
+        "measure this machine, for a cluster file to name",
+        """\
+examples:
+  autopar calibrate -o profile.json
+  autopar calibrate --device cpu --dtypes fp32 --quick
+  torchrun --nproc-per-node=8 -m autopar calibrate -o profile.json      the links between the ranks, too
+
+A cluster file with the line `profile: profile.json` has the measured rates in place of the published ones.
+""",
+    )
+    command.add_argument("--device", metavar="cuda|cpu", help="default: cuda where torch sees any, else cpu")
     command.add_argument(
-        "--global-batch", type=_positive_int, required=True, metavar="N", help="samples of one step"
+        "--dtypes",
+        type=_names,
+        default=(),
+        metavar="bf16,fp32",
+        help="of bf16, fp16, fp32, fp64; the main one first",
+    )
+    command.add_argument(
+        "--accelerator", metavar="ID", help="what it is called here, where its reported name is unknown"
+    )
+    command.add_argument("--quick", action="store_true", help="one size of everything, in seconds")
+    command.add_argument(
+        "--max-seconds",
+        type=_positive_float,
+        default=60.0,
+        metavar="N",
+        help="begin no further size after this time (default: 60)",
+    )
+    command.add_argument(
+        "-o", "--output", type=Path, metavar="PROFILE.json", help="write it here instead of to stdout"
+    )
+    _force(command)
+    _quiet(command)
+
+
+def _workload(command: argparse.ArgumentParser, *, required: bool = True) -> None:
+    words = None if required else "?"
+    command.add_argument("model", metavar="MODEL", nargs=words)
+    command.add_argument("cluster", metavar="CLUSTER", nargs=words)
+    command.add_argument(
+        "--global-batch", type=_positive_int, required=required, metavar="N", help="samples of one step"
     )
     command.add_argument("--seq-len", type=_positive_int, metavar="N", help="tokens of a sample")
+
+
+def _records(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("measured runs (instead of MODEL and CLUSTER)")
+    group.add_argument(
+        "--records", type=Path, metavar="FILE", help="predict every run of this file and show the errors"
+    )
+    group.add_argument("--tiers", type=_names, default=("A", "B"), metavar="A,B", help="default: A,B")
+    group.add_argument(
+        "--group", action="append", default=[], metavar="NAME", help="this group only; may be repeated"
+    )
+    group.add_argument("--worst", type=_count, default=10, metavar="N", help="rows to name (default: 10)")
 
 
 def _parallelism(group: argparse._ArgumentGroup, *, searched: bool) -> None:
@@ -288,6 +347,14 @@ def _force(command: argparse.ArgumentParser) -> None:
 
 def _quiet(command: argparse.ArgumentParser) -> None:
     command.add_argument("-q", "--quiet", action="store_true", help="no log and no progress on stderr")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive_int(text)
 
 
 def _positive_int(text: str) -> int:

@@ -1,7 +1,7 @@
 """The operator layer's data: what every op may do on one mesh axis, and the true price of each possibility.
 
-Prices are those of the local graph: an op alone is localized under each strategy and priced by
-`autopar.pricing`. `block_ilp` chooses among them.
+Prices are those of the local graph: an op alone is localized under each strategy and priced, by default
+by `autopar.pricing`. `block_ilp` chooses among them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
+from autopar.kernels import Traffic, kind_of
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import PR, RP, RR, Shard, State
-from autopar.pricing import Pricer, Traffic, kind_of, total
-from autopar.search.shallow import local_counts
-from autopar.strategies import Strategy, conversion, natural_sections, strategies
+from autopar.pricing import Pricer, total
+from autopar.strategies import Conversion, Strategy, conversion, natural_sections, strategies
 from graphs.ir import Op, OpGraph
 
 LOSS_STATES = (RR, PR)
@@ -49,20 +50,82 @@ class TensorClass:
     count: int
 
 
-class AxisProblem:
-    """The choice of strategies on one axis for one graph; strategies and prices are worked out once.
+class Prices(Protocol):
+    """What the choice is judged by."""
 
-    `graph` is local on all outer axes and knows its blocks; `pricer` knows the axis' group. `counts` says for
-    how many ops of a deeper model each op stands.
+    def traffic(self, graph: OpGraph) -> Traffic:
+        """Which values of a graph stay in registers."""
+        ...
+
+    def op_s(self, local: OpGraph, traffic: Traffic) -> float:
+        """Time of one op in its local form, forward and backward; `traffic` is that of the whole graph."""
+        ...
+
+    def conversion_s(self, how: Conversion, num_bytes: float) -> float:
+        """Time of a change of placement of a tensor of `num_bytes`, whole on the axis."""
+        ...
+
+    def reduction_s(self, num_bytes: float) -> float:
+        """Time of summing a parameter's gradient over the axis, once a step."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClusterPrices:
+    """The prices of a cluster, on the axis `axis` of its `pricer`."""
+
+    pricer: Pricer
+    axis: str
+
+    def traffic(self, graph: OpGraph) -> Traffic:
+        return self.pricer.traffic(graph)
+
+    def op_s(self, local: OpGraph, traffic: Traffic) -> float:
+        inside = traffic | self.traffic(local)
+        return total(self.pricer.op(part, local.tensors, inside) for part in local.ops).total_s
+
+    def conversion_s(self, how: Conversion, num_bytes: float) -> float:
+        backward = how.backward is not None
+        return self.pricer.conversion(how.name, num_bytes, self.axis, backward=backward).total_s
+
+    def reduction_s(self, num_bytes: float) -> float:
+        return self.pricer.bucketed_s("all_reduce", num_bytes, self.pricer.groups[self.axis])
+
+
+class Custom(Protocol):
+    """What is left to choose where a person has decided the rest."""
+
+    def admitted(self, op: Op, offered: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
+        """Those of the strategies offered to an op that agree with the decision; at least one."""
+        ...
+
+    def admits_conversion(self, how: Conversion) -> bool:
+        """Whether a change of placement may be used."""
+        ...
+
+
+class AxisProblem:
+    """The choice of strategies on one axis of `size` ranks for one graph; strategies and prices are worked
+    out once.
+
+    `graph` is local on all outer axes and knows its blocks. `counts` says for how many ops of a deeper model
+    each op stands; `custom` narrows the choice.
     """
 
     def __init__(
-        self, graph: OpGraph, axis: str, pricer: Pricer, counts: Sequence[int] | None = None
+        self,
+        graph: OpGraph,
+        axis: str,
+        size: int,
+        prices: Prices,
+        counts: Sequence[int] | None = None,
+        custom: Custom | None = None,
     ) -> None:
         self.graph = graph
         self.axis = axis
-        self.pricer = pricer
-        self.size = pricer.groups[axis].size
+        self.size = size
+        self.prices = prices
+        self.custom = custom
         self.counts = tuple(counts) if counts is not None else (1,) * len(graph.ops)
         self.instances: dict[int, int] = {}
         for index, count in zip(graph.representative, self.counts, strict=True):
@@ -84,7 +147,8 @@ class AxisProblem:
         if self.graph.loss in op.outputs:
             position = op.outputs.index(self.graph.loss)
             found = tuple(strategy for strategy in found if strategy.results[position] in LOSS_STATES)
-        return self._splitting_weights(op, found)
+        found = self._splitting_weights(op, found)
+        return found if self.custom is None else self.custom.admitted(op, found)
 
     def _splitting_weights(self, op: Op, offered: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
         """Of a matrix product with a weight, the strategies that split the weight, where there are any.
@@ -120,25 +184,23 @@ class AxisProblem:
 
         Instances differ only in which of their operands and results a fused chain keeps out of memory.
         """
-        traffic = Traffic.of(self.graph)
+        traffic = self.prices.traffic(self.graph)
         kinds: dict[int, dict[object, tuple[Op, int]]] = {index: {} for index in self.instances}
         for op, index, count in zip(self.graph.ops, self.graph.representative, self.counts, strict=True):
             storages = (self.graph.tensors[name].storage for name in (*op.inputs, *op.outputs))
-            kind = tuple((traffic.is_read(storage), traffic.is_written(storage)) for storage in storages)
+            kind = tuple(traffic.is_read(storage) for storage in storages)
             one, others = kinds[index].get(kind, (op, 0))
             kinds[index][kind] = one, others + count
         return {
             index: tuple(
-                sum(count * self._op_time_s(one, strategy, traffic) for one, count in kinds[index].values())
+                sum(
+                    count * self.prices.op_s(self._local_op(one, strategy), traffic)
+                    for one, count in kinds[index].values()
+                )
                 for strategy in offered
             )
             for index, offered in self.offered.items()
         }
-
-    def _op_time_s(self, op: Op, strategy: Strategy, traffic: Traffic) -> float:
-        local = self._local_op(op, strategy)
-        inside = traffic | Traffic.of(local)
-        return total(self.pricer.op(part, local.tensors, inside) for part in local.ops).total_s
 
     def _local_op(self, op: Op, strategy: Strategy) -> OpGraph:
         """The local form of one op alone, its operands already in the states that the strategy asks."""
@@ -201,10 +263,8 @@ class AxisProblem:
         if key not in self._conversion_s:
             how = conversion(source, target, tensor.requires_grad)
             self._conversion_s[key] = None
-            if how is not None:
-                backward = tensor.requires_grad
-                cost = self.pricer.conversion(how.name, tensor.num_bytes, self.axis, backward=backward)
-                self._conversion_s[key] = cost.total_s
+            if how is not None and (self.custom is None or self.custom.admits_conversion(how)):
+                self._conversion_s[key] = self.prices.conversion_s(how, tensor.num_bytes)
         return self._conversion_s[key]
 
     def stored_states(self, tensors: TensorClass) -> tuple[State, ...]:
@@ -222,21 +282,7 @@ class AxisProblem:
         """Time of summing a partial parameter gradient over the axis, once a step."""
         if state != RP:
             return 0.0
-        num_bytes = self.graph.tensors[name].num_bytes
-        return self.pricer.bucketed_s("all_reduce", num_bytes, self.pricer.groups[self.axis])
-
-    def time_s(self, assignment: Assignment, num_microbatches: float = 1) -> float:
-        """The price of an assignment, independently of any program: localize the graph and price that."""
-        local = localize(Localized.of(self.graph), assignment).graph
-        counts = local_counts(
-            local.ops, dict(zip((op.name for op in self.graph.ops), self.counts, strict=True))
-        )
-        costs = zip(self.pricer.graph(local), counts, strict=True)
-        sums_s = sum(
-            tensors.count * self.reduction_s(tensors.name, assignment.sources[tensors.name])
-            for tensors in self.parameter_classes
-        )
-        return sum(count * cost.total_s for cost, count in costs) + sums_s / num_microbatches
+        return self.prices.reduction_s(self.graph.tensors[name].num_bytes)
 
 
 def _is_shredded(strategy: Strategy) -> bool:

@@ -21,13 +21,18 @@ On one stage everything is held at once, and the operands and gradients of the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 
+from autopar.kernels import dtype_name, is_causal, kind_of
 from autopar.plan import Parallelism, Recompute
-from autopar.pricing import Pricer, dtype_name, is_causal, kind_of
+from autopar.pricing import DEFAULT_SOFTWARE, Pricer
 from autopar.search.data_axes import data_groups
-from costmodel import OptimizerPolicy, model_state_ledger, peak_in_flight
+from autopar.search.saved import MODES, Saved, SavedActivations
+from autopar.search.units import unit_starts
+from costmodel import OptimizerPolicy, Software, model_state_ledger, peak_in_flight, software
 from graphs import Capture
 from graphs.ir import Op, OpGraph
 from hardware_db import Cluster
@@ -36,7 +41,10 @@ from hardware_db import Cluster
 class Bounds:
     """Floors for one model on one cluster."""
 
-    def __init__(self, capture: Capture, cluster: Cluster, policy: OptimizerPolicy) -> None:
+    def __init__(
+        self, capture: Capture, cluster: Cluster, policy: OptimizerPolicy, era: Software | None = None
+    ) -> None:
+        self.software = era or software(DEFAULT_SOFTWARE)
         self.cluster = cluster
         self.policy = policy
         self.graph: OpGraph = capture.graph
@@ -60,26 +68,53 @@ class Bounds:
     @cached_property
     def saved_bytes(self) -> dict[Recompute, float]:
         """At least this much is kept of one sample."""
-        rest = self._saved(op for op in self.graph.ops if op.name not in self._in_blocks)
-        inputs = {storage for ops in self._blocks for storage in self._entering(ops)}
-        products = {storage for ops in self._blocks for storage in self._products(ops)}
         return {
-            "none": self._saved(self.graph.ops),
-            "selective": self._bytes(inputs | products) + rest,
-            "full": self._bytes(inputs) + rest,
+            mode: sum(count * self._own(saved[mode]) for count, _, saved in self._units) for mode in MODES
         }
 
     @cached_property
     def block_saved_bytes(self) -> dict[Recompute, float]:
         """At least this much of it is kept of any one block."""
-        blocks = self._blocks
-        return {
-            "none": min(map(self._saved, blocks), default=0.0),
-            "selective": min(
-                (self._bytes(self._entering(b) | self._products(b)) for b in blocks), default=0.0
-            ),
-            "full": min((self._bytes(self._entering(b)) for b in blocks), default=0.0),
-        }
+        blocks = [saved for _, is_block, saved in self._units if is_block]
+        return {mode: min((self._own(saved[mode]) for saved in blocks), default=0.0) for mode in MODES}
+
+    @cached_property
+    def _units(self) -> list[tuple[int, bool, Mapping[Recompute, Saved]]]:
+        """What the units of the whole model keep: how many there are of a kind, and whether they are
+        blocks."""
+        graph = self.graph
+        blocks = {block.start: block for block in graph.blocks}
+        counts = Counter(block.block_class for block in graph.blocks)
+        found = []
+        for start, stop in zip(self._starts, [*self._starts[1:], len(graph.ops)], strict=True):
+            block = blocks.get(start)
+            count = 1 if block is None else counts.pop(block.block_class, 0)
+            if count:
+                _, saved = self._activations.unit(start, stop, is_block=block is not None)
+                found.append((count, block is not None, saved))
+        return found
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        return unit_starts(self.graph)
+
+    @cached_property
+    def _activations(self) -> SavedActivations:
+        return SavedActivations(self.graph, self.software)
+
+    def _own(self, saved: Saved) -> float:
+        """What a unit keeps of one sample that no other unit does: made by it, or passed to it alone."""
+
+        def num_units(name: str) -> int:
+            readers = self._activations.readers.get(name, ())
+            return len({bisect_right(self._starts, index) for index in readers})
+
+        alone = (
+            num_bytes
+            for name, num_bytes in saved.storages.items()
+            if self.graph.tensors[name].requires_grad and num_units(name) <= 1
+        )
+        return (sum(alone) + saved.internal_bytes) / self.batch
 
     @cached_property
     def block_parameters(self) -> int:
@@ -99,53 +134,12 @@ class Bounds:
 
     @cached_property
     def working_bytes(self) -> float:
-        """Results and gradients of the hungriest op, for one sample."""
-        tensors = self.graph.tensors
-        sizes = (
-            sum(tensors[name].num_bytes for name in op.outputs)
-            + sum(
-                tensors[n].num_bytes
-                for n in dict.fromkeys(op.inputs)
-                if tensors[n].requires_grad and n not in self._fixed
-            )
-            for op in self.graph.ops
-            if kind_of(op, tensors) != "view"
-        )
-        return max(sizes, default=0) / self.batch
-
-    @cached_property
-    def _fixed(self) -> set[str]:
-        graph = self.graph
-        return {*graph.parameter_tensors, *graph.inputs, *(buffer.tensor for buffer in graph.buffers)}
+        """What the last unit holds beside what it keeps of one sample: all else is still kept then."""
+        return min(saved.working_bytes for saved in self._units[-1][2].values()) / self.batch
 
     @cached_property
     def _in_blocks(self) -> set[str]:
         return {op.name for block in self.graph.blocks for op in self.graph.ops[block.start : block.stop]}
-
-    @cached_property
-    def _blocks(self) -> list[tuple[Op, ...]]:
-        return [self.graph.ops[block.start : block.stop] for block in self.graph.blocks]
-
-    def _products(self, ops: Sequence[Op]) -> set[str]:
-        """What selective recomputation keeps of a block."""
-        return {
-            name
-            for op in ops
-            if kind_of(op, self.graph.tensors) in ("matmul", "attention")
-            for name in op.outputs[:1]
-        }
-
-    def _entering(self, ops: Sequence[Op]) -> set[str]:
-        tensors = self.graph.tensors
-        inside = {name for op in ops for name in op.outputs}
-        read = {name for op in ops for name in op.inputs} - inside
-        return {tensors[name].storage for name in read if tensors[name].requires_grad} - self._fixed
-
-    def _saved(self, ops: Iterable[Op]) -> float:
-        return self._bytes({storage for op in ops for storage in op.saved} - self._fixed)
-
-    def _bytes(self, storages: Iterable[str]) -> float:
-        return sum(self.graph.tensors[storage].num_bytes for storage in storages) / self.batch
 
     def step_s(self, p: Parallelism, sample_s: float | None = None) -> float:
         """No step with this parallelism takes less.
@@ -191,7 +185,7 @@ class Bounds:
 
     def memory_bytes(self, p: Parallelism) -> float:
         """Whatever the program and the cuts, some rank holds this much."""
-        per_element = model_state_ledger(1.0, self.policy, p.zero_stage, p.dp_shard).total_bytes
+        per_element = model_state_ledger(1.0, self.policy, p.zero_stage, data_groups(p)[0].size).total_bytes
         samples = p.microbatch_size / p.tp
         states = per_element * self.num_parameters / (p.pp * p.tp)
         held = states + samples * self.saved_bytes[p.recompute] / p.pp

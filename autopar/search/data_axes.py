@@ -8,8 +8,9 @@ Communication follows `fully_shard`:
     ZeRO 2   as 1, but gradients are reduce_scattered with every microbatch, or they could not stay sharded
     ZeRO 3   as 2, and instead of once a step parameters are gathered in every forward and every backward
 
-On a context axis every rank has all parameters, and gradients are summed over it once a step. Experts that
-are dealt out over `ep` ranks live on the data axes that are left.
+Ranks of a context axis compute gradients of the same parameters from other tokens, so they are replicas too,
+and ZeRO shards over them as well (as Megatron-LM's distributed optimizer and torchtitan's FSDP do). Experts
+that are dealt out over `ep` ranks live on the data axes that are left.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ def mesh_groups(p: Parallelism) -> dict[str, Group]:
     for axis, size in sizes.items():
         groups[axis] = Group(size, stride)
         stride *= size
-    return groups
+    return groups | {"ep": Group(p.ep, p.tp * p.cp)}
 
 
 def data_groups(p: Parallelism, *, experts: bool = False) -> tuple[Group, Group]:
     """The ranks that shard a parameter under ZeRO, and those that have the same shard."""
-    stride = p.tp * p.cp
-    inside = gcd(p.dp_shard, p.ep) if experts else 1
+    sharding = p.dp_shard * p.cp if p.zero_stage else 1
+    replicas = p.dp * p.cp // sharding
+    inside = gcd(sharding, p.ep) if experts else 1
     outside = max(1, p.ep // inside) if experts else 1
-    shard = Group(p.dp_shard // inside, stride * inside)
-    return shard, Group(max(1, p.dp_replicate // outside), stride * p.dp_shard * outside)
+    shard = Group(sharding // inside, p.tp * inside)
+    return shard, Group(max(1, replicas // outside), p.tp * sharding * outside)
 
 
 def held_states(shards: Iterable[ParameterShard], p: Parallelism, policy: OptimizerPolicy) -> Ledger:
@@ -116,11 +118,7 @@ def _unit_traffic(
     gradient_bytes = policy.gradient_bytes * sum(one.num_elements for one in own)
     gather_s = pricer.collective_s("all_gather", parameter_bytes, shard)
     scatter_s = pricer.collective_s("reduce_scatter", gradient_bytes, shard)
-    step_s = (
-        scatter_s
-        + pricer.collective_s("all_reduce", gradient_bytes / shard.size, replicate)
-        + pricer.collective_s("all_reduce", gradient_bytes, pricer.groups["cp"])
-    )
+    step_s = scatter_s + pricer.collective_s("all_reduce", gradient_bytes / shard.size, replicate)
     if p.zero_stage <= 1:
         return DataTraffic(step_s=step_s + gather_s)
     # The last microbatch's reduce_scatter is part of the step's; the others run behind their own backward.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from math import prod
 
 import torch
 
+from autopar.kernels import dtype_name
 from autopar.placements import RR
 from autopar.plan import (
     Alternative,
@@ -21,11 +21,10 @@ from autopar.plan import (
     Prediction,
     StagePlan,
 )
-from autopar.pricing import dtype_name
 from autopar.search.evaluate import Evaluated
 from autopar.search.outcome import Solved
 from autopar.search.planner import Planner
-from costmodel import Ledger, OptimizerPolicy, model_flops_utilization, optimizer_policy
+from costmodel import OptimizerPolicy, model_flops_utilization, optimizer_policy
 from graphs import Capture, CaptureError, rules
 from graphs.ir import OpGraph
 from hardware_db import Cluster
@@ -90,7 +89,7 @@ def training_policy(graph: OpGraph) -> OptimizerPolicy:
     """AdamW in the precision of the model: with fp32 master weights where it is narrower than fp32."""
     dtype = main_dtype(graph)
     if dtype.itemsize == 8:
-        return OptimizerPolicy("adamw-fp64", 8, 8, (("exp_avg", 8), ("exp_avg_sq", 8)))
+        return OptimizerPolicy("adamw-fp64", 8, 8, (("exp_avg", 8), ("exp_avg_sq", 8)), 8)
     return optimizer_policy("adamw-mixed" if dtype.itemsize <= 2 else "adamw-fp32")
 
 
@@ -171,13 +170,8 @@ def _stage_plan(evaluated: Evaluated, index: int) -> StagePlan:
         modules=module_ranges(module for unit in stage.units for module in unit.modules),
         forward_s=work.forward_s + work.forward_communication_s,
         backward_s=work.recompute_s + work.backward_s + work.backward_communication_s,
-        memory_bytes=ledger_entries(evaluated.ledgers[index % evaluated.parallelism.pp]),
+        memory_bytes=dict(evaluated.ledgers[index % evaluated.parallelism.pp].entries),
     )
-
-
-def ledger_entries(ledger: Ledger) -> dict[str, float]:
-    """The ledger by short names: `parameters`, `gradients`, ..."""
-    return {field.name.removesuffix("_bytes"): getattr(ledger, field.name) for field in fields(ledger)}
 
 
 def module_ranges(paths: Iterable[str]) -> tuple[str, ...]:
@@ -269,9 +263,9 @@ def _why_worse(evaluated: Evaluated, best: Evaluated) -> str:
 def memory_excess(evaluated: Evaluated) -> str:
     """By how much a candidate exceeds memory, and its largest entries."""
     fullest = max(evaluated.ledgers, key=lambda ledger: ledger.total_bytes)
-    entries = sorted(ledger_entries(fullest).items(), key=lambda entry: -entry[1])
+    entries = sorted(fullest.entries.items(), key=lambda entry: -entry[1])
     largest = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in entries[:2])
-    return f"out of memory by {size(evaluated.excess_bytes)}: {largest}"
+    return f"out of memory by {size(evaluated.excess_bytes)} in the {fullest.moment}: {largest}"
 
 
 def size(num_bytes: float) -> str:

@@ -12,9 +12,10 @@ import torch
 
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer, total
-from autopar.search.data_axes import data_traffic, held_states, mesh_groups, updated_elements
+from autopar.search.data_axes import data_traffic, mesh_groups, updated_elements
+from autopar.search.ledger import rank_ledgers
 from autopar.search.units import Chain, ParameterShard, Unit
-from costmodel import Ledger, OptimizerPolicy, StageWork, StepCost, peak_activation_bytes, step_cost
+from costmodel import Ledger, OptimizerPolicy, Overlap, Software, StageWork, StepCost, step_cost
 from hardware_db import Cluster
 
 
@@ -25,7 +26,6 @@ class Stage:
     units: tuple[Unit, ...]
     work: StageWork
     parameters: Mapping[str, ParameterShard]
-    saved_bytes: float
     partial_sum_s: float
 
 
@@ -58,15 +58,25 @@ class Evaluated:
 
 
 class Evaluator:
-    """Prices candidates on one cluster for one optimizer policy."""
+    """Prices candidates on one cluster for one optimizer policy and one era of software.
 
-    def __init__(self, cluster: Cluster, policy: OptimizerPolicy) -> None:
+    A stage is priced once for all candidates that run it under equal data axes: of a deep model's stages few
+    differ, and a sweep meets the same ones again and again.
+    """
+
+    def __init__(self, cluster: Cluster, policy: OptimizerPolicy, era: Software | None = None) -> None:
         self.cluster = cluster
         self.policy = policy
+        self.pricer = Pricer(cluster, {}, era)
+        self.era = self.pricer.era
+        self.overlap = Overlap(
+            self.era.gradient_sync_overlap, self.era.parameter_gather_overlap, self.era.contention
+        )
+        self._stages: dict[object, Stage] = {}
 
     def evaluate(self, chain: Chain, parallelism: Parallelism, cuts: Sequence[int]) -> Evaluated:
         """The candidate's price. `cuts` are the numbers of the units that begin the stages, 0 first."""
-        pricer = Pricer(self.cluster, mesh_groups(parallelism))
+        pricer = self.placed(parallelism)
         bounds = zip(cuts, [*cuts[1:], len(chain.units)], strict=True)
         stages = tuple(self._stage(chain, parallelism, chain.units[a:b], pricer) for a, b in bounds)
         sends_s = [
@@ -79,14 +89,31 @@ class Evaluator:
             parallelism.schedule,
             parallelism.num_virtual_stages,
             sends_s,
+            self.overlap,
+            blocking_sends=self.era.blocking_sends,
+            overhead_s=self.era.step_overhead_s,
         )
-        ledgers = self._ledgers(stages, parallelism)
+        ledgers = rank_ledgers(chain, cuts, parallelism, self.policy, self.cluster.device)
         return Evaluated(
             parallelism, stages, _partial_sums_as_sync(step, stages, parallelism.pp), ledgers,
             self.cluster.device.memory_bytes,
         )  # fmt: skip
 
+    def placed(self, parallelism: Parallelism) -> Pricer:
+        """The pricer for the mesh of a parallelism."""
+        return Pricer(self.cluster, mesh_groups(parallelism), like=self.pricer)
+
     def _stage(self, chain: Chain, p: Parallelism, units: tuple[Unit, ...], pricer: Pricer) -> Stage:
+        # The units stay alive in the stage that is kept, so no other can take their identity.
+        kernels = tuple(id(unit.kernels) for unit in units)
+        own_microbatches = p.num_microbatches if p.zero_stage >= 2 else p.num_microbatches > 1
+        key = (kernels, p.recompute, p.zero_stage, p.dp_shard, p.dp_replicate, p.cp, p.ep, own_microbatches)
+        stage = self._stages.get(key)
+        if stage is None:
+            stage = self._stages[key] = self._priced_stage(chain, p, units, pricer)
+        return stage
+
+    def _priced_stage(self, chain: Chain, p: Parallelism, units: tuple[Unit, ...], pricer: Pricer) -> Stage:
         cost = total(unit.cost for unit in units)
         parameters = {name: chain.parameters[name] for unit in units for name in unit.parameters}
         traffic = data_traffic(units, parameters, p, pricer, self.policy)
@@ -94,65 +121,29 @@ class Evaluator:
         update_s = pricer.work_s(0, self.policy.update_bytes * updated, torch.float32)
         partial_bytes = sum(shard.num_bytes for shard in parameters.values() if shard.is_partial)
         partial_sum_s = pricer.bucketed_s("all_reduce", partial_bytes, pricer.groups["tp"])
+        exposed = 1 - self.era.tensor_parallel_overlap
         work = StageWork(
             forward_s=cost.forward_s,
-            backward_s=cost.backward_s,
+            backward_s=cost.backward_s + self._accumulation_s(parameters.values(), p, pricer),
             recompute_s=sum(unit.recompute_s[p.recompute] for unit in units),
-            forward_communication_s=cost.forward_communication_s,
-            backward_communication_s=cost.backward_communication_s,
+            forward_communication_s=exposed * cost.forward_communication_s,
+            backward_communication_s=exposed * cost.backward_communication_s,
             forward_gather_s=traffic.forward_s,
             backward_gather_s=traffic.backward_s,
             gradient_sync_s=traffic.step_s,
             optimizer_s=update_s + partial_sum_s,
             num_units=max(1, sum(bool(unit.parameters) for unit in units)),
+            weight_s=cost.weight_s,
         )
-        return Stage(units, work, parameters, _saved_bytes(units, p), partial_sum_s)
+        return Stage(units, work, parameters, partial_sum_s)
 
-    def _ledgers(self, stages: Sequence[Stage], p: Parallelism) -> tuple[Ledger, ...]:
-        activations = peak_activation_bytes(
-            p.schedule,
-            p.pp,
-            p.num_microbatches,
-            [stage.saved_bytes for stage in stages],
-            p.num_virtual_stages,
-        )
-        return tuple(
-            self._ledger(stages[rank :: p.pp], p) + Ledger(activations_bytes=num_bytes)
-            for rank, num_bytes in enumerate(activations)
-        )
-
-    def _ledger(self, stages: Sequence[Stage], p: Parallelism) -> Ledger:
-        """What a rank holds besides saved activations."""
-        parameters = {name: shard for stage in stages for name, shard in stage.parameters.items()}
-        units = [unit for stage in stages for unit in stage.units]
-        largest = max(sum(parameters[name].num_elements for name in unit.parameters) for unit in units)
-        buffers = working_bytes(units, p)
-        if p.zero_stage >= 2 and p.dp_shard > 1:
-            buffers += self.policy.gradient_bytes * largest
-        if p.zero_stage >= 3 and p.dp_shard > 1:
-            buffers += 2 * self.policy.parameter_bytes * largest  # one that computes, one being gathered
-        reserved = self.cluster.device.efficiency.reserved_memory_bytes
-        return held_states(parameters.values(), p, self.policy) + Ledger(
-            buffers_bytes=buffers, reserved_bytes=reserved
-        )
-
-
-def working_bytes(units: Iterable[Unit], p: Parallelism) -> float:
-    """The largest op's operands, results and gradients, and what recomputing one block brings back."""
-    units = tuple(units)
-    recomputed = max(unit.saved["none"].num_bytes - unit.saved[p.recompute].num_bytes for unit in units)
-    return max(unit.working_bytes for unit in units) + max(0, recomputed)
-
-
-def _saved_bytes(units: Sequence[Unit], p: Parallelism) -> float:
-    """What a stage keeps of one microbatch; a storage that several units save counts once."""
-    storages: dict[str, int] = {}
-    internal_bytes = 0
-    for unit in units:
-        saved = unit.saved[p.recompute]
-        storages.update(saved.storages)
-        internal_bytes += saved.internal_bytes
-    return sum(storages.values()) + internal_bytes
+    def _accumulation_s(self, shards: Iterable[ParameterShard], p: Parallelism, pricer: Pricer) -> float:
+        """Adding a microbatch's gradients to those before, where the products that make them do not."""
+        if self.era.fused_gradient_accumulation or p.num_microbatches == 1:
+            return 0.0
+        held = sum(shard.num_elements for shard in shards) / (p.dp_shard if p.zero_stage >= 2 else 1)
+        per_element = self.policy.parameter_bytes + 2 * self.policy.gradient_bytes
+        return pricer.work_s(0, per_element * held, torch.float32)
 
 
 def _partial_sums_as_sync(step: StepCost, stages: Sequence[Stage], num_ranks: int) -> StepCost:

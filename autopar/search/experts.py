@@ -8,13 +8,11 @@ be balanced.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
-from autopar.pricing import OpCost, Pricer, total
+from autopar.kernels import Kernels, Move
 from autopar.search.units import Chain, Unit
-from graphs.ir import Op, OpGraph
+from graphs.ir import OpGraph
 
 GROUPED = "grouped_mm"
 
@@ -41,52 +39,47 @@ def _parameters_behind(graph: OpGraph, name: str) -> frozenset[str]:
     return frozenset({name} & set(graph.parameter_tensors))
 
 
-@dataclass(frozen=True)
-class ExpertParallelism:
-    """The experts of a local graph, dealt out over the `ep` axis of a pricer."""
-
-    graph: OpGraph
-    pricer: Pricer
-
-    @cached_property
-    def size(self) -> int:
-        return self.pricer.groups["ep"].size
-
-    def applied(self, chain: Chain) -> Chain:
-        """The chain of the same graph with its experts dealt out."""
-        experts = expert_parameters(self.graph)
-        own = {name: name.partition("#")[0] in experts for name in chain.parameters}
-        parameters = {
-            name: replace(
-                shard,
-                num_elements=shard.num_elements // self.size,
-                num_bytes=shard.num_bytes // self.size,
-                is_expert=True,
-            )
-            if own[name]
-            else shard
-            for name, shard in chain.parameters.items()
+def deal_out_experts(chain: Chain, graph: OpGraph, size: int) -> Chain:
+    """The chain of a local graph with its experts dealt out over the `size` ranks of the `ep` axis."""
+    experts = expert_parameters(graph)
+    own = {name for name in chain.parameters if name.partition("#")[0] in experts}
+    parameters = {
+        name: replace(
+            shard,
+            num_elements=shard.num_elements // size,
+            num_bytes=shard.num_bytes // size,
+            is_expert=True,
+        )
+        if name in own
+        else shard
+        for name, shard in chain.parameters.items()
+    }
+    exchanges = {
+        names: _exchange(graph, names)
+        for names in {
+            frozenset(n.partition("#")[0] for n in unit.parameters if n in own) for unit in chain.units
         }
-        return Chain(tuple(self._unit(unit, own) for unit in chain.units), parameters)
+        if names
+    }
+    dealt: dict[int, tuple[Kernels, ...]] = {}  # copies of a unit go on sharing their kernels
 
-    def _unit(self, unit: Unit, own: dict[str, bool]) -> Unit:
-        read = {name.partition("#")[0] for name in unit.parameters if own[name]}
-        if not read:
+    def exchanging(unit: Unit) -> Unit:
+        names = frozenset(name.partition("#")[0] for name in unit.parameters if name in own)
+        if not names:
             return unit
-        products = [op for op in self.graph.ops if GROUPED in op.target]
-        mine = [op for op in products if read & _parameters_behind(self.graph, op.inputs[1])]
-        exchange = total([self._exchange(mine)])
-        recompute_s = {
-            mode: seconds + (exchange.forward_total_s if mode == "full" else 0.0)
-            for mode, seconds in unit.recompute_s.items()
-        }
-        return replace(unit, cost=total([unit.cost, exchange]), recompute_s=recompute_s)
+        kernels = dealt.setdefault(id(unit.kernels), (*unit.kernels, exchanges[names]))
+        again = {mode: (*flags, mode == "full") for mode, flags in unit.again.items()}
+        return replace(unit, kernels=kernels, again=again)
 
-    def _exchange(self, products: Sequence[Op]) -> OpCost:
-        """Rows to their experts before a layer's first product and back after its last, in both passes."""
-        tensors = self.graph.tensors
-        there = tensors[products[0].inputs[0]].num_bytes
-        back = tensors[products[-1].outputs[0]].num_bytes
-        group = self.pricer.groups["ep"]
-        seconds = sum(self.pricer.collective_s("all_to_all", num_bytes, group) for num_bytes in (there, back))
-        return OpCost(forward_communication_s=seconds, backward_communication_s=seconds)
+    return replace(chain, units=tuple(exchanging(unit) for unit in chain.units), parameters=parameters)
+
+
+def _exchange(graph: OpGraph, experts: frozenset[str]) -> Kernels:
+    """Rows to their experts before a layer's first product and back after its last, in both passes."""
+    products = [
+        op for op in graph.ops if GROUPED in op.target and experts & _parameters_behind(graph, op.inputs[1])
+    ]
+    there = graph.tensors[products[0].inputs[0]].num_bytes
+    back = graph.tensors[products[-1].outputs[0]].num_bytes
+    moves = tuple(Move("all_to_all", num_bytes, "ep") for num_bytes in (there, back))
+    return Kernels(forward_moves=moves, backward_moves=moves)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import ceil
 
 from autopar.errors import InfeasibleError
-from autopar.search.describe import GB, MB, ledger_entries, size
+from autopar.search.describe import GB, MB, size
 from autopar.search.outcome import Solved, better
 from autopar.search.planner import Planner, SearchResult
 from autopar.search.space import Pins
@@ -25,7 +25,7 @@ def infeasible(planner: Planner, result: SearchResult, global_batch: int, pins: 
     nearest = smallest(planner, global_batch, pins)
     evaluated = nearest.evaluated
     fullest = max(evaluated.ledgers, key=lambda ledger: ledger.total_bytes)
-    entries = sorted(ledger_entries(fullest).items(), key=lambda entry: -entry[1])
+    entries = sorted(fullest.entries.items(), key=lambda entry: -entry[1])
     limit, limit_bytes = entries[0]
     helps = tuple(relaxations(planner, nearest, global_batch, pins))
     device = planner.cluster.device

@@ -18,9 +18,10 @@ from autopar.localize import Assignment, Localized, localize
 from autopar.placements import Shard
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import Pricer
-from autopar.search.axis_problem import AxisProblem
+from autopar.search.axis_problem import AxisProblem, ClusterPrices
 from autopar.search.block_ilp import AxisSolution, BlockIlp, MemoryPrice
-from autopar.search.experts import ExpertParallelism
+from autopar.search.experts import deal_out_experts
+from autopar.search.pinned import RegionRule, pinned_problem
 from autopar.search.replicas import Replica, make_replica, strategy_keys
 from autopar.search.shallow import Shallow, local_counts, shallow
 from autopar.search.stages import StageTable
@@ -33,6 +34,12 @@ from hardware_db import Cluster
 MEMORY_PRICES = (0.0, 1.0, 10.0)
 """What filling a device's memory costs, in times of the microbatch: the sweep from fastest to smallest
 program."""
+
+PINNED = -1
+"""In place of one of the prices: the strategies that a person would have pinned (`autopar.search.pinned`)."""
+
+MANY_MICROBATCHES = 1 << 30
+"""With so many, what is done once a step counts for nothing."""
 
 STATE_BYTES_PER_PARAMETER_BYTE = 8
 """Mixed-precision AdamW keeps 16 bytes for a parameter of 2, plain AdamW 16 for 4: what memory is priced by.
@@ -78,6 +85,7 @@ class ProgramKey(NamedTuple):
     cp: int
     ep: int
     tp: int
+    sequence_parallel: bool | None
     num_microbatches: int
     price_level: int
 
@@ -98,12 +106,17 @@ class Programs:
         self.time_limit_s = time_limit_s
         self.num_solved = 0
         self._replicas: dict[tuple[int, int, int], Replica] = {}
-        self._ilps: dict[tuple[int, int, int, int], BlockIlp] = {}
+        self._ilps: dict[ProgramKey, BlockIlp] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._propagated: Assignment | None = None
 
+    def given(self, p: Parallelism) -> Program:
+        """The program of a parallelism that a person gave: its strategies depend on the model and the degree
+        alone, not on the cluster. Sequence parallelism is on unless it is said to be off."""
+        return self.program(p, PINNED)
+
     def program(self, p: Parallelism, price_level: int = 0) -> Program:
-        """The program of a candidate at one of the `MEMORY_PRICES`."""
+        """The program of a candidate at one of the `MEMORY_PRICES`, or as `PINNED`."""
         key = self._key(p, price_level)
         if key not in self._programs:
             self._programs[key] = self._make(key)
@@ -141,10 +154,9 @@ class Programs:
         """
         if tp == 1:
             return self.program(Parallelism(microbatch_size=microbatch_size)).microbatch_s
-        ilp = self._ilp(microbatch_size, 1, 1, tp)
+        ilp = self._ilp(ProgramKey(microbatch_size, 1, 1, 1, tp, None, 1, 0))
         self.num_solved += 1
-        # Parameters' reductions are left out: as if shared by any number of microbatches.
-        return ilp.solve(1 << 30).bound_s
+        return ilp.solve(MANY_MICROBATCHES).bound_s
 
     def replica(self, microbatch_size: int, data_size: int, cp: int = 1) -> Replica:
         """The program of one data-parallel replica, or of one context-parallel rank of it."""
@@ -156,10 +168,14 @@ class Programs:
         return self._replicas[key]
 
     def _key(self, p: Parallelism, price_level: int) -> ProgramKey:
+        if p.tp == 1:
+            return ProgramKey(p.microbatch_size, self._data_size(p), p.cp, p.ep, 1, None, 1, 0)
         # A parameter's reduction is thought to be shared by few microbatches, or by many.
-        shared = 1 if p.tp == 1 or p.num_microbatches < 4 else 16
-        level = 0 if p.tp == 1 else price_level
-        return ProgramKey(p.microbatch_size, self._data_size(p), p.cp, p.ep, p.tp, shared, level)
+        shared = 1 if p.num_microbatches < 4 else 16
+        split = p.sequence_parallel
+        if price_level == PINNED:
+            shared, split = 16, split is not False
+        return ProgramKey(p.microbatch_size, self._data_size(p), p.cp, p.ep, p.tp, split, shared, price_level)
 
     def _data_size(self, p: Parallelism) -> int:
         """How many replicas stand for `p.dp`: local shapes are the same for any number, so two do, unless
@@ -185,9 +201,8 @@ class Programs:
         keys = dict(replica.keys)
         local, solution = replica.local, None
         if key.tp > 1:
-            ilp = self._ilp(key.microbatch_size, key.data_size, key.cp, key.tp)
-            price = self._price(ilp.problem, key.price_level)
-            solution = ilp.solve(key.num_microbatches, price, self.time_limit_s)
+            ilp = self._ilp(key)
+            solution = self._solution(ilp, key)
             self.num_solved += 1
             local = localize(local, solution.assignment)
             keys["tp"] = strategy_keys(ilp.problem.graph, solution.assignment)
@@ -195,17 +210,36 @@ class Programs:
 
     def _chain(self, whole: OpGraph, local: Localized, key: ProgramKey, repeats: Mapping[str, int]) -> Chain:
         pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, key.ep, key.tp))
-        chain = build_chain(whole, local, pricer, repeats)
-        return chain if key.ep == 1 else ExpertParallelism(local.graph, pricer).applied(chain)
+        chain = build_chain(whole, local, pricer.kernels, repeats)
+        if key.ep > 1:
+            chain = deal_out_experts(chain, local.graph, key.ep)
+        return chain.priced(pricer)
 
-    def _ilp(self, microbatch_size: int, data_size: int, cp: int, tp: int) -> BlockIlp:
-        key = (microbatch_size, data_size, cp, tp)
+    def _ilp(self, key: ProgramKey) -> BlockIlp:
+        is_pinned = key.price_level == PINNED
+        key = key._replace(ep=1, num_microbatches=1, price_level=min(0, key.price_level))
         if key not in self._ilps:
-            graph = self.replica(microbatch_size, data_size, cp).local.graph
-            pricer = Pricer(self.cluster, self._groups(data_size, cp, 1, tp))
+            graph = self.replica(key.microbatch_size, key.data_size, key.cp).local.graph
             counts = local_counts(graph.ops, self.shallow.counts)
-            self._ilps[key] = BlockIlp(AxisProblem(graph, "tp", pricer, counts))
+            self._ilps[key] = BlockIlp(
+                pinned_problem(graph, key.tp, counts, sequence_parallel=key.sequence_parallel is True)
+                if is_pinned
+                else self._priced_problem(graph, key, counts)
+            )
         return self._ilps[key]
+
+    def _priced_problem(self, graph: OpGraph, key: ProgramKey, counts: tuple[int, ...]) -> AxisProblem:
+        """The problem at this cluster's prices, within the region that the sequence parallelism asked for
+        leaves."""
+        pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, 1, key.tp))
+        split = key.sequence_parallel
+        rule = None if split is None else RegionRule(graph, sequence_parallel=split)
+        return AxisProblem(graph, "tp", key.tp, ClusterPrices(pricer, "tp"), counts, rule)
+
+    def _solution(self, ilp: BlockIlp, key: ProgramKey) -> AxisSolution:
+        if key.price_level == PINNED:
+            return ilp.solve(MANY_MICROBATCHES)
+        return ilp.solve(key.num_microbatches, self._price(ilp.problem, key.price_level), self.time_limit_s)
 
     def _price(self, problem: AxisProblem, level: int) -> MemoryPrice:
         """Memory's worth: at price 1, all of a device's costs as much as the microbatch's arithmetic."""

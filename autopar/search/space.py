@@ -40,7 +40,7 @@ class Pins:
                     f"{name}={value} is not a count; give 1 or more, or leave it to the search"
                 )
         _check_choice("zero_stage", self.zero_stage, get_args(ZeroStage))
-        _check_choice("recompute", self.recompute, get_args(Recompute))
+        _check_choice("recompute", self.recompute, RECOMPUTE_MODES)
         _check_choice("schedule", self.schedule, get_args(ScheduleName))
 
     def __str__(self) -> str:

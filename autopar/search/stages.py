@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.plan import Parallelism, Recompute
+from autopar.search.data_axes import data_groups
+from autopar.search.ledger import num_weights
 from autopar.search.units import Chain
 from costmodel import (
     OptimizerPolicy,
@@ -77,11 +79,21 @@ class StageTable:
         return _sums(sizes)
 
     @cached_property
+    def root_parameters(self) -> Matrix:
+        """Elements of the parameters outside of blocks."""
+        pairs = zip(self.chain.units, self._unit_elements(), strict=True)
+        return _sums([0.0 if unit.is_block else size for unit, size in pairs])
+
+    @cached_property
     def largest_unit(self) -> Matrix:
         return _running_max(self._unit_elements())
 
     @cached_property
     def saved_bytes(self) -> Matrix:
+        return _sums(self._fresh_bytes())
+
+    def _fresh_bytes(self) -> list[float]:
+        """What each unit keeps that none before it does."""
         seen: set[str] = set()
         sizes = []
         for unit in self.chain.units:
@@ -89,13 +101,19 @@ class StageTable:
             fresh = sum(size for storage, size in saved.storages.items() if storage not in seen)
             seen.update(saved.storages)
             sizes.append(float(fresh + saved.internal_bytes))
-        return _sums(sizes)
+        return sizes
 
     @cached_property
     def working_bytes(self) -> Matrix:
-        largest = _running_max([unit.working_bytes for unit in self.chain.units])
-        recomputed = [u.saved["none"].num_bytes - u.saved[self.recompute].num_bytes for u in self.chain.units]
-        return largest + np.maximum(0, _running_max(recomputed))
+        """What is held at most beside all that is saved: while a unit works, later ones save nothing yet."""
+        before = np.concatenate([[0.0], np.cumsum(self._fresh_bytes())])
+        peaks = [unit.saved[self.recompute].peak_bytes for unit in self.chain.units]
+        fullest = _running_max([before[index] + peak for index, peak in enumerate(peaks)])
+        return np.maximum(0.0, fullest - before[None, :])
+
+    @cached_property
+    def largest_weights(self) -> Matrix:
+        return _running_max([num_weights(unit, self.chain.parameters) for unit in self.chain.units])
 
     def _unit_elements(self) -> list[float]:
         shards = self.chain.parameters
@@ -105,15 +123,23 @@ class StageTable:
 
     def _fixed_bytes(self, p: Parallelism, policy: OptimizerPolicy, shares: Shares) -> Matrix:
         """The part of M that does not depend on what is in flight."""
-        per_element = (
-            shares.parameters * model_state_ledger(1.0, policy, p.zero_stage, p.dp_shard).total_bytes
-        )
+        degree = data_groups(p)[0].size
+        per_element = shares.parameters * model_state_ledger(1.0, policy, p.zero_stage, degree).total_bytes
         parameters = self.parameters_once if p.pp == 1 else self.parameters
-        held = per_element * parameters + self.working_bytes
-        if p.dp_shard > 1 and p.zero_stage >= 2:
-            per_unit = policy.gradient_bytes + (2 * policy.parameter_bytes if p.zero_stage == 3 else 0)
-            held = held + shares.parameters * per_unit * self.largest_unit
-        return held
+        moving = self.working_bytes
+        if self.chain.era.cached_weight_gradients:
+            moving = moving + shares.parameters * policy.gathered_bytes * self.largest_weights
+        if degree > 1 and p.zero_stage >= 2:
+            gathered = (policy.gathered_bytes + policy.gradient_bytes) * self.largest_unit
+            if p.zero_stage == 3:
+                gathered = gathered + policy.gathered_bytes * (2 * self.largest_unit + self.root_parameters)
+            moving = moving + shares.parameters * gathered
+        return per_element * parameters + self._wasteful * moving
+
+    @property
+    def _wasteful(self) -> float:
+        """What the allocator holds for a byte that comes and goes."""
+        return 1 + self.chain.era.fragmentation
 
     def peak_bytes(
         self, p: Parallelism, policy: OptimizerPolicy, cuts: tuple[int, ...], shares: Shares = WHOLE
@@ -122,7 +148,7 @@ class StageTable:
         them."""
         at = list(cuts), [*cuts[1:], self.num_units]
         fixed = self._fixed_bytes(p, policy, shares)[at]
-        saved = shares.saved * self.saved_bytes[at]
+        saved = self._wasteful * shares.saved * self.saved_bytes[at]
         peaks = peak_activation_bytes(
             p.schedule, p.pp, p.num_microbatches, saved.tolist(), p.num_virtual_stages
         )
@@ -155,7 +181,7 @@ class StageTable:
         flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
         budget = memory_bytes / p.num_virtual_stages
         fixed = self._fixed_bytes(p, policy, shares)
-        saved = shares.saved / p.num_virtual_stages * self.saved_bytes
+        saved = self._wasteful * shares.saved / p.num_virtual_stages * self.saved_bytes
         held = [fixed + flights[rank] * saved <= budget for rank in range(p.pp)]
         return self._cheapest([held[stage % p.pp] for stage in range(num_stages)]) or self._cheapest(
             [np.ones_like(self.times_s, dtype=bool)] * num_stages

@@ -8,28 +8,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, compress
 
+from autopar.kernels import KernelMaker, Kernels, is_conversion, kind_of
 from autopar.localize import Localized
 from autopar.placements import RP
 from autopar.plan import Recompute
-from autopar.pricing import OpCost, Pricer, is_conversion, kind_of, total
-from graphs.ir import Block, Op, OpGraph, Tensor
+from autopar.pricing import OpCost, Pricer
+from autopar.search.saved import Saved, SavedActivations
+from costmodel import Software
+from graphs.ir import Block, Op, OpGraph
 
 RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a unit keeps from forward to backward: storages by name, so that a stage counts each once."""
-
-    storages: Mapping[str, int]
-    internal_bytes: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(self.storages.values()) + self.internal_bytes
+"""The modes that the search tries."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +32,34 @@ class Unit:
         first_op: name of its first op, conversions that were inserted for it apart.
         modules: the modules its ops belong to; of a block, the block alone.
         is_block: whether it is a repeated block, so whether it may be recomputed.
-        cost: of all its ops.
-        recompute_s: what its backward runs again under each recompute mode.
-        saved: what it keeps under each recompute mode.
-        working_bytes: operands, results and gradients of its hungriest op.
+        kernels: what each of its ops makes a rank do.
+        again: which of them the backward runs again under each recompute mode.
+        saved: what it keeps under each recompute mode, and the most that it holds.
         parameters: names of the parameter tensors that it reads.
         received_bytes: activations that enter it from earlier units, so what a cut before it sends.
+        cost: of all its ops, once `Chain.priced` says so.
+        recompute_s: what its backward runs again under each recompute mode, likewise.
     """
 
     first_op: str
     modules: tuple[str, ...]
     is_block: bool
-    cost: OpCost
-    recompute_s: Mapping[Recompute, float]
     saved: Mapping[Recompute, Saved]
-    working_bytes: int
     parameters: tuple[str, ...]
     received_bytes: int
+    kernels: tuple[Kernels, ...] = ()
+    again: Mapping[Recompute, tuple[bool, ...]] = field(default_factory=dict)
+    cost: OpCost = OpCost()
+    recompute_s: Mapping[Recompute, float] = field(default_factory=dict)
+
+    def priced(self, pricer: Pricer) -> Unit:
+        """The unit with its cost."""
+        costs = [pricer.priced(kernels) for kernels in self.kernels]
+        recompute_s = {
+            mode: pricer.unit(list(compress(costs, flags))).forward_total_s
+            for mode, flags in self.again.items()
+        }
+        return replace(self, cost=pricer.unit(costs), recompute_s=recompute_s)
 
 
 @dataclass(frozen=True)
@@ -64,43 +67,62 @@ class ParameterShard:
     """The part of a parameter that one rank computes with.
 
     `is_partial` if its gradient is summed over `tp`; `is_expert` if it is dealt out over `ep`, so that only
-    `dp / ep` ranks hold it.
+    `dp / ep` ranks hold it. A stack of weights has several matrices.
     """
 
     num_elements: int
     num_bytes: int
     is_partial: bool
     is_expert: bool = False
+    num_matrices: int = 1
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The whole local program: units in order, and the parameters they share."""
+    """The whole local program: units in order, the parameters they share, and the software that runs it."""
 
     units: tuple[Unit, ...]
     parameters: Mapping[str, ParameterShard]
+    era: Software
+
+    def priced(self, pricer: Pricer) -> Chain:
+        """The chain with what its units cost under a pricer."""
+        known: dict[int, Unit] = {}
+        units = []
+        for unit in self.units:
+            like = known.get(id(unit.kernels))
+            if like is None:
+                like = known[id(unit.kernels)] = unit.priced(pricer)
+            units.append(replace(unit, cost=like.cost, recompute_s=like.recompute_s))
+        return replace(self, units=tuple(units))
 
 
 def build_chain(
     whole: OpGraph,
     local: Localized,
-    pricer: Pricer,
+    maker: KernelMaker,
     repeats: Mapping[str, int] | None = None,
     axis: str = "tp",
 ) -> Chain:
-    """The chain of a local graph, whose blocks are those of the graph `whole` that it was made from.
+    """The chain of a local graph, whose blocks are those of the graph `whole` that it was made from; nothing
+    has a price yet.
 
-    `repeats` has the paths of blocks that stand for several in a row, and for how many.
+    `maker` makes the kernels; `repeats` has the paths of blocks that stand for several in a row, and for how many.
     """
     graph = local.graph
-    builder = _Builder(graph, pricer.graph(graph))
+    builder = _Builder(graph, maker)
     stretches = [*_stretches(whole, graph)]
     crossings = _crossing_bytes(graph, [start for start, _, _ in stretches])
     parameters = {}
     for parameter in graph.parameters:
         tensor = graph.tensors[parameter.tensor]
         state = local.states.get(parameter.tensor, {}).get(axis)
-        parameters[parameter.tensor] = ParameterShard(tensor.num_elements, tensor.num_bytes, state == RP)
+        parameters[parameter.tensor] = ParameterShard(
+            tensor.num_elements,
+            tensor.num_bytes,
+            is_partial=state == RP,
+            num_matrices=tensor.shape[0] if len(tensor.shape) == 3 else 1,
+        )
     units = []
     for (start, stop, block), crossing in zip(stretches, crossings, strict=True):
         unit = builder.unit(start, stop, block, crossing)
@@ -108,7 +130,7 @@ def build_chain(
         for number in range(1, (repeats or {}).get(block or "", 1)):
             units.append(builder.copy(unit, number))
             parameters |= {f"{name}#{number}": parameters[name] for name in unit.parameters}
-    return Chain(tuple(units), parameters)
+    return Chain(tuple(units), parameters, maker.software)
 
 
 Stretch = tuple[int, int, str | None]
@@ -179,42 +201,26 @@ def _crossing_bytes(graph: OpGraph, starts: Sequence[int]) -> list[int]:
 
 
 class _Builder:
-    """Makes units of a priced local graph."""
+    """Makes units of a local graph."""
 
-    def __init__(self, graph: OpGraph, costs: Sequence[OpCost]) -> None:
+    def __init__(self, graph: OpGraph, maker: KernelMaker) -> None:
         self.graph = graph
-        self.tensors: Mapping[str, Tensor] = graph.tensors
-        self.costs = costs
+        self.kernels = maker.graph(graph)
+        self.activations = SavedActivations(graph, maker.software)
         self.made_in_blocks: set[str] = set()
-        # Parameters and the batch are in memory anyway.
-        self.fixed = {*graph.parameter_tensors, *graph.inputs, *(buffer.tensor for buffer in graph.buffers)}
 
     def unit(self, start: int, stop: int, block: str | None, received_bytes: int) -> Unit:
         ops = self.graph.ops[start:stop]
-        cost = total(self.costs[start:stop])
-        saved: dict[Recompute, Saved] = dict.fromkeys(RECOMPUTE_MODES, self._saved(ops))
-        again: dict[Recompute, float] = dict.fromkeys(RECOMPUTE_MODES, 0.0)
         if block is not None:
             self.made_in_blocks.update(name for op in ops for name in op.outputs)
-            entering = self._entering(ops)
-            kept = [
-                (op, price)
-                for op, price in zip(ops, self.costs[start:stop], strict=True)
-                if self._is_kept(op)
-            ]
-            results = {name: self.tensors[name].num_bytes for op, _ in kept for name in op.outputs}
-            internal_bytes = sum(op.saved_internal_bytes for op, _ in kept)
-            saved |= {"selective": Saved(entering | results, internal_bytes), "full": Saved(entering)}
-            again["full"] = cost.forward_total_s
-            again["selective"] = cost.forward_total_s - sum(price.forward_total_s for _, price in kept)
+        again, saved = self.activations.unit(start, stop, is_block=block is not None)
         return Unit(
             first_op=next((op.name for op in ops if not is_conversion(op)), ops[0].name),
             modules=(block,) if block is not None else tuple(dict.fromkeys(op.module for op in ops)),
             is_block=block is not None,
-            cost=cost,
-            recompute_s=again,
+            kernels=self.kernels[start:stop],
+            again=again,
             saved=saved,
-            working_bytes=max((self._working_bytes(op) for op in ops), default=0),
             parameters=tuple(
                 dict.fromkeys(
                     name for op in ops for name in op.inputs if name in self.graph.parameter_tensors
@@ -238,33 +244,3 @@ class _Builder:
             saved={mode: own(saved) for mode, saved in unit.saved.items()},
             parameters=tuple(f"{name}#{number}" for name in unit.parameters),
         )
-
-    def _saved(self, ops: Sequence[Op]) -> Saved:
-        """What autograd keeps of a run of ops."""
-        storages = {s: self.tensors[s].num_bytes for op in ops for s in op.saved if s not in self.fixed}
-        return Saved(storages, sum(op.saved_internal_bytes for op in ops))
-
-    def _entering(self, ops: Sequence[Op]) -> dict[str, int]:
-        """Storages of the activations that a run of ops reads from before it."""
-        inside = {name for op in ops for name in op.outputs}
-        read = dict.fromkeys(
-            self.tensors[name].storage
-            for op in ops
-            for name in op.inputs
-            if name not in inside and self.tensors[name].dtype.is_floating_point
-        )
-        return {storage: self.tensors[storage].num_bytes for storage in read if storage not in self.fixed}
-
-    def _is_kept(self, op: Op) -> bool:
-        """Whether selective recomputation keeps the op's results: products, attention, and what was
-        communicated."""
-        if is_conversion(op):
-            return op.target not in ("autopar.shard", "autopar.shard_partial", "autopar.copy")
-        return kind_of(op, self.tensors) in ("matmul", "attention")
-
-    def _working_bytes(self, op: Op) -> int:
-        if kind_of(op, self.tensors) == "view":
-            return 0
-        results = sum(self.tensors[name].num_bytes for name in op.outputs)
-        operands = (self.tensors[name] for name in dict.fromkeys(op.inputs) if name not in self.fixed)
-        return results + sum(tensor.num_bytes for tensor in operands if tensor.requires_grad)

@@ -10,12 +10,13 @@ from math import isclose
 import pytest
 
 from autopar.plan import Parallelism
-from autopar.pricing import OpCost
+from autopar.pricing import DEFAULT_SOFTWARE, OpCost
 from autopar.search.programs import Programs
+from autopar.search.saved import Saved
 from autopar.search.shallow import shallow
 from autopar.search.stages import StageTable
-from autopar.search.units import Chain, ParameterShard, Saved, Unit
-from costmodel import optimizer_policy
+from autopar.search.units import Chain, ParameterShard, Unit
+from costmodel import optimizer_policy, software
 from tests.autopar.small_models import cluster, tower
 
 POLICY = optimizer_policy("adamw-fp32")
@@ -27,7 +28,8 @@ def random_chain(rng: random.Random, num_units: int) -> Chain:
         name = f"weight{index}"
         elements = rng.randint(1, 100)
         parameters[name] = ParameterShard(elements, 4 * elements, False)
-        saved = Saved({f"x{index}": rng.randint(1, 4000)})
+        kept = rng.randint(1, 4000)
+        saved = Saved({f"x{index}": kept}, peak_bytes=kept + rng.randint(0, 500))
         units.append(
             Unit(
                 first_op=f"op{index}",
@@ -36,12 +38,11 @@ def random_chain(rng: random.Random, num_units: int) -> Chain:
                 cost=OpCost(rng.random(), rng.random(), rng.random() / 4, rng.random() / 4),
                 recompute_s={"none": 0.0, "selective": 0.0, "full": 0.0},
                 saved={"none": saved, "selective": saved, "full": saved},
-                working_bytes=rng.randint(0, 500),
                 parameters=(name,),
                 received_bytes=100,
             )
         )
-    return Chain(tuple(units), parameters)
+    return Chain(tuple(units), parameters, software(DEFAULT_SOFTWARE))
 
 
 def all_cuts(num_units: int, num_stages: int) -> Iterator[tuple[int, ...]]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from costmodel import CostModelError, Ledger, model_state_ledger, optimizer_policies, optimizer_policy
+from costmodel.memory import usual_policy
+from costmodel.software import software_eras
 
 GB = 1e9
 
@@ -57,11 +59,45 @@ def test_policies_hold_what_torch_optimizers_hold() -> None:
         assert model_state_ledger(1000, name).optimizer_bytes == held
 
 
+@pytest.mark.parametrize(
+    ("software", "precision", "zero_stage", "fsdp", "shards", "per_parameter"),
+    [
+        # Megatron-LM, docs/source/api-guide/dist_optimizer: "Theoretical memory usage", bytes a parameter.
+        ("te-2024", "bf16", 0, False, 1, 18),
+        ("te-2024", "bf16", 1, False, 8, 6 + 12 / 8),
+        ("unfused-2020", "fp16", 0, False, 1, 18),
+        # ZeRO-3 on fp32 parameters, which are their own master copy.
+        ("flash-2023", "bf16", 3, True, 8, 16 / 8),
+        # FSDP2 with reshard_after_forward=False: a bf16 copy of the parameters is whole, too.
+        ("flash-2023", "bf16", 2, True, 8, 2 + 16 / 8),
+        ("xla", "bf16", 3, True, 8, 14 / 8),
+        ("te-2024", "fp8", 0, False, 1, 20),
+    ],
+)
+def test_what_runs_usually_keep(
+    software: str, precision: str, zero_stage: int, fsdp: bool, shards: int, per_parameter: float
+) -> None:
+    policy = usual_policy(software, precision, zero_stage, fsdp=fsdp)
+    ledger = model_state_ledger(1e9, policy, zero_stage, shards)
+    assert ledger.total_bytes / 1e9 == pytest.approx(per_parameter)
+
+
+@pytest.mark.parametrize("software", software_eras())
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"])
+def test_every_run_has_a_policy(software: str, precision: str) -> None:
+    for fsdp in (False, True):
+        assert usual_policy(software, precision, fsdp=fsdp).name in optimizer_policies()
+
+
 def test_ledgers_add_by_entry() -> None:
     states = model_state_ledger(1e9, "adamw-fp32")
-    total = states + Ledger(activations_bytes=5, buffers_bytes=7, reserved_bytes=11)
-    assert (total.parameters_bytes, total.activations_bytes) == (4e9, 5)
-    assert total.total_bytes == states.total_bytes + 23
+    more = Ledger(
+        activations_bytes=5, logits_bytes=7, fragmentation_bytes=2, reserved_bytes=11, moment="forward"
+    )
+    total = states + more
+    assert (total.parameters_bytes, total.activations_bytes, total.moment) == (4e9, 5, "forward")
+    assert total.total_bytes == sum(total.entries.values()) == states.total_bytes + 25
+    assert (total.allocated_bytes, total.cached_bytes) == (states.total_bytes + 12, states.total_bytes + 14)
 
 
 def test_an_update_reads_everything_and_writes_parameters_and_states() -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import collections
+import itertools
+import random
 
 import pytest
 from torch.distributed.pipelining import schedules
 
 from costmodel import CostModelError, peak_activation_bytes, peak_in_flight, rank_orders
+from costmodel.orders import rank_stages, stage_ranks
 
 SIZES = [
     ("GPipe", 1, 3, 1),
@@ -20,6 +23,21 @@ SIZES = [
     ("Interleaved1F1B", 4, 3, 2),
     ("Interleaved1F1B", 3, 12, 4),
     ("Interleaved1F1B", 4, 8, 1),
+    ("LoopedBFS", 1, 3, 1),
+    ("LoopedBFS", 3, 5, 2),
+    ("InterleavedZeroBubble", 4, 8, 1),
+    ("InterleavedZeroBubble", 4, 3, 1),
+    ("InterleavedZeroBubble", 3, 12, 4),
+    ("InterleavedZeroBubble", 4, 10, 2),
+    ("InterleavedZeroBubble", 1, 2, 2),
+    ("ZBVZeroBubble", 1, 1, 2),
+    ("ZBVZeroBubble", 4, 3, 2),
+    ("ZBVZeroBubble", 4, 7, 2),
+    ("ZBVZeroBubble", 5, 23, 2),
+    ("DualPipeV", 1, 2, 2),
+    ("DualPipeV", 2, 5, 2),
+    ("DualPipeV", 4, 8, 2),
+    ("DualPipeV", 5, 23, 2),
 ]
 
 
@@ -62,40 +80,68 @@ def torch_order(name: str, rank: int, num_ranks: int, num_microbatches: int, num
         schedule._step_microbatches()
         return stage.ran
     schedule.pp_group_size, schedule.n_local_stages = num_ranks, num_virtual
+    schedule._stages, schedule.num_stages = [None] * num_virtual, num_ranks * num_virtual
     schedule.microbatches_per_round = num_microbatches // max(1, num_microbatches // num_ranks)
     actions = schedule._calculate_single_rank_operations(rank)
-    return [str(action) for action in actions if action is not None]
+    return [str(part) for action in actions if action is not None for part in action.sub_actions or (action,)]
 
 
 def our_order(name: str, rank: int, num_ranks: int, num_microbatches: int, num_virtual: int) -> list[str]:
-    num_stages = num_ranks * num_virtual
-    return [
-        f"{leg}F{m}" if leg < num_stages else f"{2 * num_stages - 1 - leg}B{m}"
-        for leg, m in rank_orders(name, num_ranks, num_microbatches, num_virtual)[rank]
-    ]
+    order = rank_orders(name, num_ranks, num_microbatches, num_virtual)[rank]
+    return [f"{stage}{'B' if phase == 'O' else phase}{microbatch}" for phase, stage, microbatch in order]
 
 
 @pytest.mark.parametrize(("name", "p", "m", "v"), SIZES)
 def test_orders_are_torchs(name: str, p: int, m: int, v: int) -> None:
     for rank in range(p):
-        theirs = torch_order(name, rank, p, m, v)
-        assert len(theirs) == 2 * m * v
-        assert our_order(name, rank, p, m, v) == theirs
+        assert our_order(name, rank, p, m, v) == torch_order(name, rank, p, m, v)
+
+
+@pytest.mark.parametrize(("p", "m"), [(1, 2), (2, 5), (4, 8), (5, 23)])
+def test_the_pairs_that_dual_pipe_overlaps_are_torchs(p: int, m: int) -> None:
+    schedule = schedules.ScheduleDualPipeV.__new__(schedules.ScheduleDualPipeV)
+    schedule.pp_group_size, schedule._n_microbatches = p, m
+    for rank, order in enumerate(rank_orders("DualPipeV", p, m, 2)):
+        pairs = [
+            (f"{f_stage}F{f_microbatch}", f"{stage}B{microbatch}")
+            for (_, f_stage, f_microbatch), (phase, stage, microbatch) in itertools.pairwise(order)
+            if phase == "O"
+        ]
+        theirs = [action.sub_actions for action in schedule._calculate_single_rank_operations(rank)]
+        assert pairs == [tuple(map(str, parts)) for parts in theirs if parts]
 
 
 @pytest.mark.parametrize(("name", "p", "m", "v"), SIZES)
 def test_every_rank_runs_its_stages_once_per_microbatch(name: str, p: int, m: int, v: int) -> None:
+    ranks = stage_ranks(name, p, v)
     for rank, order in enumerate(rank_orders(name, p, m, v)):
-        stages = [rank + chunk * p for chunk in range(v)]
-        legs = [*stages, *(2 * p * v - 1 - stage for stage in stages)]
-        assert collections.Counter(order) == collections.Counter((leg, i) for leg in legs for i in range(m))
+        stages = rank_stages(name, rank, p, v)
+        assert all(ranks[stage] == rank for stage in stages)
+        for phases in ("F", "BIO", "BWO"):
+            done = collections.Counter((stage, i) for phase, stage, i in order if phase in phases)
+            assert done == collections.Counter((stage, i) for stage in stages for i in range(m))
 
 
 @pytest.mark.parametrize(("name", "p", "m", "v"), SIZES)
-def test_peak_in_flight_is_what_the_order_holds(name: str, p: int, m: int, v: int) -> None:
-    for rank, peak in enumerate(peak_in_flight(name, p, m, v)):
-        changes = [1 if leg < p * v else -1 for leg, _ in rank_orders(name, p, m, v)[rank]]
-        assert peak == max(sum(changes[:stop]) for stop in range(len(changes) + 1))
+@pytest.mark.parametrize("rounds", [1, 9])
+def test_peak_bytes_are_what_the_whole_order_holds(name: str, p: int, m: int, v: int, rounds: int) -> None:
+    if name.startswith("Interleaved") and m % p:
+        rounds = 1  # as many microbatches as they run in broken rounds
+    m *= rounds
+    rng = random.Random(f"{name}{p}{m}{v}")
+    saved, kept = ([rng.randint(1, 9) for _ in range(p * v)] for _ in range(2))
+    change = {
+        "F": saved,
+        "B": [-size for size in saved],
+        "I": [later - size for size, later in zip(saved, kept, strict=True)],
+        "W": [-later for later in kept],
+    }
+    change["O"] = change["B"]
+    peaks = peak_activation_bytes(name, p, m, saved, v, kept)
+    for peak, order in zip(peaks, rank_orders(name, p, m, v), strict=True):
+        held = list(itertools.accumulate(change[phase][stage] for phase, stage, _ in order))
+        assert peak == max(held)
+        assert held[-1] == 0
 
 
 def test_peak_in_flight_by_hand() -> None:
@@ -104,6 +150,10 @@ def test_peak_in_flight_by_hand() -> None:
     assert peak_in_flight("1F1B", 4, 2) == (2, 2, 2, 1)
     # Megatron-LM's interleaved warm-up, (v - 1) p + 2 (p - 1 - r), and the forward after it.
     assert peak_in_flight("Interleaved1F1B", 4, 16, 2) == (11, 9, 7, 5)
+    # Two stages a rank, so 2 p half-sized activations are 1F1B's memory: arXiv:2401.10241, section 6.
+    assert peak_in_flight("ZBVZeroBubble", 4, 16, 2) == (8, 8, 8, 8)
+    # One microbatch more than that: github.com/deepseek-ai/DualPipe, "PP + 1".
+    assert max(peak_in_flight("DualPipeV", 4, 16, 2)) == 9
 
 
 def test_interleaving_costs_the_memory_that_the_megatron_paper_says() -> None:
@@ -112,6 +162,15 @@ def test_interleaving_costs_the_memory_that_the_megatron_paper_says() -> None:
     plain = peak_activation_bytes("1F1B", p, 64, [v * 1.0] * p)
     interleaved = peak_activation_bytes("Interleaved1F1B", p, 64, [1.0] * p * v, v)
     assert interleaved[0] / plain[0] == pytest.approx(1 + (p - 1) / (p * v))
+
+
+def test_what_weight_gradients_need_stays_longer() -> None:
+    # ZB-H1 delays rank r's weight gradients by r microbatches: 1F1B's memory if all of it waits for them,
+    # and so much less as the input gradient frees.
+    plain = peak_activation_bytes("1F1B", 4, 16, [1.0] * 4)
+    assert plain == (4, 3, 2, 1)
+    assert peak_activation_bytes("InterleavedZeroBubble", 4, 16, [1.0] * 4) == (4, 4, 4, 4)
+    assert peak_activation_bytes("InterleavedZeroBubble", 4, 16, [1.0] * 4, 1, [0.0] * 4) == plain
 
 
 def test_peak_bytes_weigh_each_stage() -> None:
@@ -125,6 +184,9 @@ def test_peak_bytes_weigh_each_stage() -> None:
     [
         (("ZB", 2, 4, 1), "unknown schedule 'ZB'; known are GPipe"),
         (("1F1B", 2, 4, 2), "use Interleaved1F1B"),
+        (("ZBVZeroBubble", 2, 4, 1), "two stages per rank, got 1"),
+        (("DualPipeV", 4, 7, 2), "4 ranks needs a microbatch for each of its 8 stages, got 7"),
+        (("InterleavedZeroBubble", 4, 13, 2), "13 microbatches on 4 ranks in 3 rounds"),
         (("1F1B", 2, 0, 1), "at least one"),
         (("Interleaved1F1B", 4, 13, 2), "13 microbatches on 4 ranks in 3 rounds"),
     ],

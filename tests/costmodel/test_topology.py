@@ -75,3 +75,29 @@ def test_filled_torus_axes_work_at_once(torus: Cluster) -> None:
 def test_an_open_torus_axis_has_half_its_bandwidth(torus: Cluster) -> None:
     line, ring = spans(Group(2), torus)[0], spans(Group(4), torus)[0]
     assert line.bandwidth_bytes_per_s == pytest.approx(ring.bandwidth_bytes_per_s / 2)
+
+
+def test_a_dragonfly_reaches_half_of_its_global_links_wherever_traffic_goes(
+    machine: Callable[..., Cluster],
+) -> None:
+    dragonfly = machine(
+        Level("group", 16, 10e9, 1e-6, "switch"), Level("global", 128, 8e9, 2e-6, "dragonfly")
+    )
+    everyone, two, six = Group(8, stride=16), Group(2, stride=16), Group(6, stride=16)
+    rates = [spans(group, dragonfly)[0].bandwidth_bytes_per_s for group in (everyone, two, six)]
+    assert rates == pytest.approx([8e9, 4e9, 8e9 * 5 / 7])
+    assert spans(everyone, dragonfly)[0].pair_bandwidth_bytes_per_s == pytest.approx(4e9)
+
+
+def test_a_group_alone_has_what_its_node_has_up_to_what_devices_drive(
+    machine: Callable[..., Cluster],
+) -> None:
+    nodes = machine(
+        Level("inside", 8, 100e9, 1e-6, "switch"),
+        Level("across", 64, 5e9, 1e-6, "fat_tree", alone_bytes_per_s=20e9),
+    )
+    for stride, per_member in ((8, 20e9), (4, 20e9), (2, 10e9), (1, 5e9)):
+        group = Group(64 // stride, stride)
+        (*_, shared), (*_, alone) = spans(group, nodes), spans(group, nodes, alone=True)
+        assert shared.bandwidth_bytes_per_s == 5e9
+        assert alone.bandwidth_bytes_per_s == pytest.approx(per_member)

@@ -68,7 +68,16 @@ def test_every_number_cites_a_listed_source() -> None:
     known = set(hardware_db.sources())
     cited = {fact.source for record in stored_records() for _, fact in facts_of(record) if fact.source}
     assert cited <= known
-    assert {fact.source for link in catalog.links().values() for _, fact in facts_of(link)} <= known
+    for record in (*catalog.links().values(), catalog.collective_facts()):
+        assert {fact.source for _, fact in facts_of(record) if fact.source} <= known
+    assert {table.source for table in catalog.collective_facts().tables} <= known
+
+
+def test_collective_facts_name_what_is_in_the_catalog() -> None:
+    facts = catalog.collective_facts()
+    named = {id for reduction in facts.reductions for id in reduction.accelerators}
+    assert named | {id for table in facts.tables for id in table.accelerators} <= set(catalog.accelerators())
+    assert {id for table in facts.tables for id in table.nodes} <= set(catalog.nodes())
 
 
 def test_no_number_in_the_data_stands_outside_a_fact() -> None:

@@ -1,0 +1,1 @@
+"""Measured training runs: read, predicted, and compared with what was predicted."""

@@ -1,0 +1,115 @@
+"""The programs of parallelisms that a person gives: made once for a model, priced on any cluster.
+
+Nothing here depends on prices. Strategies on the tensor axis are a person's (`autopar.search.pinned`), chosen
+once for a degree and carried over to every microbatch size, since they name dimensions and not sizes. What is
+left for a cluster is arithmetic, so thousands of parallelisms can be priced a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from autopar.kernels import KernelMaker
+from autopar.localize import Assignment, Localized, localize
+from autopar.plan import Parallelism
+from autopar.search.block_ilp import BlockIlp
+from autopar.search.experts import deal_out_experts
+from autopar.search.pinned import pinned_problem
+from autopar.search.programs import MANY_MICROBATCHES
+from autopar.search.replicas import Replica, make_replica
+from autopar.search.shallow import Shallow, local_counts
+from autopar.search.units import Chain, build_chain
+from costmodel import Software
+from costmodel.software import Attention, Fusion
+
+
+class _Degrees(NamedTuple):
+    """What strategies depend on."""
+
+    cp: int
+    tp: int
+    sequence_parallel: bool
+
+
+class _Form(NamedTuple):
+    """What the kernels of a chain depend on."""
+
+    microbatch_size: int
+    degrees: _Degrees
+    ep: int
+    attention: Attention
+    fusion: Fusion
+    low_precision: str | None
+
+
+class GivenPrograms:
+    """The unpriced chains of one model.
+
+    Each replica computes on its own samples, so one stands for all: the data axes show in the traffic of
+    parameters only.
+    """
+
+    def __init__(self, model: Shallow) -> None:
+        self.model = model
+        self.blocks = tuple(block.path for block in model.capture.graph.blocks)
+        self._assignments: dict[_Degrees, Assignment] = {}
+        self._locals: dict[tuple[int, _Degrees], tuple[Replica, Localized]] = {}
+        self._chains: dict[_Form, Chain] = {}
+
+    def chain(self, p: Parallelism, era: Software, low_precision: str | None = None) -> Chain:
+        """The chain of a parallelism under an era's kernels, without prices."""
+        degrees = _Degrees(p.cp, p.tp, p.sequence_parallel is not False)
+        form = _Form(p.microbatch_size, degrees, p.ep, era.attention, era.fusion, low_precision)
+        if form not in self._chains:
+            self._chains[form] = self._made(form, era)
+        return self._chains[form]
+
+    def _made(self, form: _Form, era: Software) -> Chain:
+        replica, local = self._local(form.microbatch_size, form.degrees)
+        sizes = {"tp": form.degrees.tp, "cp": form.degrees.cp, "ep": form.ep}
+        maker = KernelMaker(era, sizes, form.low_precision, self.blocks)
+        chain = build_chain(replica.whole, local, maker, self.model.repeats)
+        return chain if form.ep == 1 else deal_out_experts(chain, local.graph, form.ep)
+
+    def _local(self, microbatch_size: int, degrees: _Degrees) -> tuple[Replica, Localized]:
+        key = (microbatch_size, degrees)
+        if key not in self._locals:
+            replica = make_replica(self.model.capture.at(microbatch_size), None, degrees.cp)
+            local = replica.local
+            if degrees.tp > 1:
+                local = localize(local, self._assignment(replica, degrees))
+            self._locals[key] = replica, local
+        return self._locals[key]
+
+    def _assignment(self, replica: Replica, degrees: _Degrees) -> Assignment:
+        if degrees not in self._assignments:
+            graph = replica.local.graph
+            problem = pinned_problem(
+                graph,
+                degrees.tp,
+                local_counts(graph.ops, self.model.counts),
+                sequence_parallel=degrees.sequence_parallel,
+            )
+            self._assignments[degrees] = BlockIlp(problem).solve(MANY_MICROBATCHES).assignment
+        return self._assignments[degrees]
+
+
+def even_cuts(chain: Chain, num_stages: int) -> tuple[int, ...]:
+    """The units that begin the stages when blocks are dealt out evenly, as trainers do without a planner.
+
+    What comes before the blocks goes with the first, what comes after with the last. Where the blocks do not
+    divide but would together with these two, the first and the last stage have a block less.
+    """
+    blocks = [index for index, unit in enumerate(chain.units) if unit.is_block]
+    if num_stages == 1 or not blocks:
+        return (0,)
+    extra = 1 if len(blocks) % num_stages and (len(blocks) + 2) % num_stages == 0 else 0
+    total = len(blocks) + 2 * extra
+    starts = [stage * total // num_stages - extra for stage in range(1, num_stages)]
+    return (0, *(blocks[min(start, len(blocks) - 1)] for start in _rising(starts)))
+
+
+def _rising(starts: Sequence[int]) -> Sequence[int]:
+    """The starts, the first block left to the first stage."""
+    return [max(start, 1) for start in starts]

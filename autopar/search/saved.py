@@ -1,0 +1,395 @@
+"""What a rank keeps of a run of ops from forward to backward, and the most that it holds meanwhile.
+
+What autograd saves (`Op.saved`) is the start. Software keeps less, or something else:
+
+* memory-bound ops that share a kernel keep the cheapest values from which its backward can compute the others
+  again: of a chain for GELU its input, of a norm the same;
+* unfused attention keeps its probabilities, and with dropout their mask and what is left of them, where flash
+  attention keeps its output and a log-sum-exp (arXiv:2205.05198, section 4.1);
+* an operand gathered over an axis is kept as the shard it was gathered from (the same, section 4.2.2);
+* a sum over ranks stays where its terms were, and a copy made for its layout is not kept beside its source.
+
+The most that is held follows from the time line of one forward and one backward, in which every value,
+whatever is kept, and every gradient lives from one op to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
+
+from autopar.kernels import has_dropout, is_conversion, kind_of, short_name
+from autopar.plan import Recompute
+from autopar.search.cut import cheapest_cut
+from costmodel import Software
+from graphs.ir import Op, OpGraph
+
+MODES: tuple[Recompute, ...] = get_args(Recompute)
+
+Again = Mapping[Recompute, tuple[bool, ...]]
+"""Which ops of a run the backward runs again under each mode."""
+
+Phase = Literal["forward", "backward"]
+
+_IN_PLACE = ("copy", "first_grad", "first_only", "all_reduce", "all_reduce_partial")
+_FREE_CONVERSIONS = ("shard", "shard_partial", "copy")
+_MASK_BYTES = 1
+_LOG_SUM_EXP_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a unit keeps from forward to backward: storages by name, so that a stage counts each once.
+
+    `peak_bytes` is the most that it holds, in its forward or its backward (`phase`), what it keeps included.
+    """
+
+    storages: Mapping[str, int]
+    internal_bytes: int = 0
+    peak_bytes: int = 0
+    phase: Phase = "backward"
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.storages.values()) + self.internal_bytes
+
+    @property
+    def working_bytes(self) -> int:
+        """What is held at most beside what is kept."""
+        return max(0, self.peak_bytes - self.num_bytes)
+
+
+class _Need(NamedTuple):
+    """What the backward of an op reads: storages, and bytes that are no tensor of the graph."""
+
+    storages: tuple[str, ...]
+    internal_bytes: int
+
+
+class SavedActivations:
+    """What runs of a local graph's ops keep under one software."""
+
+    def __init__(self, graph: OpGraph, software: Software) -> None:
+        self.graph = graph
+        self.tensors = graph.tensors
+        self.software = software
+        # Parameters and the batch are in memory anyway.
+        self.fixed = {*graph.parameter_tensors, *graph.inputs, *(buffer.tensor for buffer in graph.buffers)}
+        self.kinds = tuple(kind_of(op, graph.tensors) for op in graph.ops)
+
+    @cached_property
+    def homes(self) -> Mapping[str, str]:
+        """The storage in which each tensor really lies."""
+        homes = {name: tensor.storage for name, tensor in self.tensors.items()}
+        for op in self.graph.ops:
+            if _stays_in_place(op) or (
+                short_name(op) == "clone"
+                and self.tensors[self.tensors[op.inputs[0]].storage].num_bytes
+                == self.tensors[op.output].num_bytes
+            ):
+                homes[op.output] = homes[op.inputs[0]]
+            else:
+                homes.update((name, homes[self.tensors[name].storage]) for name in op.outputs)
+        return homes
+
+    @cached_property
+    def shards(self) -> Mapping[str, str]:
+        """The storages of gathered tensors, and those of the shards that they were gathered from."""
+        return {
+            op.output: self.homes[op.inputs[0]] for op in self.graph.ops if op.target == "autopar.all_gather"
+        }
+
+    @cached_property
+    def last_reader(self) -> Mapping[str, int]:
+        """The op that reads a storage last."""
+        last: dict[str, int] = {}
+        for index, op in enumerate(self.graph.ops):
+            if self.kinds[index] != "view":
+                last.update((self.homes[name], index) for name in op.inputs)
+        return last
+
+    @cached_property
+    def outputs(self) -> frozenset[str]:
+        """The storages of what the graph returns."""
+        return frozenset(self.homes[name] for name in self.graph.outputs)
+
+    @cached_property
+    def readers(self) -> Mapping[str, frozenset[int]]:
+        """All ops that read a storage, views left out."""
+        found: dict[str, set[int]] = {}
+        for index, op in enumerate(self.graph.ops):
+            if self.kinds[index] != "view" and not _stays_in_place(op):
+                for name in op.inputs:
+                    found.setdefault(self.homes[name], set()).add(index)
+        return {name: frozenset(indices) for name, indices in found.items()}
+
+    def need(self, op: Op) -> _Need:
+        """What the backward of one op reads, if nothing is computed again."""
+        if "scaled_dot_product" in op.target:
+            return self._attention_need(op)
+        storages = (storage for storage in op.saved if storage not in self.fixed)
+        return _Need(
+            tuple(self.shards.get(storage, self.homes[storage]) for storage in storages),
+            op.saved_internal_bytes,
+        )
+
+    def _attention_need(self, op: Op) -> _Need:
+        """What the accelerator's kernels keep, which those that measured the graph need not be."""
+        if not self.tensors[op.outputs[0]].requires_grad:
+            return _Need((), 0)
+        query, key = (self.tensors[name] for name in op.inputs[:2])
+        rows = query.num_elements // query.shape[-1]
+        inputs = tuple(dict.fromkeys(self.shards.get(home, home) for home in map(self._home, op.inputs[:3])))
+        if self.software.attention != "unfused":
+            return _Need((*inputs, self.homes[op.outputs[0]]), rows * _LOG_SUM_EXP_BYTES)
+        size = query.dtype.itemsize
+        return _Need(inputs, rows * key.shape[-2] * (2 * size + _MASK_BYTES if has_dropout(op) else size))
+
+    def _home(self, name: str) -> str:
+        return self.homes[name]
+
+    def is_unfused_attention(self, op: Op) -> bool:
+        """Whether the op is an attention whose probabilities stand in memory."""
+        return self.software.attention == "unfused" and "scaled_dot_product" in op.target
+
+    def runs_again(self, op: Op, index: int, recompute: Recompute) -> bool:
+        """Whether a block's op, its `index`-th product, runs again under a recompute mode."""
+        kind = kind_of(op, self.tensors)
+        match recompute:
+            case "none":
+                return False
+            case "attention":
+                return self.is_unfused_attention(op)
+            case "full":
+                return True
+            case "selective" | "alternate":
+                if kind == "communication":
+                    return short_name(op) in _FREE_CONVERSIONS
+                is_second = recompute == "alternate" and kind == "matmul" and index % 2 == 1
+                return kind not in ("matmul", "attention") or is_second
+
+    def unit(self, start: int, stop: int, *, is_block: bool) -> tuple[Again, Mapping[Recompute, Saved]]:
+        """What ops `[start, stop)` run again and what they keep under each mode; only blocks recompute."""
+        run = _Run(self, start, stop)
+        if not is_block:
+            return dict.fromkeys(MODES, (False,) * (stop - start)), dict.fromkeys(MODES, run.everything())
+        again = {mode: run.again(mode) for mode in MODES}
+        return again, run.by_mode(again)
+
+
+def _stays_in_place(op: Op) -> bool:
+    return is_conversion(op) and short_name(op) in _IN_PLACE
+
+
+def _is_loss(op: Op) -> bool:
+    return "cross_entropy" in op.target
+
+
+def _parent(module: str) -> str:
+    return module.rpartition(".")[0]
+
+
+class _Run:
+    """One run of ops; ops are numbered from its first."""
+
+    def __init__(self, activations: SavedActivations, start: int, stop: int) -> None:
+        self.all = activations
+        self.start = start
+        self.ops = activations.graph.ops[start:stop]
+        self.kinds = activations.kinds[start:stop]
+        self.made = {
+            name: index
+            for index, op in enumerate(self.ops)
+            for name in op.outputs
+            if activations.homes[name] == name
+        }
+        self.kernel = self._kernels()
+        self.place = self._places()
+        self.registers = {name for name in self.made if self._is_in_registers(name)}
+        self.needs = [activations.need(op) for op in self.ops]
+        self.needed_by = self._needed_by()
+        self.internal_bytes = sum(need.internal_bytes for need in self.needs)
+
+    def _kernels(self) -> list[int]:
+        """The kernel of each op, numbered by its first op.
+
+        Memory-bound ops share one if one reads what the other makes and no other kind of op stands between
+        them, and they belong to one module, or to a module and one inside it, unless any chain is fused.
+        """
+        kernel = list(range(len(self.ops)))
+        level: dict[str, int] = {}
+        for index, op in enumerate(self.ops):
+            homes = dict.fromkeys(self.all.homes[name] for name in op.inputs)
+            height = max(
+                (level.get(home, 0) for home in homes if self.all.tensors[home].requires_grad), default=0
+            )
+            if self.kinds[index] == "memory":
+                for home in homes:
+                    before = self.made.get(home)
+                    if before is not None and level[home] == height and self._may_share(before, index):
+                        joined = {kernel[before], kernel[index]}
+                        kernel = [min(joined) if number in joined else number for number in kernel]
+            elif self.kinds[index] != "view":
+                height += 1
+            level.update((name, height) for name in op.outputs if name in self.made)
+        return kernel
+
+    def _may_share(self, maker: int, reader: int) -> bool:
+        fusion = self.all.software.fusion
+        if self.kinds[maker] != "memory" or fusion == "none":
+            return False
+        if _is_loss(self.ops[reader]) and not self.all.software.fused_loss:
+            return False
+        one, other = self.ops[maker].module, self.ops[reader].module
+        return fusion == "chain" or one == other or _parent(one) == other or _parent(other) == one
+
+    def _places(self) -> list[int]:
+        """When each op runs: a kernel runs where its last op stands."""
+        last = {number: index for index, number in enumerate(self.kernel)}
+        return [last[number] for number in self.kernel]
+
+    def _is_in_registers(self, name: str) -> bool:
+        """Whether a value never leaves the kernel that makes it."""
+        own = self.kernel[self.made[name]]
+        readers = self.all.readers.get(name, frozenset())
+        inside = range(self.start, self.start + len(self.ops))
+        return (
+            bool(readers)
+            and name not in self.all.outputs
+            and all(index in inside and self.kernel[index - self.start] == own for index in readers)
+        )
+
+    def _needed_by(self) -> dict[str, int]:
+        """The storages that are kept, each with the first op whose backward reads it."""
+        found: dict[str, int] = {}
+        missing: dict[int, dict[str, int]] = {}
+        for index, need in enumerate(self.needs):
+            for name in need.storages:
+                if name in self.registers:
+                    missing.setdefault(self.kernel[index], {}).setdefault(name, index)
+                else:
+                    found.setdefault(name, index)
+        for wanted in missing.values():
+            for name in self._cheapest(wanted, found):
+                found[name] = min(found.get(name, len(self.ops)), *wanted.values())
+        return found
+
+    def _cheapest(self, wanted: Mapping[str, int], kept: Mapping[str, int]) -> frozenset[str]:
+        """What a kernel keeps to compute the `wanted` values in its registers again, beside what is `kept`."""
+        free = self.all.fixed | kept.keys()
+        made_from = {
+            name: [
+                home
+                for home in dict.fromkeys(map(self.all.homes.__getitem__, self.ops[self.made[name]].inputs))
+                if home not in free
+            ]
+            for name in self.registers
+        }
+        values = {*made_from, *(source for sources in made_from.values() for source in sources)}
+        return cheapest_cut(self._sizes(values), made_from, wanted)
+
+    def everything(self) -> Saved:
+        """What is kept when nothing is computed again."""
+        return Saved(self._sizes(self.needed_by), self.internal_bytes, *self._peak())
+
+    def by_mode(self, again: Again) -> dict[Recompute, Saved]:
+        """What a block keeps under each mode. Before its backward all the rest is computed again at once."""
+        none = self.everything()
+        entering = self._sizes(self._entering())
+        found: dict[Recompute, Saved] = {"none": none}
+        for mode in MODES[1:]:
+            kept = [index for index, twice in enumerate(again[mode]) if not twice]
+            internal_bytes = sum(self.needs[index].internal_bytes for index in kept)
+            storages = none.storages
+            if mode != "attention":
+                results = (self.all.homes[name] for index in kept for name in self.ops[index].outputs)
+                storages = entering | self._sizes(name for name in results if name in self.made)
+            beside = sum(size for name, size in storages.items() if name not in none.storages)
+            found[mode] = Saved(storages, internal_bytes, none.peak_bytes + beside)
+        return found
+
+    def again(self, mode: Recompute) -> tuple[bool, ...]:
+        """For each op whether it runs again under a mode."""
+        num_products = 0
+        found = []
+        for op, kind in zip(self.ops, self.kinds, strict=True):
+            found.append(self.all.runs_again(op, num_products, mode))
+            num_products += kind == "matmul"
+        return tuple(found)
+
+    def _sizes(self, names: Iterable[str]) -> dict[str, int]:
+        return {name: self.all.tensors[name].num_bytes for name in names}
+
+    def _entering(self) -> dict[str, int]:
+        """Storages of activations that are made before the run, each with the last op of it that reads it."""
+        found: dict[str, int] = {}
+        for index, op in enumerate(self.ops):
+            if self.kinds[index] != "view":
+                for name in op.inputs:
+                    home = self.all.homes[name]
+                    if home not in self.made and home not in self.all.fixed:
+                        if self.all.tensors[home].dtype.is_floating_point:
+                            found[home] = index
+        return found
+
+    # --- the time line --------------------------------------------------------------------------------------
+
+    def _peak(self) -> tuple[int, Phase]:
+        """The most bytes held at a time, and in which phase. Op i runs forward at time i of 2n, and backward
+        at 2n - 1 - i."""
+        num_ops = len(self.ops)
+        change = [0] * (2 * num_ops + 1)
+        for num_bytes, first, last in self._lives():
+            change[min(first, last)] += num_bytes
+            change[last + 1] -= num_bytes
+        held = peak = 0
+        phase: Phase = "forward"
+        for time, size in enumerate(change[:-1]):
+            held += size
+            if held > peak:
+                peak, phase = held, "forward" if time < num_ops else "backward"
+        return peak, phase
+
+    def _lives(self) -> Iterator[tuple[int, int, int]]:
+        """Everything that is held: its bytes, and the first and the last time."""
+        end = 2 * len(self.ops) - 1
+        values = {**self._entering(), **self.made}
+        for name in self.needed_by.keys() - values.keys():
+            values[name] = self.needed_by[name]  # a shard, read here in its gathered form
+        for name in values:
+            tensor = self.all.tensors[name]
+            first = self.place[self.made[name]] if name in self.made else 0
+            last = self._last_read(name)
+            if name in self.needed_by:
+                yield tensor.num_bytes, first, end - self.place[self.needed_by[name]]
+            elif name not in self.registers:
+                yield tensor.num_bytes, first, len(self.ops) - 1 if name in self.all.outputs else last
+            if name in self.registers:
+                continue
+            if tensor.requires_grad:
+                yield tensor.num_bytes, end - last, end - first
+            if name in self.all.shards:  # gathered once more
+                yield tensor.num_bytes, end - last, end - self._first_read(name)
+        for index, (op, need) in enumerate(zip(self.ops, self.needs, strict=True)):
+            at = self.place[index]
+            yield need.internal_bytes, at, end - at
+            if _is_loss(op) and not self.all.software.fused_loss:
+                yield need.internal_bytes, end - at, end - at  # the gradient of the log-softmax
+            if not self.all.software.fused_gradient_accumulation:
+                weights = (
+                    self.all.tensors[name] for name in op.inputs if name in self.all.graph.parameter_tensors
+                )
+                yield sum(each.num_bytes for each in weights), end - at, end - at
+
+    def _last_read(self, name: str) -> int:
+        """When a value is read last in the forward: the end of the run if others read it later."""
+        reader = self.all.last_reader.get(name, self.start) - self.start
+        if reader >= len(self.ops):
+            return len(self.ops) - 1
+        return max(self.place[reader], self.made.get(name, 0))
+
+    def _first_read(self, name: str) -> int:
+        readers = (index - self.start for index in self.all.readers.get(name, ()))
+        return min((self.place[index] for index in readers if 0 <= index < len(self.ops)), default=0)

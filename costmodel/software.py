@@ -1,0 +1,99 @@
+"""What software makes of a device: named eras of kernels, launches and overlap, as data.
+
+Hardware facts say what a device can do; how much of it a training step gets was another matter in 2020 than
+it is today. An era states, for a generation of training software, which kernels it has and what it hides.
+The eras stand in `data/software.json`, each number with where it comes from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from costmodel.errors import CostModelError
+
+Attention = Literal["unfused", "flash", "native"]
+Fusion = Literal["none", "module", "chain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """One era of training software.
+
+    Attributes:
+        name: what it is called.
+        attention: "unfused" (scores in memory), "flash" (one portable kernel), "native" (one kernel written
+            for the device).
+        fusion: which elementwise ops share a kernel: "none", those of one module, or any "chain" of them.
+        matmul_share, memory_share, attention_share: what kernels inside a step keep of the rates that the
+            device reaches alone: clocks and caches are shared, shapes are not the benchmark's.
+        attention_backward_share: the backward's rate over the forward's.
+        host_s_per_launch, host_s_per_collective: what the host takes to launch a kernel, or a collective; it
+            works ahead of the device, so a block takes the longer of the two.
+        step_overhead_s: what else a step takes: data, logging, what the host waits for.
+        collective_share: what collectives inside a step keep of the links' rate.
+        gradient_sync_overlap, parameter_gather_overlap: which share of the backward's, and of the compute's,
+            time can hide that communication.
+        tensor_parallel_overlap: which share of a tensor-parallel collective hides behind its product.
+        contention: how much slower compute gets while communication runs behind it.
+        blocking_sends: whether messages between stages stop both of them.
+        fused_gradient_accumulation: whether weight gradients are added where they are computed.
+        fused_loss: whether the loss reads logits in their own precision and makes their gradient from their
+            softmax in one step.
+        cached_weight_gradients: whether a tensor for the gradient of every weight of a block stays allocated,
+            shared by all blocks.
+        fragmentation: what the allocator reserves over what is allocated, as a share of activations.
+    """
+
+    name: str
+    attention: Attention
+    fusion: Fusion
+    matmul_share: float
+    memory_share: float
+    attention_share: float
+    attention_backward_share: float
+    host_s_per_launch: float
+    host_s_per_collective: float
+    step_overhead_s: float
+    collective_share: float
+    gradient_sync_overlap: float
+    parameter_gather_overlap: float
+    tensor_parallel_overlap: float
+    contention: float
+    blocking_sends: bool
+    fused_gradient_accumulation: bool
+    fused_loss: bool
+    cached_weight_gradients: bool
+    fragmentation: float
+
+
+def software(name: str) -> Software:
+    """The era of that name; raises CostModelError, with the nearest names, for an unknown one."""
+    try:
+        return _eras()[name]
+    except KeyError:
+        nearest = get_close_matches(name, _eras(), cutoff=0.3) or software_eras()
+        raise CostModelError(f"unknown software {name!r}; did you mean {', '.join(nearest)}?") from None
+
+
+def software_eras() -> tuple[str, ...]:
+    """The names that `software` knows, in the order of time."""
+    return tuple(_eras())
+
+
+@cache
+def _eras() -> Mapping[str, Software]:
+    text = files("costmodel").joinpath("data", "software.json").read_text(encoding="utf-8")
+    data: Mapping[str, Any] = json.loads(text)
+    shared = data["shared"]
+    return {name: _era(name, {**shared, **era}) for name, era in data["eras"].items()}
+
+
+def _era(name: str, facts: Mapping[str, Any]) -> Software:
+    known = {field.name for field in fields(Software)} - {"name"}
+    return Software(name=name, **{key: facts[key]["value"] for key in known})
