@@ -248,7 +248,8 @@ class KernelMaker:
         if self.low_precision and self._is_low(op, parameters):
             dtype = self.low_precision
             casts = _CAST_BYTES * tensors[op.inputs[0]].num_elements
-        launches = batch if "grouped_mm" in short_name(op) else 1  # libraries launch a product for each group
+        one_by_one = self.software.grouped_launches and "grouped_mm" in short_name(op)
+        launches = batch if one_by_one else 1
         forward = [Work(op.flops, num_bytes, dtype, "matmul", shape, launches)]
         backward: list[Work] = []
         weight: list[Work] = []

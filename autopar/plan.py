@@ -12,6 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+import costmodel
+
 PLAN_VERSION: Literal[1] = 1
 
 Recompute = Literal["none", "attention", "alternate", "selective", "full"]
@@ -19,7 +21,9 @@ Recompute = Literal["none", "attention", "alternate", "selective", "full"]
 keeps them (Megatron's selective recomputation, arXiv:2205.05198, section 5); all but matrix products and
 attention ("selective"), of the products every second one too ("alternate", torchtitan's default); everything.
 """
-ScheduleName = Literal["GPipe", "1F1B", "Interleaved1F1B"]
+ScheduleName = costmodel.ScheduleName
+"""Pipeline schedules by torch's names. Each has a price; `PLANNED_SCHEDULES` can also be emitted."""
+PLANNED_SCHEDULES: tuple[ScheduleName, ...] = ("GPipe", "1F1B", "Interleaved1F1B")
 
 
 class Frozen(BaseModel):

@@ -74,8 +74,8 @@ class Ledger:
         )  # fmt: skip
 
     def __add__(self, other: Ledger) -> Ledger:
-        sums = (getattr(self, name) + getattr(other, name) for name in _ENTRIES)
-        return Ledger(*sums, moment=self.moment or other.moment)
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _ENTRIES}
+        return Ledger(**sums, moment=self.moment or other.moment)
 
 
 _ENTRIES = tuple(field.name for field in fields(Ledger) if field.name.endswith("_bytes"))
@@ -85,8 +85,8 @@ _ENTRIES = tuple(field.name for field in fields(Ledger) if field.name.endswith("
 class OptimizerPolicy:
     """Bytes that training keeps per parameter: itself, its gradient, and the optimizer's named states.
 
-    `gathered_bytes` is what a parameter takes in the form that products read and that ZeRO gathers: as much as
-    the parameter unless that is a master copy. A gradient is made in that form.
+    `gathered_bytes` is what a parameter takes in the form that products read and that ZeRO gathers: as much
+    as the parameter unless that is a master copy. A gradient is made in that form.
     """
 
     name: str
@@ -144,7 +144,7 @@ class _Usage:
 def usual_policy(
     software: str, precision: str, zero_stage: int = 0, *, fsdp: bool = False
 ) -> OptimizerPolicy:
-    """What AdamW usually keeps under an era of software (`costmodel.software`), at the precision of the matrix
+    """What AdamW usually keeps under an era of software (`costmodel.software`), at the precision of the
     products ("fp16", "bf16", "fp8", "mxfp8", "nvfp4", "fp32"), sharded at `zero_stage`, by `fsdp` or not.
 
     The rules stand in `data/optimizer_policies.json`; the first that holds counts.

@@ -1,6 +1,6 @@
 """Time of work on one device: the roofline model, with what a kernel's shape leaves of the roof.
 
-    time = (c^p + b^p)^(1/p) + launches · overhead,   c = flops / (peak · e), b = bytes / (bandwidth · e_memory)
+    time = (c^p + b^p)^(1/p) + overhead,   c = flops / (peak · e), b = bytes / (bandwidth · e_memory)
 
 Peak, bandwidth, efficiencies, overhead and p are the accelerator's facts: a roof's edge is round, because a
 kernel that waits for memory at its start and its end does not compute meanwhile (p = ∞ is the sharp edge). A
@@ -71,7 +71,7 @@ class Roofline:
         compute_s = 0.0
         if work.flops:
             compute_s = work.flops / (self.accelerator.peak_flops_per_s(work.dtype) * self._share(work))
-        return self._rounded(compute_s, memory_s) + work.num_launches * self.launch_overhead_s
+        return self._rounded(compute_s, memory_s) + (self.launch_overhead_s if work.num_launches else 0.0)
 
     def _rounded(self, one_s: float, other_s: float) -> float:
         longer_s, shorter_s = max(one_s, other_s), min(one_s, other_s)

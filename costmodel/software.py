@@ -43,6 +43,9 @@ class Software:
         contention: how much slower compute gets while communication runs behind it.
         blocking_sends: whether messages between stages stop both of them.
         fused_gradient_accumulation: whether weight gradients are added where they are computed.
+        scattered_messages: whether ranks of a tensor axis that hold the same activation send a part of it each
+            to the next stage, and gather it there (arXiv:2104.04473, section 4.1).
+        grouped_launches: whether products of a group of experts are launched one by one.
         fused_loss: whether the loss reads logits in their own precision and makes their gradient from their
             softmax in one step.
         cached_weight_gradients: whether a tensor for the gradient of every weight of a block stays allocated,
@@ -67,6 +70,8 @@ class Software:
     contention: float
     blocking_sends: bool
     fused_gradient_accumulation: bool
+    scattered_messages: bool
+    grouped_launches: bool
     fused_loss: bool
     cached_weight_gradients: bool
     fragmentation: float

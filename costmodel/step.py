@@ -10,9 +10,9 @@ time T,
 
 because the first gather and the last reduction of a stage's `num_units` sharding units find nothing to hide
 behind, and because what hides takes memory bandwidth and cores from the compute it hides behind. The step is
-the largest of: finish + cost of gradient synchronisation + optimizer, and a constant overhead. That rank, the
+the largest of finish + cost of gradient synchronisation + optimizer, plus a constant overhead. That rank, the
 bottleneck, is accounted for: its own work, how much later messages made it finish (send_recv), and what is
-left, the bubble.
+left, the bubble. Tensor-parallel communication counts as far as DualPipeV does not hide it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from functools import partial
 
 from costmodel.errors import CostModelError
 from costmodel.events import overlap_saving_s
-from costmodel.orders import rank_stages
+from costmodel.orders import rank_orders, rank_stages
 from costmodel.steady import rank_finish_s
 
 TERMS = (
@@ -129,10 +129,12 @@ def step_cost(
         s.recompute_s + s.backward_s + s.backward_communication_s + e.backward_gather_s
         for s, e in zip(stages, exposed, strict=True)
     ]
+    savings_s = _savings_s(stages) if schedule_name == "DualPipeV" else [0.0] * len(stages)
+    weight_s = [stage.weight_s for stage in stages]
     finish = partial(
         rank_finish_s, schedule_name, num_ranks, num_microbatches, forward_s, backward_s,
-        num_virtual=num_virtual, weight_s=[stage.weight_s for stage in stages],
-        overlap_saving_s=_savings_s(stages) if schedule_name == "DualPipeV" else 0.0,
+        num_virtual=num_virtual, weight_s=weight_s if any(weight_s) else None,
+        overlap_saving_s=savings_s,
     )  # fmt: skip
     finish_s = finish(send_s=send_s, blocking_sends=blocking_sends)
 
@@ -145,7 +147,12 @@ def step_cost(
         unhindered_s = finish()[slowest]
     own = mine[slowest]
     terms = _work_terms([stages[n] for n in own], [exposed[n] for n in own], num_microbatches)
-    busy_s = num_microbatches * sum(forward_s[n] + backward_s[n] for n in own)
+    hidden_s = 0.0
+    if any(savings_s):
+        orders = rank_orders(schedule_name, num_ranks, num_microbatches, num_virtual)
+        hidden_s = sum(savings_s[stage] for phase, stage, _ in orders[slowest] if phase == "O")
+    terms["tensor_parallel"] -= hidden_s
+    busy_s = num_microbatches * sum(forward_s[n] + backward_s[n] for n in own) - hidden_s
     terms["pipeline_bubble"] = max(0.0, unhindered_s - busy_s)
     terms["send_recv"] = max(0.0, finish_s[slowest] - unhindered_s)
     terms["overhead"] = overhead_s
@@ -153,13 +160,13 @@ def step_cost(
 
 
 def _savings_s(stages: Sequence[StageWork]) -> list[float]:
-    """What running a forward of each stage beside a backward of its rank's other stage saves."""
+    """What a backward of each stage saves beside a forward of the other stage of its rank in a V."""
     return [
         overlap_saving_s(
-            one.forward_s,
-            one.forward_communication_s,
-            other.recompute_s + other.backward_s,
-            other.backward_communication_s,
+            other.forward_s,
+            other.forward_communication_s,
+            one.recompute_s + one.backward_s,
+            one.backward_communication_s,
         )
         for one, other in zip(stages, reversed(stages), strict=True)
     ]

@@ -32,7 +32,7 @@ class Work:
     `shape` is what the efficiency depends on: `(batch, m, n, k)` of a product `[batch, m, k] @ [batch, k, n]`,
     `(heads, queries, keys, head_dim)` of an attention, `()` where nothing is known but the FLOPs.
     `num_launches` is how many kernels the host launches for it, 0 for the part of a chain that another one
-    launches. Raises CostModelError for a negative amount.
+    launches; several run side by side. Raises CostModelError for a negative amount.
     """
 
     flops: float

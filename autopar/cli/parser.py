@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from autopar.plan import PLANNED_SCHEDULES
+from costmodel.orders import SCHEDULES
+
 COMMANDS = ("plan", "explain", "evaluate", "compile", "launch", "verify", "hardware", "calibrate")
 
 _DESCRIPTION = """\
@@ -318,14 +321,9 @@ def _parallelism(group: argparse._ArgumentGroup, *, searched: bool) -> None:
     )
     recompute = ("none", "selective", "full")
     group.add_argument("--recompute", choices=recompute, default=None if searched else "none")
-    schedules = ("GPipe", "1F1B", "Interleaved1F1B")
-    group.add_argument(
-        "--schedule", choices=schedules, default=None if searched else "1F1B", help="of the pipeline"
-    )
-    virtual = None if searched else 1
-    group.add_argument(
-        "--num-virtual-stages", type=_positive_int, default=virtual, metavar="N", help="on each pipeline rank"
-    )
+    planned = f"; {', '.join(PLANNED_SCHEDULES)} can be planned" if searched else ""
+    group.add_argument("--schedule", choices=SCHEDULES, help=f"of the pipeline{planned}")
+    group.add_argument("--num-virtual-stages", type=_positive_int, metavar="N", help="on each pipeline rank")
 
 
 def _report(command: argparse.ArgumentParser, json_help: str) -> None:

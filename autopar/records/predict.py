@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from math import log, nan
 from multiprocessing import get_context
+from typing import TypeVar
 
 import graphs
 from autopar.errors import AutoparError
@@ -30,6 +32,10 @@ from graphs import GraphError
 from hardware_db import Cluster, HardwareError
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
+
+FAILURES = (AutoparError, GraphError, CostModelError, HardwareError)
+"""Why a record may have no prediction."""
 
 LOW_PRECISIONS = ("fp8", "fp4")
 SHALLOW_DEPTH = 3
@@ -44,42 +50,60 @@ def predict(
     Models are captured once each, in `num_workers` processes (by default one for each processor).
     """
     records = tuple(records)
-    batches = list(_by_model(records).values())
-    num_workers = min(num_workers or os.cpu_count() or 1, len(batches))
+    batches = by_model(records)
     found: dict[str, Prediction] = {}
-    for predictions in _predictions(batches, num_workers):
+    for predictions in _in_processes(_predicted, batches, num_workers):
         found.update((one.record_id, one) for one in predictions)
         if progress is not None:
             progress("predict", len(found), len(records))
     return tuple(found[record.id] for record in records)
 
 
-def _predictions(batches: Sequence[Sequence[Record]], num_workers: int) -> Iterator[list[Prediction]]:
-    if num_workers <= 1:
-        yield from map(_predicted, batches)
-        return
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_predicted, batch) for batch in batches]):
-            yield future.result()
-
-
-def _by_model(records: Iterable[Record]) -> dict[object, list[Record]]:
+def by_model(records: Iterable[Record]) -> list[list[Record]]:
     """Records of one model together; those whose model is unknown alone, to fail by themselves."""
     batches: dict[object, list[Record]] = {}
     for record in records:
         try:
             key: object = model_key(record)
-        except AutoparError:
+        except (AutoparError, HardwareError):
             key = record.id
         batches.setdefault(key, []).append(record)
-    return batches
+    return list(batches.values())
+
+
+def captured_all(
+    batches: Sequence[Sequence[Record]], progress: Progress | None = None, num_workers: int | None = None
+) -> list[Shallow]:
+    """The model of every batch of records, as `by_model` makes them."""
+    models = []
+    for model in _in_processes(_captured, batches, num_workers):
+        models.append(model)
+        if progress is not None:
+            progress("capture", len(models), len(batches))
+    return models
+
+
+def _in_processes(
+    work: Callable[[Sequence[Record]], T], batches: Sequence[Sequence[Record]], num_workers: int | None
+) -> Iterator[T]:
+    """The results of `work` in the order of `batches`."""
+    num_workers = min(num_workers or os.cpu_count() or 1, len(batches))
+    if num_workers <= 1:
+        yield from map(work, batches)
+        return
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(work, batches)
+
+
+def _captured(records: Sequence[Record]) -> Shallow:
+    return captured(records[0])
 
 
 def _predicted(records: Sequence[Record]) -> list[Prediction]:
     """The predictions for records of one model."""
     try:
         runs = RunPredictor(captured(records[0]))
-    except (AutoparError, GraphError, CostModelError, HardwareError) as error:
+    except FAILURES as error:
         return [_failure(record, error) for record in records]
     return [runs.predict(record) for record in records]
 
@@ -114,14 +138,9 @@ class RunPredictor:
     def predict(self, record: Record) -> Prediction:
         """The record's step: the fastest that fits of the ways to run it, or the smallest if none does."""
         try:
-            runs = self.runs(record, configuration(record), cluster_of(record))
-        except (AutoparError, GraphError, CostModelError, HardwareError) as error:
+            best = self.best(record, configuration(record), cluster_of(record))
+        except FAILURES as error:
             return _failure(record, error)
-        fitting = [run for run in runs if run.evaluated.fits]
-        if fitting:
-            best = min(fitting, key=lambda run: run.evaluated.step_s)
-        else:
-            best = min(runs, key=lambda run: run.evaluated.peak_memory_bytes)
         return Prediction(
             record_id=record.id,
             step_time_s=best.evaluated.step_s,
@@ -131,6 +150,23 @@ class RunPredictor:
             chosen=str(best.parallelism),
             global_batch=best.parallelism.global_batch,
         )
+
+    def log_error(self, record: Record, how: Configuration, cluster: Cluster) -> float:
+        """log(predicted / measured) of the step time, or of the time per token."""
+        best = self.best(record, how, cluster)
+        measured_s = record.step_time_s
+        if measured_s is None:
+            num_tokens = best.parallelism.global_batch * record.model.seq / record.cluster.n_devices
+            measured_s = num_tokens / (record.tokens_per_s_per_device or nan)
+        return log(best.evaluated.step_s / measured_s)
+
+    def best(self, record: Record, how: Configuration, cluster: Cluster) -> Run:
+        """The fastest way that fits, or the smallest if none does."""
+        runs = self.runs(record, how, cluster)
+        fitting = [run for run in runs if run.evaluated.fits]
+        if fitting:
+            return min(fitting, key=lambda run: run.evaluated.step_s)
+        return min(runs, key=lambda run: run.evaluated.peak_memory_bytes)
 
     def runs(self, record: Record, how: Configuration, cluster: Cluster) -> list[Run]:
         """Every way to run the record, priced."""
@@ -162,13 +198,18 @@ def _partly_recomputed(chain: Chain, share: float) -> Chain:
     """The chain with only the first of its blocks, a `share` of them, recomputed."""
     blocks = [index for index, unit in enumerate(chain.units) if unit.is_block]
     others = set(blocks[round(share * len(blocks)) :])
-    units: list[Unit] = [
-        replace(unit, is_block=False, saved=dict.fromkeys(unit.saved, unit.saved["none"]), kernels=(*unit.kernels,))
-        if index in others
-        else unit
-        for index, unit in enumerate(chain.units)
-    ]
+    units = [_kept(unit) if index in others else unit for index, unit in enumerate(chain.units)]
     return replace(chain, units=tuple(units))
+
+
+def _kept(unit: Unit) -> Unit:
+    """The unit if nothing of it is computed again; a tuple of kernels of its own tells it from the others."""
+    return replace(
+        unit,
+        kernels=tuple(list(unit.kernels)),
+        again=dict.fromkeys(unit.again, (False,) * len(unit.kernels)),
+        saved=dict.fromkeys(unit.saved, unit.saved["none"]),
+    )
 
 
 def _failure(record: Record, error: Exception) -> Prediction:

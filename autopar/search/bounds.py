@@ -106,7 +106,7 @@ class Bounds:
         """What a unit keeps of one sample that no other unit does: made by it, or passed to it alone."""
 
         def num_units(name: str) -> int:
-            readers = self._activations.readers.get(name, ())
+            readers = self._activations.needs.readers.get(name, ())
             return len({bisect_right(self._starts, index) for index in readers})
 
         alone = (

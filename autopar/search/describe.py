@@ -25,6 +25,7 @@ from autopar.search.evaluate import Evaluated
 from autopar.search.outcome import Solved
 from autopar.search.planner import Planner
 from costmodel import OptimizerPolicy, model_flops_utilization, optimizer_policy
+from costmodel.orders import stage_ranks
 from graphs import Capture, CaptureError, rules
 from graphs.ir import OpGraph
 from hardware_db import Cluster
@@ -38,6 +39,7 @@ TERM_NAMES: Mapping[str, str] = {
     "pipeline_bubble": "pipeline bubble",
     "gradient_sync": "gradient synchronisation",
     "optimizer": "optimizer",
+    "overhead": "overhead",
 }
 
 GB, MB = 1e9, 1e6
@@ -164,13 +166,15 @@ def cluster_summary(cluster: Cluster, capture: Capture) -> ClusterSummary:
 def _stage_plan(evaluated: Evaluated, index: int) -> StagePlan:
     stage = evaluated.stages[index]
     work = stage.work
+    p = evaluated.parallelism
+    rank = stage_ranks(p.schedule, p.pp, p.num_virtual_stages)[index]
     return StagePlan(
         index=index,
         first_op=stage.units[0].first_op,
         modules=module_ranges(module for unit in stage.units for module in unit.modules),
         forward_s=work.forward_s + work.forward_communication_s,
         backward_s=work.recompute_s + work.backward_s + work.backward_communication_s,
-        memory_bytes=dict(evaluated.ledgers[index % evaluated.parallelism.pp].entries),
+        memory_bytes=dict(evaluated.ledgers[rank].entries),
     )
 
 

@@ -16,6 +16,7 @@ from autopar.search.data_axes import data_traffic, mesh_groups, updated_elements
 from autopar.search.ledger import rank_ledgers
 from autopar.search.units import Chain, ParameterShard, Unit
 from costmodel import Ledger, OptimizerPolicy, Overlap, Software, StageWork, StepCost, step_cost
+from costmodel.orders import rank_stages
 from hardware_db import Cluster
 
 
@@ -79,10 +80,7 @@ class Evaluator:
         pricer = self.placed(parallelism)
         bounds = zip(cuts, [*cuts[1:], len(chain.units)], strict=True)
         stages = tuple(self._stage(chain, parallelism, chain.units[a:b], pricer) for a, b in bounds)
-        sends_s = [
-            pricer.collective_s("send_recv", chain.units[cut].received_bytes, pricer.groups["pp"])
-            for cut in cuts[1:]
-        ]
+        sends_s = [self._message_s(chain.units[cut].received_bytes, parallelism, pricer) for cut in cuts[1:]]
         step = step_cost(
             [stage.work for stage in stages],
             parallelism.num_microbatches,
@@ -95,13 +93,20 @@ class Evaluator:
         )
         ledgers = rank_ledgers(chain, cuts, parallelism, self.policy, self.cluster.device)
         return Evaluated(
-            parallelism, stages, _partial_sums_as_sync(step, stages, parallelism.pp), ledgers,
+            parallelism, stages, _partial_sums_as_sync(step, stages, parallelism), ledgers,
             self.cluster.device.memory_bytes,
         )  # fmt: skip
 
     def placed(self, parallelism: Parallelism) -> Pricer:
         """The pricer for the mesh of a parallelism."""
         return Pricer(self.cluster, mesh_groups(parallelism), like=self.pricer)
+
+    def _message_s(self, num_bytes: float, p: Parallelism, pricer: Pricer) -> float:
+        """What passes from a stage to the next; without sequence parallelism all of a tensor axis have it."""
+        if p.tp == 1 or p.sequence_parallel is not False or not self.era.scattered_messages:
+            return pricer.collective_s("send_recv", num_bytes, pricer.groups["pp"])
+        part_s = pricer.collective_s("send_recv", num_bytes / p.tp, pricer.groups["pp"])
+        return part_s + pricer.collective_s("all_gather", num_bytes, pricer.groups["tp"])
 
     def _stage(self, chain: Chain, p: Parallelism, units: tuple[Unit, ...], pricer: Pricer) -> Stage:
         # The units stay alive in the stage that is kept, so no other can take their identity.
@@ -146,10 +151,11 @@ class Evaluator:
         return pricer.work_s(0, per_element * held, torch.float32)
 
 
-def _partial_sums_as_sync(step: StepCost, stages: Sequence[Stage], num_ranks: int) -> StepCost:
+def _partial_sums_as_sync(step: StepCost, stages: Sequence[Stage], p: Parallelism) -> StepCost:
     """Sums of partial gradients over `tp` run after the backward, like the optimizer, but are
     synchronisation."""
-    moved_s = sum(stage.partial_sum_s for stage in stages[step.bottleneck_rank :: num_ranks])
+    mine = rank_stages(p.schedule, step.bottleneck_rank, p.pp, p.num_virtual_stages)
+    moved_s = sum(stages[index].partial_sum_s for index in mine)
     terms = dict(step.terms)
     terms["optimizer"] -= moved_s
     terms["gradient_sync"] += moved_s

@@ -1,13 +1,8 @@
 """What a rank keeps of a run of ops from forward to backward, and the most that it holds meanwhile.
 
-What autograd saves (`Op.saved`) is the start. Software keeps less, or something else:
-
-* memory-bound ops that share a kernel keep the cheapest values from which its backward can compute the others
-  again: of a chain for GELU its input, of a norm the same;
-* unfused attention keeps its probabilities, and with dropout their mask and what is left of them, where flash
-  attention keeps its output and a log-sum-exp (arXiv:2205.05198, section 4.1);
-* an operand gathered over an axis is kept as the shard it was gathered from (the same, section 4.2.2);
-* a sum over ranks stays where its terms were, and a copy made for its layout is not kept beside its source.
+Of what backwards need (`autopar.search.needs`), memory-bound ops that share a kernel keep the cheapest values
+from which the kernel's backward can compute the others again: of a chain for GELU its input, of a norm the
+same.
 
 The most that is held follows from the time line of one forward and one backward, in which every value,
 whatever is kept, and every gradient lives from one op to another.
@@ -17,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-from autopar.kernels import has_dropout, is_conversion, kind_of, short_name
 from autopar.plan import Recompute
 from autopar.search.cut import cheapest_cut
+from autopar.search.needs import Needs, is_loss
 from costmodel import Software
-from graphs.ir import Op, OpGraph
+from graphs.ir import OpGraph
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
 
@@ -32,11 +26,6 @@ Again = Mapping[Recompute, tuple[bool, ...]]
 """Which ops of a run the backward runs again under each mode."""
 
 Phase = Literal["forward", "backward"]
-
-_IN_PLACE = ("copy", "first_grad", "first_only", "all_reduce", "all_reduce_partial")
-_FREE_CONVERSIONS = ("shard", "shard_partial", "copy")
-_MASK_BYTES = 1
-_LOG_SUM_EXP_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -61,130 +50,19 @@ class Saved:
         return max(0, self.peak_bytes - self.num_bytes)
 
 
-class _Need(NamedTuple):
-    """What the backward of an op reads: storages, and bytes that are no tensor of the graph."""
-
-    storages: tuple[str, ...]
-    internal_bytes: int
-
-
 class SavedActivations:
     """What runs of a local graph's ops keep under one software."""
 
     def __init__(self, graph: OpGraph, software: Software) -> None:
-        self.graph = graph
-        self.tensors = graph.tensors
-        self.software = software
-        # Parameters and the batch are in memory anyway.
-        self.fixed = {*graph.parameter_tensors, *graph.inputs, *(buffer.tensor for buffer in graph.buffers)}
-        self.kinds = tuple(kind_of(op, graph.tensors) for op in graph.ops)
-
-    @cached_property
-    def homes(self) -> Mapping[str, str]:
-        """The storage in which each tensor really lies."""
-        homes = {name: tensor.storage for name, tensor in self.tensors.items()}
-        for op in self.graph.ops:
-            if _stays_in_place(op) or (
-                short_name(op) == "clone"
-                and self.tensors[self.tensors[op.inputs[0]].storage].num_bytes
-                == self.tensors[op.output].num_bytes
-            ):
-                homes[op.output] = homes[op.inputs[0]]
-            else:
-                homes.update((name, homes[self.tensors[name].storage]) for name in op.outputs)
-        return homes
-
-    @cached_property
-    def shards(self) -> Mapping[str, str]:
-        """The storages of gathered tensors, and those of the shards that they were gathered from."""
-        return {
-            op.output: self.homes[op.inputs[0]] for op in self.graph.ops if op.target == "autopar.all_gather"
-        }
-
-    @cached_property
-    def last_reader(self) -> Mapping[str, int]:
-        """The op that reads a storage last."""
-        last: dict[str, int] = {}
-        for index, op in enumerate(self.graph.ops):
-            if self.kinds[index] != "view":
-                last.update((self.homes[name], index) for name in op.inputs)
-        return last
-
-    @cached_property
-    def outputs(self) -> frozenset[str]:
-        """The storages of what the graph returns."""
-        return frozenset(self.homes[name] for name in self.graph.outputs)
-
-    @cached_property
-    def readers(self) -> Mapping[str, frozenset[int]]:
-        """All ops that read a storage, views left out."""
-        found: dict[str, set[int]] = {}
-        for index, op in enumerate(self.graph.ops):
-            if self.kinds[index] != "view" and not _stays_in_place(op):
-                for name in op.inputs:
-                    found.setdefault(self.homes[name], set()).add(index)
-        return {name: frozenset(indices) for name, indices in found.items()}
-
-    def need(self, op: Op) -> _Need:
-        """What the backward of one op reads, if nothing is computed again."""
-        if "scaled_dot_product" in op.target:
-            return self._attention_need(op)
-        storages = (storage for storage in op.saved if storage not in self.fixed)
-        return _Need(
-            tuple(self.shards.get(storage, self.homes[storage]) for storage in storages),
-            op.saved_internal_bytes,
-        )
-
-    def _attention_need(self, op: Op) -> _Need:
-        """What the accelerator's kernels keep, which those that measured the graph need not be."""
-        if not self.tensors[op.outputs[0]].requires_grad:
-            return _Need((), 0)
-        query, key = (self.tensors[name] for name in op.inputs[:2])
-        rows = query.num_elements // query.shape[-1]
-        inputs = tuple(dict.fromkeys(self.shards.get(home, home) for home in map(self._home, op.inputs[:3])))
-        if self.software.attention != "unfused":
-            return _Need((*inputs, self.homes[op.outputs[0]]), rows * _LOG_SUM_EXP_BYTES)
-        size = query.dtype.itemsize
-        return _Need(inputs, rows * key.shape[-2] * (2 * size + _MASK_BYTES if has_dropout(op) else size))
-
-    def _home(self, name: str) -> str:
-        return self.homes[name]
-
-    def is_unfused_attention(self, op: Op) -> bool:
-        """Whether the op is an attention whose probabilities stand in memory."""
-        return self.software.attention == "unfused" and "scaled_dot_product" in op.target
-
-    def runs_again(self, op: Op, index: int, recompute: Recompute) -> bool:
-        """Whether a block's op, its `index`-th product, runs again under a recompute mode."""
-        kind = kind_of(op, self.tensors)
-        match recompute:
-            case "none":
-                return False
-            case "attention":
-                return self.is_unfused_attention(op)
-            case "full":
-                return True
-            case "selective" | "alternate":
-                if kind == "communication":
-                    return short_name(op) in _FREE_CONVERSIONS
-                is_second = recompute == "alternate" and kind == "matmul" and index % 2 == 1
-                return kind not in ("matmul", "attention") or is_second
+        self.needs = Needs(graph, software)
 
     def unit(self, start: int, stop: int, *, is_block: bool) -> tuple[Again, Mapping[Recompute, Saved]]:
         """What ops `[start, stop)` run again and what they keep under each mode; only blocks recompute."""
-        run = _Run(self, start, stop)
+        run = _Run(self.needs, start, stop)
         if not is_block:
             return dict.fromkeys(MODES, (False,) * (stop - start)), dict.fromkeys(MODES, run.everything())
         again = {mode: run.again(mode) for mode in MODES}
         return again, run.by_mode(again)
-
-
-def _stays_in_place(op: Op) -> bool:
-    return is_conversion(op) and short_name(op) in _IN_PLACE
-
-
-def _is_loss(op: Op) -> bool:
-    return "cross_entropy" in op.target
 
 
 def _parent(module: str) -> str:
@@ -194,21 +72,21 @@ def _parent(module: str) -> str:
 class _Run:
     """One run of ops; ops are numbered from its first."""
 
-    def __init__(self, activations: SavedActivations, start: int, stop: int) -> None:
-        self.all = activations
+    def __init__(self, facts: Needs, start: int, stop: int) -> None:
+        self.all = facts
         self.start = start
-        self.ops = activations.graph.ops[start:stop]
-        self.kinds = activations.kinds[start:stop]
+        self.ops = facts.graph.ops[start:stop]
+        self.kinds = facts.kinds[start:stop]
         self.made = {
             name: index
             for index, op in enumerate(self.ops)
             for name in op.outputs
-            if activations.homes[name] == name
+            if facts.homes[name] == name
         }
         self.kernel = self._kernels()
         self.place = self._places()
         self.registers = {name for name in self.made if self._is_in_registers(name)}
-        self.needs = [activations.need(op) for op in self.ops]
+        self.needs = [facts.need(op) for op in self.ops]
         self.needed_by = self._needed_by()
         self.internal_bytes = sum(need.internal_bytes for need in self.needs)
 
@@ -240,7 +118,7 @@ class _Run:
         fusion = self.all.software.fusion
         if self.kinds[maker] != "memory" or fusion == "none":
             return False
-        if _is_loss(self.ops[reader]) and not self.all.software.fused_loss:
+        if is_loss(self.ops[reader]) and not self.all.software.fused_loss:
             return False
         one, other = self.ops[maker].module, self.ops[reader].module
         return fusion == "chain" or one == other or _parent(one) == other or _parent(other) == one
@@ -277,7 +155,8 @@ class _Run:
         return found
 
     def _cheapest(self, wanted: Mapping[str, int], kept: Mapping[str, int]) -> frozenset[str]:
-        """What a kernel keeps to compute the `wanted` values in its registers again, beside what is `kept`."""
+        """What a kernel keeps to compute the `wanted` values of its registers again, beside what is
+        `kept`."""
         free = self.all.fixed | kept.keys()
         made_from = {
             name: [
@@ -329,9 +208,9 @@ class _Run:
             if self.kinds[index] != "view":
                 for name in op.inputs:
                     home = self.all.homes[name]
-                    if home not in self.made and home not in self.all.fixed:
-                        if self.all.tensors[home].dtype.is_floating_point:
-                            found[home] = index
+                    is_float = self.all.tensors[home].dtype.is_floating_point
+                    if is_float and home not in self.made and home not in self.all.fixed:
+                        found[home] = index
         return found
 
     # --- the time line --------------------------------------------------------------------------------------
@@ -375,7 +254,7 @@ class _Run:
         for index, (op, need) in enumerate(zip(self.ops, self.needs, strict=True)):
             at = self.place[index]
             yield need.internal_bytes, at, end - at
-            if _is_loss(op) and not self.all.software.fused_loss:
+            if is_loss(op) and not self.all.software.fused_loss:
                 yield need.internal_bytes, end - at, end - at  # the gradient of the log-softmax
             if not self.all.software.fused_gradient_accumulation:
                 weights = (

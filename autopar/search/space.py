@@ -9,9 +9,9 @@ from itertools import product
 from typing import Literal, get_args
 
 from autopar.errors import PinConflictError
-from autopar.plan import Parallelism, Recompute, ScheduleName
+from autopar.plan import PLANNED_SCHEDULES, Parallelism, Recompute, ScheduleName
 from autopar.search.units import RECOMPUTE_MODES
-from costmodel import CostModelError
+from costmodel import SCHEDULES, CostModelError
 from costmodel.orders import check_schedule
 from hardware_db import Cluster
 
@@ -41,7 +41,12 @@ class Pins:
                 )
         _check_choice("zero_stage", self.zero_stage, get_args(ZeroStage))
         _check_choice("recompute", self.recompute, RECOMPUTE_MODES)
-        _check_choice("schedule", self.schedule, get_args(ScheduleName))
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        if self.schedule not in (None, *PLANNED_SCHEDULES):
+            raise PinConflictError(
+                f"schedule={self.schedule!r} can be evaluated but not planned yet; "
+                f"choose one of {', '.join(PLANNED_SCHEDULES)}, or leave it to the search"
+            )
 
     def __str__(self) -> str:
         given = ((field.name, getattr(self, field.name)) for field in fields(self))

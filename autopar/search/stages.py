@@ -31,6 +31,7 @@ from costmodel import (
     peak_in_flight,
     pipeline_lower_bound_s,
 )
+from costmodel.orders import rank_stages, stage_ranks
 
 Matrix = NDArray[np.float64]
 
@@ -109,7 +110,8 @@ class StageTable:
         before = np.concatenate([[0.0], np.cumsum(self._fresh_bytes())])
         peaks = [unit.saved[self.recompute].peak_bytes for unit in self.chain.units]
         fullest = _running_max([before[index] + peak for index, peak in enumerate(peaks)])
-        return np.maximum(0.0, fullest - before[None, :])
+        working: Matrix = np.maximum(0.0, fullest - before[None, :])
+        return working
 
     @cached_property
     def largest_weights(self) -> Matrix:
@@ -152,7 +154,8 @@ class StageTable:
         peaks = peak_activation_bytes(
             p.schedule, p.pp, p.num_microbatches, saved.tolist(), p.num_virtual_stages
         )
-        return max(float(fixed[rank :: p.pp].sum()) + peaks[rank] for rank in range(p.pp))
+        mine = [[*rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages)] for rank in range(p.pp)]
+        return max(float(fixed[own].sum()) + peak for own, peak in zip(mine, peaks, strict=True))
 
     def floor_s(self, p: Parallelism) -> float:
         """What the pipeline takes at least with the cuts that are best when memory is no matter."""
@@ -183,7 +186,8 @@ class StageTable:
         fixed = self._fixed_bytes(p, policy, shares)
         saved = self._wasteful * shares.saved / p.num_virtual_stages * self.saved_bytes
         held = [fixed + flights[rank] * saved <= budget for rank in range(p.pp)]
-        return self._cheapest([held[stage % p.pp] for stage in range(num_stages)]) or self._cheapest(
+        ranks = stage_ranks(p.schedule, p.pp, p.num_virtual_stages)
+        return self._cheapest([held[rank] for rank in ranks]) or self._cheapest(
             [np.ones_like(self.times_s, dtype=bool)] * num_stages
         )
 

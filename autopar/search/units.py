@@ -20,6 +20,8 @@ from autopar.search.saved import Saved, SavedActivations
 from costmodel import Software
 from graphs.ir import Block, Op, OpGraph
 
+NO_COST = OpCost()
+
 RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 """The modes that the search tries."""
 
@@ -49,7 +51,7 @@ class Unit:
     received_bytes: int
     kernels: tuple[Kernels, ...] = ()
     again: Mapping[Recompute, tuple[bool, ...]] = field(default_factory=dict)
-    cost: OpCost = OpCost()
+    cost: OpCost = NO_COST
     recompute_s: Mapping[Recompute, float] = field(default_factory=dict)
 
     def priced(self, pricer: Pricer) -> Unit:
@@ -107,7 +109,8 @@ def build_chain(
     """The chain of a local graph, whose blocks are those of the graph `whole` that it was made from; nothing
     has a price yet.
 
-    `maker` makes the kernels; `repeats` has the paths of blocks that stand for several in a row, and for how many.
+    `maker` makes the kernels; `repeats` has the paths of blocks that stand for several in a row, and for how
+    many.
     """
     graph = local.graph
     builder = _Builder(graph, maker)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from autopar.errors import InvalidParallelismError
 from autopar.plan import Parallelism
 from autopar.search.experts import num_experts
-from autopar.search.space import divisors, runs
+from autopar.search.space import divisors
+from costmodel import SCHEDULES, CostModelError, orders
 from graphs.ir import OpGraph
 from hardware_db import Cluster
 
@@ -55,14 +56,13 @@ def check_parallelism(
         )
     if count("ep") > 1:
         check_experts(graph, count("ep"), count("dp"))
-    usual = "Interleaved1F1B" if count("num_virtual_stages") > 1 else "1F1B"
+    schedule, num_virtual_stages = _schedule(given)
     parallelism = Parallelism.model_validate(
         {
             "dp_replicate": replicate, "dp_shard": shard, "cp": count("cp"), "tp": count("tp"),
             "ep": count("ep"), "pp": count("pp"), "zero_stage": zero_stage, "microbatch_size": size,
             "num_microbatches": global_batch // per_step,
-            "num_virtual_stages": count("num_virtual_stages"),
-            "schedule": given.get("schedule", usual),
+            "num_virtual_stages": num_virtual_stages, "schedule": schedule,
             "recompute": given.get("recompute", "none"),
         }
     )  # fmt: skip
@@ -114,16 +114,32 @@ def check_experts(graph: OpGraph, ep: int, dp: int) -> None:
         )
 
 
+def _schedule(given: Mapping[str, object]) -> tuple[object, object]:
+    """The schedule and the stages on each of its ranks: two in a V, and more than one mean interleaving."""
+    virtual = given.get("num_virtual_stages")
+    schedule = given.get("schedule", "1F1B" if virtual in (None, 1) else "Interleaved1F1B")
+    if schedule not in SCHEDULES:
+        raise InvalidParallelismError(
+            f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}"
+        )
+    return schedule, virtual or (2 if schedule in orders.V_SCHEDULES else 1)
+
+
 def check_schedule(p: Parallelism) -> None:
     """Raises InvalidParallelismError for sizes that the schedule does not run."""
-    if p.num_virtual_stages > 1 and p.pp == 1:
+    virtual = p.num_virtual_stages
+    if virtual > 1 and p.pp == 1:
+        instead = "1F1B" if p.schedule in orders.V_SCHEDULES else "num_virtual_stages=1"
         raise InvalidParallelismError(
-            f"{p.num_virtual_stages} virtual stages need a pipeline; use pp of 2 or more, "
-            "or num_virtual_stages=1"
+            f"{p.schedule} with {virtual} virtual stages on a rank needs a pipeline; use pp of 2 or more, "
+            f"or {instead}"
         )
-    if not runs(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages):
+    if virtual != 2 and p.schedule in orders.V_SCHEDULES:
         raise InvalidParallelismError(
-            f"{p.schedule} does not run {p.num_microbatches} microbatches on {p.pp} ranks with "
-            f"{p.num_virtual_stages} stages each; Interleaved1F1B wants a multiple of pp microbatches, "
-            "the others one stage a rank"
+            f"{p.schedule} has two stages on each rank, the pipeline's way there and back, but "
+            f"num_virtual_stages={virtual}; use 2, or leave it out"
         )
+    try:
+        orders.check_schedule(p.schedule, p.pp, p.num_microbatches, virtual)
+    except CostModelError as error:
+        raise InvalidParallelismError(str(error)) from None
