@@ -53,6 +53,9 @@ check: lint type  ## all that runs before the tests
 bench: setup  ## time capture and search
 	$(BIN)/python benchmarks/plan_speed.py
 
+accuracy: setup  ## predictions against published training runs
+	$(BIN)/python -m benchmarks.accuracy
+
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -245,7 +245,7 @@ class KernelMaker:
         batch, m, n, k = shape
         num_bytes = sum(tensor.num_bytes for tensor in (*operands, result))
         dtype, casts = dtype_name(result.dtype), 0.0
-        if self.low_precision and self._is_low(op, parameters):
+        if self.low_precision and self.is_low(op, parameters):
             dtype = self.low_precision
             casts = _CAST_BYTES * tensors[op.inputs[0]].num_elements
         one_by_one = self.software.grouped_launches and "grouped_mm" in short_name(op)
@@ -286,10 +286,12 @@ class KernelMaker:
         depth = max(1, round(op.flops / max(1, 2 * batch * rows * columns)))
         return batch, rows, columns, depth
 
-    def _is_low(self, op: Op, parameters: frozenset[str]) -> bool:
+    def is_low(self, op: Op, parameters: frozenset[str]) -> bool:
+        """Whether the op is a product with a parameter, inside a block, that runs in `low_precision`."""
+        if self.low_precision is None or not op.flops or len(op.inputs) < 2:
+            return False
         inside = any(op.module == path or op.module.startswith(f"{path}.") for path in self.blocks)
-        name = short_name(op)
-        return inside and ("grouped_mm" in name or any(one in parameters for one in op.inputs[:2]))
+        return inside and ("grouped_mm" in op.target or any(one in parameters for one in op.inputs[:2]))
 
     # --- attention ------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from costmodel import Algorithm, CollectiveKind, Group, Roofline, Software, Work
 from graphs.ir import Op, OpGraph, Tensor
 from hardware_db import Cluster
 
-DEFAULT_SOFTWARE = "flash-2023"
+DEFAULT_SOFTWARE = "torch-eager"
 """What the emitted programs run on: torch's own kernels, eagerly."""
 
 

@@ -1,8 +1,9 @@
 """How well measured training runs are predicted, beside what we want to reach.
 
-    .venv/bin/python -m benchmarks.accuracy RECORDS.json
-    .venv/bin/python -m benchmarks.accuracy RECORDS.json --json accuracy.json --svg accuracy.svg
-    .venv/bin/python -m benchmarks.accuracy RECORDS.json --page docs/accuracy.md
+    .venv/bin/python -m benchmarks.accuracy                                   the published runs kept here
+    .venv/bin/python -m benchmarks.accuracy RECORDS.json                      your own
+    .venv/bin/python -m benchmarks.accuracy --json accuracy.json --svg accuracy.svg
+    .venv/bin/python -m benchmarks.accuracy --page docs/accuracy.md
 
 The same figures as `autopar evaluate --records`, with the targets, a picture, and the table of a page.
 """
@@ -10,6 +11,7 @@ The same figures as `autopar evaluate --records`, with the targets, a picture, a
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from autopar.records.table import accuracy_text
 from autopar.report.table import table
 from benchmarks.scatter import scatter_svg
 
+PUBLISHED = Path(__file__).parent / "published.json"
+FITTED = Path(__file__).parent / "fit.json"
 BEGIN, END = "<!-- begin: made by benchmarks/accuracy.py -->", "<!-- end -->"
 
 
@@ -121,12 +125,26 @@ def replace_between_markers(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n```text\n{text}```\n{END}{after}"
 
 
+def left_out_errors(records: Path) -> dict[str, float]:
+    """What `benchmarks.fit` found for each group of the published runs when it was left out."""
+    if records != PUBLISHED:
+        return {}
+    errors: dict[str, float] = json.loads(FITTED.read_text(encoding="utf-8"))["left_out_error"]
+    return errors
+
+
 def main() -> int:
     """Print the figures and the targets; write what was asked for. 1 when the file cannot be used."""
     options = _options()
     try:
         with short_warnings(quiet=False), progress(quiet=False) as on_progress:
-            accuracy = assess(options.records, options.tiers.split(","), options.group, on_progress)
+            accuracy = assess(
+                options.records,
+                options.tiers.split(","),
+                options.group,
+                on_progress,
+                left_out_errors(options.records),
+            )
         text = accuracy_text(accuracy, options.worst) + "\n" + targets_text(accuracy)
         if options.page is not None:
             page = replace_between_markers(options.page.read_text(encoding="utf-8"), text)
@@ -149,7 +167,10 @@ def _options() -> argparse.Namespace:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("records", type=Path, metavar="RECORDS.json")
+    parser.add_argument(
+        "records", type=Path, nargs="?", default=PUBLISHED, metavar="RECORDS.json",
+        help="default: benchmarks/published.json",
+    )  # fmt: skip
     parser.add_argument("--tiers", default=",".join(DEFAULT_TIERS), help="default: %(default)s")
     parser.add_argument("--group", action="append", default=[], metavar="NAME", help="may be repeated")
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="rows to name (default: 10)")

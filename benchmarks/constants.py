@@ -1,4 +1,4 @@
-"""The constants that are fitted: where they stand, what to believe of them before, and how they are written."""
+"""The constants that are fitted: where they stand, what to believe of them before, how they are written."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Fits the constants of the cost model to published runs, and tells how well it predicts groups left out.
 
-    .venv/bin/python -m benchmarks.fit RECORDS.json                         fit; print constants and errors
-    .venv/bin/python -m benchmarks.fit RECORDS.json --leave-one-group-out   the honest figure beside them
-    .venv/bin/python -m benchmarks.fit RECORDS.json --write                 put the constants into the data
+    .venv/bin/python -m benchmarks.fit                         fit; print constants and errors
+    .venv/bin/python -m benchmarks.fit --leave-one-group-out   the honest figure beside them
+    .venv/bin/python -m benchmarks.fit --write                 put the constants into the data files
 
 `constants.json` lists what is fitted, each with a prior: the value to believe before seeing any run, and by
 how much, in logarithms, it may be wrong. Over θ, the logarithms of the constants, this minimises
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from autopar.records.configuration import Configuration, configuration
 from autopar.records.predict import RunPredictor, by_model, captured_all
 from autopar.records.schema import Record, read_records
 from autopar.report.table import table
+from benchmarks.accuracy import FITTED, PUBLISHED
 from benchmarks.constants import Constant, constants, write_constants
 from costmodel import Software, software, software_eras
 from hardware_db import Accelerator, Cluster, Fact
@@ -214,15 +216,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("records", type=Path, help="JSON file of measured runs")
+    parser.add_argument("records", type=Path, nargs="?", default=PUBLISHED, help="JSON file of measured runs")
     parser.add_argument("--steps", type=int, default=4, help="Gauss-Newton steps (default: 4; 0: none)")
     parser.add_argument("--from-priors", action="store_true", help="start from the priors, not from the data")
     parser.add_argument("--leave-one-group-out", action="store_true", help="fit without each group in turn")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write constants and errors")
-    parser.add_argument("--write", action="store_true", help="write the constants into the data files")
+    parser.add_argument("--models", type=Path, metavar="FILE", help="keep captured models here between runs")
+    parser.add_argument(
+        "--write", action="store_true", help="write the constants into the data files, the errors to fit.json"
+    )
     options = parser.parse_args(argv)
 
-    model = _MODEL = Model(_runs(select(read_records(options.records))), constants())
+    model = _MODEL = Model(_runs(select(read_records(options.records)), options.models), constants())
     start = model.prior if options.from_priors else np.log([c.value for c in model.fitted])
     with get_context("fork").Pool() as pool:
 
@@ -233,18 +237,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         left_out = left_out_errors(model, found, evaluate) if options.leave_one_group_out else {}
     errors = _group_errors(model, found)
     _show(model, found, errors, left_out)
-    if options.json:
-        options.json.write_text(_json(model, found, errors, left_out), encoding="utf-8")
     if options.write:
+        FITTED.write_text(_json(model, found, errors, left_out), encoding="utf-8")
         write_constants(dict(zip(model.fitted, np.exp(found.theta).tolist(), strict=True)))
     return 0
 
 
-def _runs(records: Sequence[Record]) -> list[Run]:
+def _runs(records: Sequence[Record], kept: Path | None) -> list[Run]:
     batches = by_model(records)
-    with progress("capture") as tell:
-        models = captured_all(batches, tell)
-    predictors = {record.id: p for batch, p in zip(batches, map(RunPredictor, models), strict=True) for record in batch}
+    if kept is not None and kept.exists():
+        models = pickle.loads(kept.read_bytes())
+    else:
+        with progress(quiet=False) as tell:
+            models = captured_all(batches, tell)
+        if kept is not None:
+            kept.write_bytes(pickle.dumps(models))
+    predictors = {
+        record.id: predictor
+        for batch, predictor in zip(batches, map(RunPredictor, models), strict=True)
+        for record in batch
+    }
     return [Run(r, configuration(r), cluster_of(r), predictors[r.id]) for r in records]
 
 

@@ -10,7 +10,14 @@ from costmodel.collectives import algorithms, collective_time_s
 from costmodel.curves import Algorithm, MeasuredAlgorithm
 from costmodel.errors import CostModelError
 from costmodel.goodput import end_to_end_training_s, model_flops_utilization, scale_factor
-from costmodel.memory import Ledger, OptimizerPolicy, model_state_ledger, optimizer_policies, optimizer_policy
+from costmodel.memory import (
+    Ledger,
+    OptimizerPolicy,
+    model_state_ledger,
+    optimizer_policies,
+    optimizer_policy,
+    usual_policy,
+)
 from costmodel.orders import SCHEDULES, ScheduleName, peak_activation_bytes, peak_in_flight, rank_orders
 from costmodel.parameter_server import (
     GradientExchange,
@@ -79,5 +86,6 @@ __all__ = [
     "spans",
     "spread_servers_s",
     "step_cost",
+    "usual_policy",
     "work_time_s",
 ]

@@ -8,10 +8,14 @@ the same rank (`v_orders`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import compress, pairwise
+from operator import sub
 from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from costmodel.errors import CostModelError
 from costmodel.loop_orders import loop_order, rounds
@@ -128,10 +132,52 @@ def peak_activation_bytes(
     # Beyond four rounds of p microbatches a rank repeats itself; broken rounds are longer ones.
     if schedule_name in V_SCHEDULES or num_microbatches % num_stages == 0:
         num_microbatches = min(num_microbatches, 5 * num_stages)
-    return tuple(
-        max(accumulate(change[phase][stage] for phase, stage, _ in order))
-        for order in rank_orders(schedule_name, num_stages, num_microbatches, num_virtual)
-    )
+    whole, later = change["F"], [-num_bytes for num_bytes in change["W"]]
+    ranks = range(num_stages)
+    mine = [rank_stages(schedule_name, rank, num_stages, num_virtual) for rank in ranks]
+    sizes = np.array([[whole[stage] for stage in own] + [later[stage] for stage in own] for own in mine])
+    flights = _fullest(schedule_name, num_stages, num_microbatches, num_virtual)
+    return tuple((flights * sizes[:, None, :]).sum(axis=2).max(axis=1).tolist())
+
+
+@lru_cache(maxsize=256)
+def _fullest(
+    schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int
+) -> NDArray[np.int64]:
+    """The moments at which a rank may hold most, for any sizes: [rank, moment, what].
+
+    Each counts the microbatches that every stage of the rank keeps whole and then, for every stage, those of
+    which it keeps what weight gradients need. On the way between two neighbouring moments the counts change
+    by the same step again and again, so nothing between them is ever the most.
+    """
+    moments = []
+    for rank, order in enumerate(rank_orders(schedule_name, num_stages, num_microbatches, num_virtual)):
+        mine = rank_stages(schedule_name, rank, num_stages, num_virtual)
+        place = {stage: index for index, stage in enumerate(mine)}
+        moments.append(_corners(order, place))
+    found = np.zeros((num_stages, max(map(len, moments)), 2 * num_virtual), dtype=np.int64)
+    for rank, counts in enumerate(moments):
+        found[rank, : len(counts)] = list(counts)
+    return found
+
+
+def _corners(order: Sequence[Op], place: Mapping[int, int]) -> set[tuple[int, ...]]:
+    """The counts after each last forward in a row and each input gradient, less those on the way."""
+    counts = [0] * (2 * len(place))
+    paths: dict[Phase, list[tuple[int, ...]]] = {"F": [], "I": []}
+    for (phase, stage, _), following in zip(order, [*order[1:], None], strict=True):
+        if phase != "W":
+            counts[place[stage]] += 1 if phase == "F" else -1
+        if phase in ("I", "W"):
+            counts[len(place) + place[stage]] += 1 if phase == "I" else -1
+        if phase == "I" or (phase == "F" and (following is None or following[0] != "F")):
+            paths[phase].append(tuple(counts))
+    found: set[tuple[int, ...]] = set()
+    for path in paths.values():
+        steps = [None, *(tuple(map(sub, after, before)) for before, after in pairwise(path)), None]
+        turns = (before is None or before != after for before, after in pairwise(steps))
+        found.update(compress(path, turns))
+    return found
 
 
 def held_changes(

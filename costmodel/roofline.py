@@ -5,7 +5,7 @@
 Peak, bandwidth, efficiencies, overhead and p are the accelerator's facts: a roof's edge is round, because a
 kernel that waits for memory at its start and its end does not compute meanwhile (p = ∞ is the sharp edge). A
 product computes its result in tiles
-of t_m × t_n, `num_cores` of them at a time (a wave), and each tile reads `fill_k` more than k to fill and
+of t_m by t_n, `num_cores` of them at a time (a wave), and each tile reads `fill_k` more than k to fill and
 drain its pipeline:
 
     waves   w = batch ⌈m/t_m⌉ ⌈n/t_n⌉ / num_cores

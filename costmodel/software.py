@@ -43,8 +43,10 @@ class Software:
         contention: how much slower compute gets while communication runs behind it.
         blocking_sends: whether messages between stages stop both of them.
         fused_gradient_accumulation: whether weight gradients are added where they are computed.
-        scattered_messages: whether ranks of a tensor axis that hold the same activation send a part of it each
-            to the next stage, and gather it there (arXiv:2104.04473, section 4.1).
+        recompute_stops_early: whether recomputation ends with the last value that the backward reads, so that
+            a block's last product is not run again.
+        scattered_messages: whether ranks of a tensor axis that hold the same activation send a part of it
+            each to the next stage, and gather it there (arXiv:2104.04473, section 4.1).
         grouped_launches: whether products of a group of experts are launched one by one.
         fused_loss: whether the loss reads logits in their own precision and makes their gradient from their
             softmax in one step.
@@ -70,6 +72,7 @@ class Software:
     contention: float
     blocking_sends: bool
     fused_gradient_accumulation: bool
+    recompute_stops_early: bool
     scattered_messages: bool
     grouped_launches: bool
     fused_loss: bool

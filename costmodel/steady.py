@@ -90,7 +90,7 @@ def _periodic_finish_s(
     whole_rounds = num_virtual == 1 or num_microbatches % num_stages == 0
     repeats = whole_rounds and schedule_name not in ("GPipe", "LoopedBFS")
     num_short = 4 * num_stages + num_microbatches % num_stages  # two rounds beyond the longest warm-up
-    while repeats and 2 * num_short <= num_microbatches:
+    while repeats and num_short < num_microbatches:
         end_s, finish_s = run_steps(
             ordered_steps(*shape, num_short, num_virtual)[0], times, num_stages, blocking_sends
         )

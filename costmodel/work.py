@@ -29,8 +29,8 @@ class Work:
     is the type the arithmetic runs in ("bf16", "fp32", ...); `kind` says which of the device's efficiencies
     applies.
 
-    `shape` is what the efficiency depends on: `(batch, m, n, k)` of a product `[batch, m, k] @ [batch, k, n]`,
-    `(heads, queries, keys, head_dim)` of an attention, `()` where nothing is known but the FLOPs.
+    `shape` is what the efficiency depends on: `(batch, m, n, k)` of a product `[batch, m, k] @ [batch, k, n]`
+    and `(heads, queries, keys, head_dim)` of an attention; `()` where nothing is known but the FLOPs.
     `num_launches` is how many kernels the host launches for it, 0 for the part of a chain that another one
     launches; several run side by side. Raises CostModelError for a negative amount.
     """

@@ -13,8 +13,8 @@ Confidence = Literal["read", "derived", "recalled", "assumed", "fitted", "user"]
 """How a value came to be known.
 
 `read`: it stands in the source. `derived`: arithmetic on such a value. `recalled`: not checked against a
-document. `assumed`: nobody published it and the planner needs a number. `fitted`: chosen so that the cost model reproduces published
-training runs. `user`: from a cluster file.
+document. `assumed`: nobody published it and the planner needs a number. `fitted`: chosen so that the cost
+model reproduces published training runs. `user`: from a cluster file.
 """
 
 

@@ -35,12 +35,12 @@ class Efficiency(Record):
     """The share of the published figures that work reaches, and fixed overheads, as plain numbers.
 
     `matmul` and `matmul_fp8` (for 8 bits and fewer) are the shares of the peak rate of their dtype that a
-    large product reaches, `memory` that of the memory bandwidth. `attention` is the share that fused attention
-    reaches in its forward when written portably (FlashAttention-2), `attention_native` when written for the
-    device (FlashAttention-3, cuDNN, a TPU's own). A kernel costs the device `launch_overhead_s` besides its
-    work.
+    large product reaches, `memory` that of the memory bandwidth. `attention` is the share that fused
+    attention reaches in its forward when written portably (FlashAttention-2), `attention_native` when written
+    for the device (FlashAttention-3, cuDNN, a TPU's own). A kernel costs the device `launch_overhead_s`
+    besides its work.
 
-    `num_cores` compute a product's result in tiles of up to `tile_m` × `tile_n`, `wave_loss` of the last
+    `num_cores` compute a product's result in tiles of up to `tile_m` by `tile_n`, `wave_loss` of the last
     wave's idle cores being lost; `fill_k` is how much of the reduction a tile takes to fill its pipeline, and
     `tile_reuse` how fast smaller tiles get slower (`costmodel.roofline` has the formula). `head_dim_half` and
     `sequence_half` are the head dimension and the sequence at which attention reaches half of its best;
@@ -369,10 +369,10 @@ class ProtocolFacts(Record):
 class LinkClass(Record):
     """What links of one technology have in common: times, and the share of line rate that is reached.
 
-    `level_by_level`, `protocols`, `tree_bandwidth_share` and `concurrent_messages` are those of the library that drives them (see
-    `hardware_db.Level`); `reduction_start_s` is the start of a reduction in its switches, where they can. A
-    message passes each further switch of a network in `switch_latency_s`. A node whose cards are unpublished
-    is taken to have the typical ones.
+    `level_by_level`, `protocols`, `tree_bandwidth_share` and `concurrent_messages` are those of the library
+    that drives them (see `hardware_db.Level`); `reduction_start_s` is the start of a reduction in its
+    switches, where they can. A message passes each further switch of a network in `switch_latency_s`. A node
+    whose cards are unpublished is taken to have the typical ones.
     """
 
     latency_s: Fact

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from autopar.errors import AutoparError
 from autopar.records.metrics import Accuracy, accuracy
@@ -21,15 +22,18 @@ def assess(
     tiers: Sequence[str] = DEFAULT_TIERS,
     groups: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
+    left_out_errors: Mapping[str, float] = MappingProxyType({}),
 ) -> Accuracy:
     """Predict the chosen records of a file and compare them with what was measured.
+
+    `left_out_errors` has the mean |error| of groups under constants fitted without them, where known.
 
     Raises AutoparError when the file is malformed or when no record is in these tiers and groups.
     """
     records = select(read_records(path), tiers, groups)
     from autopar.records.predict import predict  # imports torch, which a bad file need not wait for
 
-    return accuracy(records, predict(records, progress=progress))
+    return accuracy(records, predict(records, progress=progress), left_out_errors)
 
 
 def select(

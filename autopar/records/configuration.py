@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Final
+from typing import Final, Literal
 
 from autopar.plan import Parallelism, Recompute, ScheduleName
 from autopar.records.schema import ParallelismFacts, Record, RecordError
@@ -38,6 +38,7 @@ class Configuration:
         recompute_share: of the layers, how many recompute what `recompute` says.
         offload_share: of the layers, how many keep their activations in the host's memory.
         tp_overlap: whether tensor-parallel collectives overlap with their products (async TP).
+        fsdp: whether `fully_shard`, or the like of it, shards.
         precision: of the matrix products, in the record's words: bf16, fp16, fp8, mxfp8, nvfp4.
         era: the software's, one of `costmodel.software_eras()`.
         pp_partition: how layers were dealt to stages, in the record's words.
@@ -52,6 +53,7 @@ class Configuration:
     recompute_share: float
     offload_share: float
     tp_overlap: bool
+    fsdp: bool
     precision: str
     era: str
     pp_partition: str | None
@@ -105,7 +107,7 @@ def configuration(record: Record) -> Configuration:
         ep=facts.ep,
         pp=facts.pp,
         sequence_parallel=facts.sequence_parallel if facts.tp > 1 else None,
-        zero_stage=facts.zero_stage,
+        zero_stage=_zero_stage(facts),
         microbatch_size=sizes[0],
         num_microbatches=replica_batch // sizes[0],
         num_virtual_stages=stages[0],
@@ -121,6 +123,7 @@ def configuration(record: Record) -> Configuration:
         recompute_share=share,
         offload_share=_offload_share(record),
         tp_overlap=bool(facts.tp_overlap),
+        fsdp=facts.fsdp,
         precision=record.precision,
         era=software_era(record),
         pp_partition=facts.pp_partition,
@@ -152,6 +155,12 @@ def _shard_group(record: Record, dp: int) -> int:
             "check parallelism.zero_group and fsdp_size"
         )
     return group
+
+
+def _zero_stage(facts: ParallelismFacts) -> Literal[0, 1, 2, 3]:
+    """The record's; but `fully_shard` in a pipeline keeps what it gathered for all microbatches of a step and
+    reduces gradients after the last, as torchtitan runs it: what is left is sharded optimizer states."""
+    return 1 if facts.fsdp and facts.pp > 1 else facts.zero_stage
 
 
 def _named_group(facts: ParallelismFacts) -> int | None:

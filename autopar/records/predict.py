@@ -17,17 +17,16 @@ from typing import TypeVar
 import graphs
 from autopar.errors import AutoparError
 from autopar.plan import Parallelism
-from autopar.pricing import Pricer
 from autopar.records.clusters import cluster_of
 from autopar.records.configuration import Configuration, configuration
 from autopar.records.metrics import Prediction
-from autopar.records.models import ModelKey, layer_period, model_key, model_of, num_special_layers
-from autopar.records.schema import Record
+from autopar.records.models import layer_period, model_key, model_of, num_special_layers
+from autopar.records.schema import MemoryKind, Record
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.given import GivenPrograms, even_cuts
 from autopar.search.shallow import Shallow, shallow
 from autopar.search.units import Chain, Unit
-from costmodel import CostModelError, Software, optimizer_policy, software
+from costmodel import CostModelError, Ledger, Software, software, usual_policy
 from graphs import GraphError
 from hardware_db import Cluster, HardwareError
 
@@ -144,7 +143,7 @@ class RunPredictor:
         return Prediction(
             record_id=record.id,
             step_time_s=best.evaluated.step_s,
-            memory_bytes=best.evaluated.peak_memory_bytes,
+            memory_bytes=max(_memory_bytes(ledger, record.memory_kind) for ledger in best.evaluated.ledgers),
             fits=best.evaluated.fits,
             terms=dict(best.evaluated.step.terms),
             chosen=str(best.parallelism),
@@ -173,7 +172,8 @@ class RunPredictor:
         era = self.eras[how.era] if self.eras else software(how.era)
         if how.tp_overlap:
             era = replace(era, tensor_parallel_overlap=1.0)
-        evaluator = Evaluator(cluster, optimizer_policy(policy_of(how)), era)
+        policy = usual_policy(how.era, how.precision, how.known.zero_stage, fsdp=how.fsdp)
+        evaluator = Evaluator(cluster, policy, era)
         low_precision = how.compute_dtype if how.compute_dtype in LOW_PRECISIONS else None
         return [
             Run(p, self._evaluated(evaluator, how, p, low_precision)) for p in how.candidates()
@@ -189,11 +189,6 @@ class RunPredictor:
         return evaluator.evaluate(chain.priced(evaluator.placed(p)), p, cuts)
 
 
-def policy_of(how: Configuration) -> str:
-    """The optimizer policy that such a run uses."""
-    return "adamw-mixed-fp32-gradients"
-
-
 def _partly_recomputed(chain: Chain, share: float) -> Chain:
     """The chain with only the first of its blocks, a `share` of them, recomputed."""
     blocks = [index for index, unit in enumerate(chain.units) if unit.is_block]
@@ -206,10 +201,21 @@ def _kept(unit: Unit) -> Unit:
     """The unit if nothing of it is computed again; a tuple of kernels of its own tells it from the others."""
     return replace(
         unit,
-        kernels=tuple(list(unit.kernels)),
+        kernels=(*unit.kernels,),
         again=dict.fromkeys(unit.again, (False,) * len(unit.kernels)),
         saved=dict.fromkeys(unit.saved, unit.saved["none"]),
     )
+
+
+def _memory_bytes(ledger: Ledger, kind: MemoryKind | None) -> float:
+    """What is measured of a ledger: tensors, what torch's allocator holds for them, or all of the device."""
+    match kind:
+        case "allocated":
+            return ledger.allocated_bytes
+        case "reserved":
+            return ledger.cached_bytes
+        case _:
+            return ledger.total_bytes
 
 
 def _failure(record: Record, error: Exception) -> Prediction:

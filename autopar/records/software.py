@@ -33,7 +33,7 @@ class Habits(_Data):
 
 
 class _Rule(_Data):
-    """Conditions that must all hold; one that is left out always does. `since` is a date as `date_of` tells it."""
+    """Conditions that must all hold; one that is left out always does. `since` is as `date_of` tells."""
 
     era: str
     words: str | None = None

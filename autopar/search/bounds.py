@@ -25,6 +25,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import compress
 
 from autopar.kernels import dtype_name, is_causal, kind_of
 from autopar.plan import Parallelism, Recompute
@@ -62,8 +63,15 @@ class Bounds:
 
     @cached_property
     def block_forward_s(self) -> float:
-        """Arithmetic of the repeated blocks alone: what full recomputation repeats."""
-        return sum(self._forward_s(op) for op in self.graph.ops if op.name in self._in_blocks) / self.batch
+        """Arithmetic that full recomputation repeats."""
+        counts = Counter(block.block_class for block in self.graph.blocks)
+        repeated_s = 0.0
+        for block in self.graph.blocks:
+            if count := counts.pop(block.block_class, 0):
+                again, _ = self._activations.unit(block.start, block.stop, is_block=True)
+                ops = compress(self.graph.ops[block.start : block.stop], again["full"])
+                repeated_s += count * sum(map(self._forward_s, ops))
+        return repeated_s / self.batch
 
     @cached_property
     def saved_bytes(self) -> dict[Recompute, float]:
@@ -136,10 +144,6 @@ class Bounds:
     def working_bytes(self) -> float:
         """What the last unit holds beside what it keeps of one sample: all else is still kept then."""
         return min(saved.working_bytes for saved in self._units[-1][2].values()) / self.batch
-
-    @cached_property
-    def _in_blocks(self) -> set[str]:
-        return {op.name for block in self.graph.blocks for op in self.graph.ops[block.start : block.stop]}
 
     def step_s(self, p: Parallelism, sample_s: float | None = None) -> float:
         """No step with this parallelism takes less.

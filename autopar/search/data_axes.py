@@ -15,13 +15,13 @@ that are dealt out over `ep` ranks live on the data axes that are left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer
-from autopar.search.units import ParameterShard, Unit
+from autopar.search.pieces import Bucket, Elements
 from costmodel import Group, Ledger, OptimizerPolicy, model_state_ledger
 
 
@@ -46,29 +46,21 @@ def data_groups(p: Parallelism, *, experts: bool = False) -> tuple[Group, Group]
     return shard, Group(max(1, replicas // outside), p.tp * sharding * outside)
 
 
-def held_states(shards: Iterable[ParameterShard], p: Parallelism, policy: OptimizerPolicy) -> Ledger:
+def held_states(elements: Elements, p: Parallelism, policy: OptimizerPolicy) -> Ledger:
     """Parameters, gradients and optimizer states of one rank."""
     ledger = Ledger()
-    for experts, num_elements in _elements(shards).items():
+    for experts, num_elements in elements.items():
         degree = data_groups(p, experts=experts)[0].size
         ledger += model_state_ledger(num_elements, policy, p.zero_stage, degree)
     return ledger
 
 
-def updated_elements(shards: Iterable[ParameterShard], p: Parallelism) -> float:
+def updated_elements(elements: Elements, p: Parallelism) -> float:
     """How many parameters one rank's optimizer updates."""
     return sum(
         num_elements / (data_groups(p, experts=experts)[0].size if p.zero_stage else 1)
-        for experts, num_elements in _elements(shards).items()
+        for experts, num_elements in elements.items()
     )
-
-
-def _elements(shards: Iterable[ParameterShard]) -> dict[bool, int]:
-    """Elements of dense parameters (False) and of experts (True)."""
-    counts = {False: 0}
-    for shard in shards:
-        counts[shard.is_expert] = counts.get(shard.is_expert, 0) + shard.num_elements
-    return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,43 +72,26 @@ class DataTraffic:
     backward_s: float = 0.0
     step_s: float = 0.0
 
-    def __add__(self, other: DataTraffic) -> DataTraffic:
-        return DataTraffic(
-            self.forward_s + other.forward_s, self.backward_s + other.backward_s, self.step_s + other.step_s
-        )
-
 
 def data_traffic(
-    units: Sequence[Unit],
-    parameters: Mapping[str, ParameterShard],
-    p: Parallelism,
-    pricer: Pricer,
-    policy: OptimizerPolicy,
+    buckets: Mapping[Bucket, int], p: Parallelism, pricer: Pricer, policy: OptimizerPolicy
 ) -> DataTraffic:
-    """What a stage's parameters move, a collective for each unit."""
-    seen: set[str] = set()
-    traffic = DataTraffic()
-    for unit in units:
-        fresh = [name for name in unit.parameters if name not in seen]
-        seen.update(fresh)
-        for experts in (False, True):
-            own = [parameters[name] for name in fresh if parameters[name].is_expert is experts]
-            if own:
-                traffic += _unit_traffic(own, p, pricer, policy, data_groups(p, experts=experts))
-    return traffic
+    """What a stage's parameters move, a collective for each bucket."""
+    forward_s = backward_s = step_s = 0.0
+    for bucket, count in buckets.items():
+        one = _bucket_traffic(bucket, p, pricer, policy)
+        forward_s += count * one.forward_s
+        backward_s += count * one.backward_s
+        step_s += count * one.step_s
+    return DataTraffic(forward_s, backward_s, step_s)
 
 
-def _unit_traffic(
-    own: Sequence[ParameterShard],
-    p: Parallelism,
-    pricer: Pricer,
-    policy: OptimizerPolicy,
-    groups: tuple[Group, Group],
+def _bucket_traffic(
+    bucket: Bucket, p: Parallelism, pricer: Pricer, policy: OptimizerPolicy
 ) -> DataTraffic:
-    shard, replicate = groups
-    parameter_bytes = sum(one.num_bytes for one in own)
-    gradient_bytes = policy.gradient_bytes * sum(one.num_elements for one in own)
-    gather_s = pricer.collective_s("all_gather", parameter_bytes, shard)
+    shard, replicate = data_groups(p, experts=bucket.is_expert)
+    gradient_bytes = policy.gradient_bytes * bucket.num_elements
+    gather_s = pricer.collective_s("all_gather", bucket.num_bytes, shard)
     scatter_s = pricer.collective_s("reduce_scatter", gradient_bytes, shard)
     step_s = scatter_s + pricer.collective_s("all_reduce", gradient_bytes / shard.size, replicate)
     if p.zero_stage <= 1:

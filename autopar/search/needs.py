@@ -5,12 +5,13 @@ What autograd saves (`Op.saved`) is the start. Software keeps less, or something
 * unfused attention keeps its probabilities, and with dropout their mask and what is left of them, where flash
   attention keeps its output and a log-sum-exp (arXiv:2205.05198, section 4.1);
 * an operand gathered over an axis is kept as the shard it was gathered from (the same, section 4.2.2);
+* a product on 8 bits or fewer keeps its operand as it was quantised (Transformer Engine);
 * a sum over ranks stays where its terms were, and a copy made for its layout is not kept beside its source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ _IN_PLACE = ("copy", "first_grad", "first_only", "all_reduce", "all_reduce_parti
 _FREE_CONVERSIONS = ("shard", "shard_partial", "copy")
 _MASK_BYTES = 1
 _LOG_SUM_EXP_BYTES = 4
+_QUANTISED_BYTES = 1
 
 
 class Need(NamedTuple):
@@ -35,8 +37,9 @@ class Need(NamedTuple):
 class Needs:
     """The needs of one local graph's ops under one software."""
 
-    def __init__(self, graph: OpGraph, software: Software) -> None:
+    def __init__(self, graph: OpGraph, software: Software, is_low: Callable[[Op], bool]) -> None:
         self.graph = graph
+        self.is_low = is_low
         self.tensors = graph.tensors
         self.software = software
         # Parameters and the batch are in memory anyway.
@@ -93,7 +96,18 @@ class Needs:
         """What the backward of one op reads, if nothing is computed again."""
         if "scaled_dot_product" in op.target:
             return self._attention_need(op)
+        if op.saved and self.is_low(op):
+            return self._low_need(op)
         return Need(self._kept_forms(op.saved), op.saved_internal_bytes)
+
+    def _low_need(self, op: Op) -> Need:
+        """A product on 8 bits keeps its operand as it was quantised, once for all products that read it."""
+        operand = op.inputs[0]
+        (kept,) = self._kept_forms([operand]) or (None,)
+        others = tuple(name for name in self._kept_forms(op.saved) if name != kept)
+        first = min(self.readers.get(self.homes[operand], {0}))
+        is_first = kept is not None and self.graph.ops[first].name == op.name
+        return Need(others, self.tensors[kept].num_elements * _QUANTISED_BYTES if kept and is_first else 0)
 
     def _kept_forms(self, names: Iterable[str]) -> tuple[str, ...]:
         """The storages that hold these tensors until the backward, those apart that are there anyway."""

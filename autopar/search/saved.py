@@ -10,7 +10,7 @@ whatever is kept, and every gradient lives from one op to another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,7 +18,7 @@ from autopar.plan import Recompute
 from autopar.search.cut import cheapest_cut
 from autopar.search.needs import Needs, is_loss
 from costmodel import Software
-from graphs.ir import OpGraph
+from graphs.ir import Op, OpGraph
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
 
@@ -50,11 +50,16 @@ class Saved:
         return max(0, self.peak_bytes - self.num_bytes)
 
 
-class SavedActivations:
-    """What runs of a local graph's ops keep under one software."""
+def _never(_: Op) -> bool:
+    return False
 
-    def __init__(self, graph: OpGraph, software: Software) -> None:
-        self.needs = Needs(graph, software)
+
+class SavedActivations:
+    """What runs of a local graph's ops keep under one software; products that `is_low` names run on 8 bits or
+    fewer."""
+
+    def __init__(self, graph: OpGraph, software: Software, is_low: Callable[[Op], bool] = _never) -> None:
+        self.needs = Needs(graph, software, is_low)
 
     def unit(self, start: int, stop: int, *, is_block: bool) -> tuple[Again, Mapping[Recompute, Saved]]:
         """What ops `[start, stop)` run again and what they keep under each mode; only blocks recompute."""
@@ -182,7 +187,9 @@ class _Run:
             kept = [index for index, twice in enumerate(again[mode]) if not twice]
             internal_bytes = sum(self.needs[index].internal_bytes for index in kept)
             storages = none.storages
-            if mode != "attention":
+            if mode == "full":
+                storages, internal_bytes = entering, 0
+            elif mode != "attention":
                 results = (self.all.homes[name] for index in kept for name in self.ops[index].outputs)
                 storages = entering | self._sizes(name for name in results if name in self.made)
             beside = sum(size for name, size in storages.items() if name not in none.storages)
@@ -191,12 +198,25 @@ class _Run:
 
     def again(self, mode: Recompute) -> tuple[bool, ...]:
         """For each op whether it runs again under a mode."""
+        if mode == "full" and self.all.software.recompute_stops_early:
+            return self._wanted()
         num_products = 0
         found = []
         for op, kind in zip(self.ops, self.kinds, strict=True):
             found.append(self.all.runs_again(op, num_products, mode))
             num_products += kind == "matmul"
         return tuple(found)
+
+    def _wanted(self) -> tuple[bool, ...]:
+        """For each op whether a backward reads what it makes, or what is made from it."""
+        wanted = {*self.needed_by, *(name for need in self.needs for name in need.storages)}
+        flags = [False] * len(self.ops)
+        for index in reversed(range(len(self.ops))):
+            op = self.ops[index]
+            if self.needs[index].internal_bytes or any(self.all.homes[name] in wanted for name in op.outputs):
+                flags[index] = True
+                wanted.update(self.all.homes[name] for name in op.inputs)
+        return tuple(flags)
 
     def _sizes(self, names: Iterable[str]) -> dict[str, int]:
         return {name: self.all.tensors[name].num_bytes for name in names}

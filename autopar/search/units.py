@@ -209,7 +209,8 @@ class _Builder:
     def __init__(self, graph: OpGraph, maker: KernelMaker) -> None:
         self.graph = graph
         self.kernels = maker.graph(graph)
-        self.activations = SavedActivations(graph, maker.software)
+        parameters = frozenset(graph.parameter_tensors)
+        self.activations = SavedActivations(graph, maker.software, lambda op: maker.is_low(op, parameters))
         self.made_in_blocks: set[str] = set()
 
     def unit(self, start: int, stop: int, block: str | None, received_bytes: int) -> Unit:

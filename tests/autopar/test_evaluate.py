@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import isclose
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import graphs
 from autopar import api
-from autopar.errors import InvalidParallelismError
-from autopar.plan import Plan
-from costmodel import Collective, Group, collective_time_s
+from autopar.cli.parser import build_parser
+from autopar.errors import InvalidParallelismError, PinConflictError
+from autopar.plan import PLANNED_SCHEDULES, Plan, ScheduleName
+from autopar.pricing import DEFAULT_SOFTWARE
+from costmodel import SCHEDULES, Collective, CollectiveKind, Group, collective_time_s, software
+from costmodel.orders import V_SCHEDULES, stage_ranks
+from graphs import Capture
 from tests.autopar.small_models import Tower, cluster, tower
+
+ERA = software(DEFAULT_SOFTWARE)
 
 
 def evaluated(num_devices: int = 4, **settings: Any) -> Plan:
@@ -23,6 +32,11 @@ def evaluated(num_devices: int = 4, **settings: Any) -> Plan:
 
 def entry(plan: Plan, name: str, stage: int = 0) -> float:
     return plan.stages[stage].memory_bytes[name]
+
+
+def collective_s(kind: CollectiveKind, num_bytes: float) -> float:
+    """Over all four devices, at the rate that a training step leaves of the links'."""
+    return collective_time_s(Collective(kind, num_bytes, Group(4, 1)), cluster(4)) / ERA.collective_share
 
 
 @pytest.mark.parametrize(
@@ -97,8 +111,7 @@ def test_activations_are_what_autograd_saves() -> None:
 def test_ddp_synchronises_every_gradient_once() -> None:
     plan = evaluated(global_batch=4)
     size = 4 * plan.model.num_parameters
-    whole_s = collective_time_s(Collective("all_reduce", size, Group(4, 1)), cluster(4))
-    assert 0 < plan.prediction.terms_s["gradient_sync"] <= 1.2 * whole_s
+    assert 0 < plan.prediction.terms_s["gradient_sync"] <= 1.2 * collective_s("all_reduce", size)
 
 
 def test_one_device_communicates_nothing() -> None:
@@ -189,9 +202,32 @@ def test_a_module_is_captured_with_its_inputs() -> None:
         ({"dp_shard": 3, "zero_stage": 1}, r"dp_shard=3 does not divide dp=4; choose one of 1, 2, 4"),
         ({"zero_stage": 5}, r"zero_stage=5 is unknown"),
         ({"ep": 2}, r"tower has no experts"),
-        ({"num_virtual_stages": 2}, r"2 virtual stages need a pipeline"),
+        ({"num_virtual_stages": 2}, r"2 virtual stages on a rank needs a pipeline; .* num_virtual_stages=1"),
+        (
+            {"schedule": "DualPipeV"},
+            r"DualPipeV with 2 virtual stages on a rank needs .* pp of 2 or more, or 1F1B",
+        ),
         ({"pp": 4, "num_virtual_stages": 4}, r"4 x 4 pipeline stages are more than the"),
-        ({"pp": 2, "num_virtual_stages": 2, "schedule": "GPipe"}, r"GPipe does not run"),
+        (
+            {"pp": 2, "num_virtual_stages": 2, "schedule": "GPipe"},
+            r"GPipe has one stage per rank, got 2; use Interleaved1F1B",
+        ),
+        (
+            {"pp": 2, "num_virtual_stages": 4, "schedule": "ZBVZeroBubble"},
+            r"ZBVZeroBubble has two stages on each rank, .* num_virtual_stages=4; use 2, or leave it out",
+        ),
+        (
+            {"pp": 4, "schedule": "DualPipeV", "microbatch_size": 4},
+            r"DualPipeV on 4 ranks needs a microbatch for each of its 8 stages, got 4; use more",
+        ),
+        (
+            {"pp": 4, "num_virtual_stages": 2, "global_batch": 15},
+            r"Interleaved1F1B runs 15 microbatches on 4 ranks .* use a multiple of 4",
+        ),
+        (
+            {"pp": 2, "schedule": "1f1b"},
+            r"schedule='1f1b' is unknown; choose one of GPipe, 1F1B, .*DualPipeV",
+        ),
         ({"global_batch": 0}, r"a global batch of 0 has no sample"),
     ],
 )
@@ -203,6 +239,62 @@ def test_errors_show_the_numbers(settings: dict[str, Any], message: str) -> None
 def test_a_degree_that_divides_nothing_lists_the_sizes() -> None:
     with pytest.raises(InvalidParallelismError, match=r"tp=7 divides no dimension .* 2048, 1024, 512"):
         api.evaluate(tower(), cluster(7, per_node=7), global_batch=14, tp=7)
+
+
+@cache
+def gpt2() -> Capture:
+    """A GPT-2 that cuts into eight stages of a layer each, its embedding small enough not to matter."""
+    config = GPT2Config(n_embd=256, n_layer=8, n_head=4, vocab_size=512, n_positions=256, use_cache=False)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+
+    def inputs(batch: int) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(batch, 256, dtype=torch.long) for name in ("input_ids", "labels")}
+
+    return graphs.capture(model.train(), inputs, name="gpt2")
+
+
+def scheduled(schedule: ScheduleName, **settings: Any) -> Plan:
+    return api.evaluate(gpt2(), cluster(4), global_batch=32, pp=4, schedule=schedule, **settings)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_of_torch_has_a_price(schedule: ScheduleName) -> None:
+    plan = scheduled(schedule)
+    prediction = plan.prediction
+    assert plan.parallelism.schedule == schedule
+    assert isclose(sum(prediction.terms_s.values()), prediction.step_s)
+    assert min(prediction.terms_s.values()) >= 0
+    assert len(plan.stages) == (8 if schedule in V_SCHEDULES else 4)
+    ranks = stage_ranks(schedule, 4, plan.parallelism.num_virtual_stages)
+    held = {rank: stage.memory_bytes for rank, stage in zip(ranks, plan.stages, strict=True)}
+    for rank, stage in zip(ranks, plan.stages, strict=True):
+        assert stage.memory_bytes == held[rank]
+
+
+def test_schedules_that_put_weight_gradients_off_have_smaller_bubbles() -> None:
+    bubble_s = {
+        schedule: scheduled(schedule).prediction.terms_s["pipeline_bubble"]
+        for schedule in ("GPipe", "1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+    }
+    assert bubble_s["GPipe"] == pytest.approx(bubble_s["1F1B"], rel=0.05)
+    for schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"):
+        assert bubble_s[schedule] < 0.8 * bubble_s["1F1B"]
+    assert bubble_s["ZBVZeroBubble"] < bubble_s["InterleavedZeroBubble"]
+
+
+def test_a_v_schedule_means_two_stages_on_a_rank() -> None:
+    assert scheduled("ZBVZeroBubble").to_json() == scheduled("ZBVZeroBubble", num_virtual_stages=2).to_json()
+
+
+@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - set(PLANNED_SCHEDULES)))
+def test_schedules_that_cannot_be_emitted_are_evaluated_but_not_planned(schedule: ScheduleName) -> None:
+    with pytest.raises(
+        PinConflictError, match=rf"{schedule}' can be evaluated but not planned yet; .* GPipe, 1F1B"
+    ):
+        api.plan(tower(), cluster(4), global_batch=16, schedule=schedule)
+    words = ["evaluate", "llama3-8b", "dgx-h100", "--global-batch", "64", "--pp", "4", "--schedule", schedule]
+    assert build_parser().parse_args(words).schedule == schedule
 
 
 class Attention(nn.Module):
@@ -241,11 +333,8 @@ def test_context_parallelism_divides_rows_and_gathers_keys_and_values() -> None:
         whole.prediction.terms_s["compute"], rel=0.1
     )
     size = 4096 * 512 * 4
-    gather_s = collective_time_s(Collective("all_gather", size, Group(4, 1)), cluster(4))
-    scatter_s = collective_time_s(Collective("reduce_scatter", size, Group(4, 1)), cluster(4))
-    assert context.prediction.terms_s["tensor_parallel"] == pytest.approx(
-        4 * 2 * (gather_s + scatter_s), rel=0.05
-    )
+    moved_s = collective_s("all_gather", size) + collective_s("reduce_scatter", size)
+    assert context.prediction.terms_s["tensor_parallel"] == pytest.approx(4 * 2 * moved_s, rel=0.05)
     gathered = 2 * size  # keys and values are kept whole, everything else by its rows
     assert entry(context, "activations") == pytest.approx(
         gathered + (entry(whole, "activations") - gathered) / 4
@@ -293,10 +382,8 @@ def test_expert_parallelism_deals_out_experts_and_exchanges_rows() -> None:
     assert entry(dealt, "parameters") == pytest.approx(entry(whole, "parameters") / 4)
     assert entry(dealt, "optimizer") == pytest.approx(entry(whole, "optimizer") / 4)
     size = 1024 * 256 * 2
-    exchange_s = collective_time_s(Collective("all_to_all", size, Group(4, 1)), cluster(4))
-    assert dealt.prediction.terms_s["tensor_parallel"] == pytest.approx(
-        4 * exchange_s
-    )  # two forward, two backward
+    exchanges_s = 4 * collective_s("all_to_all", size)  # two forward, two backward
+    assert dealt.prediction.terms_s["tensor_parallel"] == pytest.approx(exchanges_s)
     assert dealt.prediction.terms_s["gradient_sync"] == 0  # each expert has one owner
     assert whole.prediction.terms_s["gradient_sync"] > 0
     partly = mixture(ep=2)

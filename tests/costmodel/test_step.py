@@ -2,10 +2,21 @@ from __future__ import annotations
 
 import random
 import time
+from math import isclose
 
 import pytest
 
-from costmodel import TERMS, CostModelError, Overlap, StageWork, closed_form_step_s, simulate, step_cost
+from costmodel import (
+    SCHEDULES,
+    TERMS,
+    CostModelError,
+    Overlap,
+    StageWork,
+    closed_form_step_s,
+    simulate,
+    step_cost,
+)
+from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES, rank_stages
 
 
 def test_one_rank_does_its_work_one_microbatch_after_the_other() -> None:
@@ -17,7 +28,7 @@ def test_one_rank_does_its_work_one_microbatch_after_the_other() -> None:
         optimizer_s=5,
         gradient_sync_s=1,
     )
-    cost = step_cost([stage], 8)
+    cost = step_cost([stage], 8, overhead_s=3)
     assert cost.terms == {
         "compute": 24,
         "recompute": 8,
@@ -27,8 +38,9 @@ def test_one_rank_does_its_work_one_microbatch_after_the_other() -> None:
         "pipeline_bubble": 0,
         "gradient_sync": 1,  # one unit: nothing to hide it behind
         "optimizer": 5,
+        "overhead": 3,
     }
-    assert cost.total_s == 40
+    assert cost.total_s == 43
 
 
 def test_a_uniform_pipelines_bubble_is_the_ramp() -> None:
@@ -87,26 +99,137 @@ def test_messages_are_what_the_step_would_save_without_them() -> None:
     assert with_it.terms["send_recv"] >= 2 * 3 * 0.5
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_terms_are_the_step(seed: int) -> None:
-    rng = random.Random(seed)
-    v = rng.choice([1, 2])
-    p, name = rng.randint(1, 4), "Interleaved1F1B" if v > 1 else rng.choice(["GPipe", "1F1B"])
-    m = p * rng.randint(1, 10)
+def test_blocking_messages_cost_two_a_microbatch_where_passing_ones_cost_the_ramp() -> None:
+    """Megatron-LM without overlapped point-to-point communication: each forward and each backward waits."""
+    stages, p, m, send_s = [StageWork(1, 2)] * 4, 4, 16, 0.1
+    passing, blocking = (
+        step_cost(stages, m, send_s=send_s, blocking_sends=stops).terms["send_recv"]
+        for stops in (False, True)
+    )
+    # A message to the first and last stage each way; in the steady state both directions pass at once.
+    assert 2 * (p - 1) * send_s <= passing < blocking
+    assert blocking == pytest.approx(2 * send_s * (m + p - 2), rel=0.15)
+
+
+def test_what_hides_slows_down_what_it_hides_behind() -> None:
+    stage = StageWork(1, 2, gradient_sync_s=1, forward_gather_s=0.5, num_units=10)
+    ideal = step_cost([stage], 4).terms
+    slowed = step_cost([stage], 4, overlap=Overlap(contention=0.25)).terms
+    assert ideal["gradient_sync"] == pytest.approx(0.1)
+    assert slowed["gradient_sync"] == pytest.approx(0.1 + 0.25 * 0.9)
+    assert slowed["parameter_gather"] == pytest.approx(4 * (0.05 + 0.25 * 0.45))
+    exposed = step_cost([stage], 4, overlap=Overlap(0, 0, contention=0.25)).terms
+    assert exposed["gradient_sync"] == pytest.approx(1)  # nothing hides, so nothing is slowed down
+
+
+def test_putting_weight_gradients_off_fills_bubbles() -> None:
+    stages = [StageWork(1, 2, weight_s=1)] * 8
+    bubbles = {
+        name: step_cost(stages[: 4 * v], 16, name, v).terms["pipeline_bubble"]
+        for name, v in (("1F1B", 1), ("InterleavedZeroBubble", 1), ("ZBVZeroBubble", 2), ("DualPipeV", 2))
+    }
+    assert bubbles["1F1B"] == 3 * 3
+    assert bubbles["InterleavedZeroBubble"] == 3 * 1  # (p - 1) (f + i - w), arXiv:2401.10241
+    assert bubbles["ZBVZeroBubble"] == 3 * 1  # n f, of stages half a rank's
+    assert bubbles["DualPipeV"] == 3 * 2
+
+
+@pytest.mark.parametrize("name", sorted(SPLIT_BACKWARD_SCHEDULES))
+def test_a_split_backward_needs_its_parts(name: str) -> None:
+    stages = [StageWork(1, 2)] * (8 if name in V_SCHEDULES else 4)
+    with pytest.raises(CostModelError, match=f"{name} splits backwards; pass weight_s"):
+        step_cost(stages, 8, name, len(stages) // 4)
+
+
+def test_dual_pipe_hides_communication_and_says_where() -> None:
+    """What overlapping saves is tensor-parallel communication that nobody waits for."""
+    stages = [StageWork(1, 2, 0, 0.3, 0.6, weight_s=1)] * 8
+    silent = [StageWork(1, 2, weight_s=1)] * 8
+    one, mute = step_cost(stages, 16, "DualPipeV", 2), step_cost(silent, 16, "DualPipeV", 2)
+    v_shaped = step_cost(stages, 16, "ZBVZeroBubble", 2)
+    whole_s = 16 * 2 * (0.3 + 0.6)
+    assert v_shaped.terms["tensor_parallel"] == pytest.approx(whole_s)
+    assert 0 < one.terms["tensor_parallel"] < whole_s
+    assert one.terms["compute"] == mute.terms["compute"]
+    assert mute.total_s < one.total_s < mute.total_s + whole_s
+
+
+def test_a_forward_is_overlapped_with_the_backward_of_the_other_stage_of_its_rank() -> None:
+    """Only the first stage communicates, and only forward: what hides is what its forward has to hide, behind
+    the backward of the last stage, which is on the same rank."""
+    talking = StageWork(1, 2, forward_communication_s=0.5, weight_s=1)
+    stages = [talking, *[StageWork(1, 2, weight_s=1)] * 3]
+    cost = step_cost(stages, 8, "DualPipeV", 2)
+    timeline = simulate(
+        "DualPipeV", 2, 8, [1.5, 1, 1, 1], [2.0] * 4, num_virtual=2, weight_s=[1.0] * 4,
+        overlap_saving_s=[0, 0, 0, 0.5],
+    )  # fmt: skip
+    assert cost.total_s == pytest.approx(timeline.step_s)
+    assert cost.terms["tensor_parallel"] < 8 * 0.5
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_terms_are_the_step(name: str, seed: int) -> None:
+    rng = random.Random(f"{name} {seed}")
+    v = 2 if name in V_SCHEDULES else 1 if name in ("GPipe", "1F1B") else rng.choice([1, 2, 3])
+    p = rng.randint(2 if v > 1 else 1, 4)
+    m = 2 * p * rng.randint(1, 5)
 
     def random_stage() -> StageWork:
         r = rng.random
-        return StageWork(r(), r(), r(), r(), r(), r(), r(), r(), r(), num_units=rng.randint(1, 8))
+        backward_s = r()
+        return StageWork(
+            r(), backward_s, r(), r(), r(), r(), r(), r(), r(), rng.randint(1, 8), backward_s * r()
+        )
 
     stages = [random_stage() for _ in range(p * v)]
-    cost = step_cost(stages, m, name, v, rng.random() / 10, Overlap(rng.random(), rng.random()))
+    overlap = Overlap(rng.random(), rng.random(), rng.random())
+    cost = step_cost(
+        stages, m, name, v, rng.random() / 10, overlap, blocking_sends=rng.random() < 0.5, overhead_s=0.5
+    )
     assert tuple(cost.terms) == TERMS
     assert min(cost.terms.values()) >= 0
     assert cost.total_s == sum(cost.terms.values())
-    own = stages[cost.bottleneck_rank :: p]
-    assert cost.terms["compute"] == pytest.approx(m * sum(s.forward_s + s.backward_s for s in own))
-    ideal_s = max(m * sum(s.forward_s + s.backward_s for s in stages[r::p]) for r in range(p))
-    assert cost.total_s >= ideal_s
+    assert cost.terms["overhead"] == 0.5
+    mine = [[stages[n] for n in rank_stages(name, rank, p, v)] for rank in range(p)]
+    compute_s = [m * sum(s.forward_s + s.backward_s for s in own) for own in mine]
+    assert cost.terms["compute"] == pytest.approx(compute_s[cost.bottleneck_rank])
+    assert cost.total_s >= max(compute_s) + 0.5
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_slowest_rank_ends_when_its_schedule_and_its_optimizer_do(name: str, seed: int) -> None:
+    rng = random.Random(f"{name} {seed}")
+    v = 2 if name in V_SCHEDULES else 1
+    p, m = 3, 3 * rng.randint(2, 6)
+    r = rng.random
+    stages = [
+        StageWork(1 + r(), 2 + r(), r(), forward_communication_s=r(), backward_communication_s=r(),
+                  optimizer_s=4 * r(), weight_s=1)
+        for _ in range(p * v)
+    ]  # fmt: skip
+    forward_s = [s.forward_s + s.forward_communication_s for s in stages]
+    backward_s = [s.recompute_s + s.backward_s + s.backward_communication_s for s in stages]
+    saved_s = [0.0] * len(stages)
+    if name == "DualPipeV":
+        for stage, (one, other) in enumerate(zip(stages, reversed(stages), strict=True)):
+            compute_s = other.forward_s + one.recompute_s + one.backward_s
+            moved_s = other.forward_communication_s + one.backward_communication_s
+            in_turn_s = compute_s + moved_s
+            at_once_s = max(compute_s, moved_s, forward_s[-1 - stage], backward_s[stage])
+            saved_s[stage] = in_turn_s - at_once_s
+    timeline = simulate(
+        name, p, m, forward_s, backward_s, 0.2, v, weight_s=[1.0] * len(stages), overlap_saving_s=saved_s
+    )
+    ends_s = [
+        finish + sum(stages[n].optimizer_s for n in rank_stages(name, rank, p, v))
+        for rank, finish in enumerate(timeline.finish_s)
+    ]
+    cost = step_cost(stages, m, name, v, 0.2)
+    assert isclose(cost.total_s, max(ends_s), rel_tol=1e-9)
+    assert cost.bottleneck_rank == ends_s.index(max(ends_s))
 
 
 def test_the_total_is_the_simulated_step() -> None:

@@ -5,10 +5,12 @@ import pytest
 from costmodel import Collective, CostModelError, Group, Work
 
 
-@pytest.mark.parametrize(("flops", "num_bytes"), [(-1.0, 0.0), (0.0, -1.0)])
-def test_work_is_not_negative(flops: float, num_bytes: float) -> None:
+@pytest.mark.parametrize(
+    ("flops", "num_bytes", "num_launches"), [(-1.0, 0.0, 1), (0.0, -1.0, 1), (0.0, 0.0, -1)]
+)
+def test_work_is_not_negative(flops: float, num_bytes: float, num_launches: int) -> None:
     with pytest.raises(CostModelError, match="-1"):
-        Work(flops, num_bytes)
+        Work(flops, num_bytes, num_launches=num_launches)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(0, 1), (2, 0)])

@@ -1,0 +1,177 @@
+"""A chain cut into pipeline stages, and what each stage is whatever the data axes and the schedule do.
+
+Most stages of a deep model are alike: they run the same kernels in the same order. Alike stages are one
+`Piece` here, whose sums are made once, so that pricing a parallelism costs no more for a hundred stages than
+for the three or four that differ.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from autopar.plan import Recompute
+from autopar.pricing import OpCost, total
+from autopar.search.units import Chain, ParameterShard, Unit
+
+Elements = Mapping[bool, int]
+"""Elements of dense parameters (False) and of experts (True)."""
+
+
+class Bucket(NamedTuple):
+    """Parameters that are gathered together, and whose gradients are reduced together: a unit's, the experts
+    apart."""
+
+    num_elements: int
+    num_bytes: int
+    is_expert: bool
+
+
+class Held(NamedTuple):
+    """What a stage keeps of one microbatch, what it holds at most beside that, and which unit then works."""
+
+    saved_bytes: float
+    working_bytes: float
+    unit: Unit
+    moment: str
+
+
+class Piece:
+    """A run of units that makes a stage, for one microbatch."""
+
+    def __init__(self, units: Sequence[Unit], shards: Mapping[str, ParameterShard]) -> None:
+        self.units = tuple(units)
+        self.parameters = {name: shards[name] for unit in units for name in unit.parameters}
+        self._held: dict[Recompute, Held] = {}
+
+    @cached_property
+    def cost(self) -> OpCost:
+        return total(unit.cost for unit in self.units)
+
+    @cached_property
+    def recompute_s(self) -> Mapping[Recompute, float]:
+        """What the backward runs again under each mode."""
+        modes = self.units[0].recompute_s
+        return {mode: sum(unit.recompute_s[mode] for unit in self.units) for mode in modes}
+
+    @cached_property
+    def elements(self) -> Elements:
+        return num_elements(self.parameters)
+
+    @cached_property
+    def partial_bytes(self) -> int:
+        """Bytes of the parameters whose gradients are summed over `tp`."""
+        return sum(shard.num_bytes for shard in self.parameters.values() if shard.is_partial)
+
+    @cached_property
+    def num_sharding_units(self) -> int:
+        """Units with parameters, 1 at least."""
+        return max(1, sum(bool(unit.parameters) for unit in self.units))
+
+    @cached_property
+    def buckets(self) -> Mapping[Bucket, int]:
+        """How many buckets of each kind move; a parameter that several units share moves with the first."""
+        found: Counter[Bucket] = Counter()
+        seen: set[str] = set()
+        for unit in self.units:
+            fresh = [name for name in unit.parameters if name not in seen]
+            seen.update(fresh)
+            for experts in (False, True):
+                own = [self.parameters[name] for name in fresh if self.parameters[name].is_expert is experts]
+                if own:
+                    sizes = sum(one.num_elements for one in own), sum(one.num_bytes for one in own)
+                    found[Bucket(*sizes, experts)] += 1
+        return found
+
+    def held(self, recompute: Recompute) -> Held:
+        """What it keeps and holds under a recompute mode."""
+        if recompute not in self._held:
+            self._held[recompute] = self._fullest(recompute)
+        return self._held[recompute]
+
+    def _fullest(self, recompute: Recompute) -> Held:
+        seen: set[str] = set()
+        before = fullest = 0
+        at = self.units[0]
+        for unit in self.units:
+            saved = unit.saved[recompute]
+            if before + saved.peak_bytes > fullest:
+                fullest, at = before + saved.peak_bytes, unit
+            before += sum(size for name, size in saved.storages.items() if name not in seen)
+            before += saved.internal_bytes
+            seen.update(saved.storages)
+        name = next((module for module in at.modules if module), at.first_op)
+        moment = f"{at.saved[recompute].phase} of {name}"
+        return Held(before, max(0, fullest - before), at, moment)
+
+
+class RankStates(NamedTuple):
+    """The parameters of the stages of one rank: all of them, those of its largest block and those outside of
+    blocks, and the most elements of a block's weights, one matrix of every stack."""
+
+    elements: Elements
+    block_elements: int
+    root_elements: int
+    weight_elements: float
+
+
+class Pieces:
+    """All ways to cut one chain; what is alike is the same object."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self._pieces: dict[tuple[int, ...], Piece] = {}
+        self._cut: dict[tuple[int, ...], tuple[Piece, ...]] = {}
+        self._states: dict[tuple[int, ...], RankStates] = {}
+
+    def cut(self, cuts: tuple[int, ...]) -> tuple[Piece, ...]:
+        """The stages; `cuts` are the numbers of the units that begin them, 0 first."""
+        if cuts not in self._cut:
+            bounds = pairwise((*cuts, len(self.chain.units)))
+            self._cut[cuts] = tuple(self._piece(self.chain.units[a:b]) for a, b in bounds)
+        return self._cut[cuts]
+
+    def _piece(self, units: tuple[Unit, ...]) -> Piece:
+        # The units stay alive in the chain, so no other kernels can take their identity.
+        key = tuple(id(unit.kernels) for unit in units)
+        if key not in self._pieces:
+            self._pieces[key] = Piece(units, self.chain.parameters)
+        return self._pieces[key]
+
+    def states(self, cuts: tuple[int, ...], stages: Sequence[int]) -> RankStates:
+        """What a rank with these of the stages keeps parameters of; what its stages share counts once."""
+        pieces = self.cut(cuts)
+        key = tuple(id(pieces[stage]) for stage in stages)
+        if key not in self._states:
+            ends = (*cuts, len(self.chain.units))
+            units = [unit for stage in stages for unit in self.chain.units[ends[stage] : ends[stage + 1]]]
+            self._states[key] = self._rank_states(units)
+        return self._states[key]
+
+    def _rank_states(self, units: Sequence[Unit]) -> RankStates:
+        shards = self.chain.parameters
+        sizes = [sum(shards[name].num_elements for name in unit.parameters) for unit in units]
+        return RankStates(
+            num_elements({name: shards[name] for unit in units for name in unit.parameters}),
+            max((size for size, unit in zip(sizes, units, strict=True) if unit.is_block), default=0),
+            sum(size for size, unit in zip(sizes, units, strict=True) if not unit.is_block),
+            max(num_weights(unit, shards) for unit in units),
+        )
+
+
+def num_elements(shards: Mapping[str, ParameterShard]) -> Elements:
+    """How many elements parameters have together."""
+    counts = {False: 0}
+    for shard in shards.values():
+        counts[shard.is_expert] = counts.get(shard.is_expert, 0) + shard.num_elements
+    return counts
+
+
+def num_weights(unit: Unit, parameters: Mapping[str, ParameterShard]) -> float:
+    """Elements of a block's parameters, one matrix of every stack; 0 outside of blocks."""
+    if not unit.is_block:
+        return 0.0
+    return sum(parameters[name].num_elements / parameters[name].num_matrices for name in unit.parameters)
