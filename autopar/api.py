@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import graphs
 import hardware_db
 from autopar.errors import InvalidParallelismError
-from autopar.plan import Alternative, Certificate, Plan, Recompute, ScheduleName
+from autopar.plan import Alternative, Certificate, Parallelism, Plan, Recompute, ScheduleName
+from autopar.pricing import DEFAULT_SOFTWARE
 from autopar.search.describe import (
     alternative,
     build_plan,
@@ -26,6 +27,8 @@ from autopar.search.outcome import Solved
 from autopar.search.planner import Planner, Progress, SearchResult
 from autopar.search.space import Pins
 from autopar.search.validate import check_parallelism
+from costmodel import Software
+from costmodel import software as software_of
 from graphs import Capture
 from hardware_db import Cluster
 
@@ -65,6 +68,7 @@ def plan(
     inputs: Inputs | None = None,
     global_batch: int,
     name: str | None = None,
+    software: str | None = None,
     progress: Progress | None = None,
     time_limit_s: float | None = None,
     microbatch_size: int | None = None,
@@ -85,18 +89,21 @@ def plan(
             them.
         global_batch: samples in one optimizer step.
         name: what to call the model.
+        software: the era of training software to predict for, one of `costmodel.software_eras()`; by default
+            torch's own kernels, which is what the emitted programs run on.
         progress: told `(what, done, total)` as the search goes on.
         time_limit_s: stop searching after so long, with the best plan so far and its gap.
         microbatch_size, tp, pp, dp, zero_stage, recompute, schedule, num_virtual_stages: settings to keep
             fixed.
 
     Raises InfeasibleError when nothing fits, PinConflictError when the pins leave nothing to choose,
-    SearchTimeoutError when the limit passes first, and the errors of capture and of the hardware database.
+    SearchTimeoutError when the limit passes first, CostModelError for an unknown era, and the errors of
+    capture and of the hardware database.
     """
     started = time.monotonic()
     pins = Pins(microbatch_size, tp, pp, dp, zero_stage, recompute, schedule, num_virtual_stages)
     _check_batch(global_batch)
-    machine = _cluster(cluster)
+    machine, era = _cluster(cluster), _era(software)
     if progress is not None:
         progress("capture", 0, 1)
     capture = captured(model, inputs, name)
@@ -105,7 +112,7 @@ def plan(
     policy = training_policy(capture.graph)
     for shorten in (True, False):
         planner = Planner(
-            capture, machine, policy, time_limit_s=time_limit_s, progress=progress, shorten=shorten
+            capture, machine, policy, era, time_limit_s=time_limit_s, progress=progress, shorten=shorten
         )
         result = planner.search(global_batch, pins)
         if result.best is None:
@@ -126,8 +133,10 @@ def evaluate(
     cluster: Cluster | str | Path,
     *,
     inputs: Inputs | None = None,
-    global_batch: int,
+    global_batch: int | None = None,
     name: str | None = None,
+    software: str | None = None,
+    parallelism: Parallelism | None = None,
     dp: int | None = None,
     tp: int | None = None,
     cp: int | None = None,
@@ -139,28 +148,47 @@ def evaluate(
     recompute: Recompute | None = None,
     schedule: ScheduleName | None = None,
     num_virtual_stages: int | None = None,
+    sequence_parallel: bool | None = None,
 ) -> Plan:
     """The cost of training `model` with the parallelism given: a plan whose certificate says "evaluated".
 
-    Degrees default to 1, `dp` to the devices that are left, the ZeRO stage to 0 and `dp_shard` to `dp` under
-    ZeRO. Strategies on the tensor axis are still the best ones. A plan that does not fit is no error: it has
-    a warning, and `prediction.peak_memory_bytes` above `cluster.memory_bytes`.
+    Nothing is searched: the strategies on the tensor axis are Megatron's columns and rows, and blocks are
+    dealt out evenly over the pipeline stages, as a trainer does with just these settings.
 
-    Raises InvalidParallelismError when the degrees do not fit the devices, the batch or the model.
+    Args:
+        model, cluster, inputs, name, software: as for `plan`.
+        global_batch: samples in one optimizer step; by default that of `parallelism`.
+        parallelism: all settings at once, instead of those that follow.
+        dp, tp, cp, ep, pp: degrees; 1 by default, `dp` the devices that are left.
+        zero_stage, dp_shard: what ZeRO shards (0, nothing), and among how many replicas (all of them).
+        microbatch_size, recompute, schedule, num_virtual_stages: 1, "none", "1F1B" or, with several stages on
+            a rank, "Interleaved1F1B".
+        sequence_parallel: whether a tensor axis also splits what lies between its products, by the sequence
+            (on).
+
+    A plan that does not fit is no error: it has a warning, and `prediction.peak_memory_bytes` above
+    `cluster.memory_bytes`.
+
+    Raises InvalidParallelismError when the settings do not fit the devices, the batch or the model, and
+    CostModelError for an unknown era of software.
     """
+    settings: dict[str, object] = {
+        "dp": dp, "tp": tp, "cp": cp, "ep": ep, "pp": pp, "zero_stage": zero_stage, "dp_shard": dp_shard,
+        "microbatch_size": microbatch_size, "recompute": recompute, "schedule": schedule,
+        "num_virtual_stages": num_virtual_stages, "sequence_parallel": sequence_parallel,
+    }  # fmt: skip
+    if parallelism is not None:
+        _check_alone(parallelism, settings, global_batch)
+        settings = {name: getattr(parallelism, name) for name in settings}
+        global_batch = parallelism.global_batch
+    if global_batch is None:
+        raise InvalidParallelismError("how many samples has a step? Pass global_batch=, or a parallelism=")
     _check_batch(global_batch)
-    machine = _cluster(cluster)
+    machine, era = _cluster(cluster), _era(software)
     capture = captured(model, inputs, name)
-    parallelism = check_parallelism(
-        capture.graph,
-        machine,
-        global_batch,
-        {"dp": dp, "tp": tp, "cp": cp, "ep": ep, "pp": pp, "zero_stage": zero_stage, "dp_shard": dp_shard,
-         "microbatch_size": microbatch_size, "recompute": recompute, "schedule": schedule,
-         "num_virtual_stages": num_virtual_stages},
-    )  # fmt: skip
-    planner = Planner(capture, machine, training_policy(capture.graph))
-    solved = planner.finish(planner.solve(parallelism))
+    checked = check_parallelism(capture.graph, machine, global_batch, settings)
+    planner = Planner(capture, machine, training_policy(capture.graph), era)
+    solved = planner.as_given(checked)
     step_s = solved.evaluated.step_s
     certificate = Certificate(
         status="evaluated", objective_s=step_s, bound_s=step_s, num_candidates=1, num_solved=1, pruned={}
@@ -172,6 +200,20 @@ def evaluate(
 def _check_batch(global_batch: int) -> None:
     if global_batch < 1:
         raise InvalidParallelismError(f"a global batch of {global_batch} has no sample; give 1 or more")
+
+
+def _check_alone(parallelism: Parallelism, others: Mapping[str, object], global_batch: int | None) -> None:
+    also = [name for name, value in others.items() if value is not None]
+    if global_batch not in (None, parallelism.global_batch):
+        also.append(f"a global batch of {global_batch} instead of its {parallelism.global_batch}")
+    if also:
+        raise InvalidParallelismError(
+            f"parallelism={parallelism} says everything, but {', '.join(also)} was given as well; drop either"
+        )
+
+
+def _era(name: str | None) -> Software:
+    return software_of(DEFAULT_SOFTWARE if name is None else name)
 
 
 def _cluster(cluster: Cluster | str | Path) -> Cluster:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import costmodel
 
-PLAN_VERSION: Literal[1] = 1
+PLAN_VERSION: Literal[2] = 2
 
 Recompute = Literal["none", "attention", "alternate", "selective", "full"]
 """What the backward computes again of every block: nothing; the probabilities of attention, where its kernel
@@ -149,6 +149,7 @@ class StagePlan(Frozen):
 class Prediction(Frozen):
     """Predicted cost of one training step; `terms_s` add up to `step_s`."""
 
+    software: str = Field(description="the era of software that runs it, see `costmodel.software`")
     step_s: float
     terms_s: Mapping[str, float]
     tokens_per_s: float
@@ -196,7 +197,7 @@ class Plan(Frozen):
     how every parameter lies on the tensor axis, `*` standing for the numbers of repeated blocks.
     """
 
-    version: Literal[1] = PLAN_VERSION
+    version: Literal[2] = PLAN_VERSION
     model: ModelSummary
     cluster: ClusterSummary
     parallelism: Parallelism

@@ -86,10 +86,10 @@ class Pricer:
     ) -> None:
         self.cluster = cluster
         self.groups = dict(groups)
-        self.era = era or (like.era if like else software(DEFAULT_SOFTWARE))
+        self.era: Software = era or (like.era if like else software(DEFAULT_SOFTWARE))
         self.low_precision = low_precision
         self.blocks = blocks
-        self.roofline = like.roofline if like else Roofline(cluster.device, self.era)
+        self.roofline: Roofline = like.roofline if like else Roofline(cluster.device, self.era)
         self._lines = like._lines if like else {}
 
     _lines: dict[tuple[str, Group], tuple[Algorithm, ...]]

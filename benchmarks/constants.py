@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from costmodel import software
 from hardware_db import Accelerator, catalog
+from hardware_db.schema import Kind
 
 HERE = Path(__file__).parent
 SOFTWARE = HERE.parent / "costmodel" / "data" / "software.json"
@@ -36,9 +38,11 @@ class Constant:
     spread: float
     members: tuple[str, ...] = ()
 
-    @property
-    def is_share(self) -> bool:
-        return self.name in SHARES
+    def within_bounds(self, value: float) -> float:
+        """The value, at most 1 for a share, at least 1 for the roofline's edge."""
+        if self.name in SHARES or "overlap" in self.name:
+            return min(value, 1.0)
+        return max(value, 1.0) if self.name == "edge_sharpness" else value
 
     def applies_to(self, card: Accelerator, *, own: bool) -> bool:
         """Whether it is one of the accelerator's kind, or of its family (`own`)."""
@@ -51,7 +55,7 @@ class Constant:
         if scope == "software":
             return float(getattr(software("flash-2023" if name == "shared" else name), self.name))
         if scope == "kind":
-            fact = getattr(catalog.efficiency_defaults().kinds[name], self.name)
+            fact = getattr(catalog.efficiency_defaults().of(cast("Kind", name), ""), self.name)
         else:
             fact = getattr(catalog.accelerator(self.members[0]).efficiency_facts, self.name)
         return float(fact.require(f"{self.place}.{self.name}"))
@@ -70,7 +74,7 @@ def constants() -> tuple[Constant, ...]:
 def write_constants(values: Mapping[Constant, float]) -> None:
     """Write fitted values into the data files, a line each; all else stays as it is."""
     for constant, value in values.items():
-        value = min(value, 1.0) if constant.is_share or "overlap" in constant.name else value
+        value = constant.within_bounds(value)
         scope, _, name = constant.place.partition(".")
         if scope == "software":
             _write(SOFTWARE, name, constant, value)
@@ -85,6 +89,9 @@ def _write(path: Path, block: str, constant: Constant, value: float) -> None:
     """Replace or add the line of one constant inside the object named `block`."""
     fact: dict[str, object] = {"value": float(f"{value:.4g}"), "source": SOURCE, "confidence": "fitted"}
     text = path.read_text(encoding="utf-8")
+    text = text.replace(f'  "{block}": {{}},', f'  "{block}": {{\n  }},')
+    if f'"{block}": {{\n' not in text:
+        text = text.replace('  "notes":', f'  "{block}": {{\n  }},\n  "notes":')
     opening = re.search(rf'^( *)"{re.escape(block)}": \{{\n', text, re.MULTILINE)
     if opening is None:
         raise SystemExit(f"{path} has no object {block!r}; add it, then fit again")
@@ -92,5 +99,8 @@ def _write(path: Path, block: str, constant: Constant, value: float) -> None:
     body, indent = text[opening.end() : end], f"{opening[1]}  "
     line = f'{indent}"{constant.name}": {json.dumps(fact)}'
     old = re.search(rf'^ *"{constant.name}": \{{[^\n]*?\}}(?=,?$)', body, re.MULTILINE)
-    body = body[: old.start()] + line + body[old.end() :] if old else f"{line},\n{body}"
+    if old:
+        body = body[: old.start()] + line + body[old.end() :]
+    else:
+        body = f"{line},\n{body}" if body else line
     path.write_text(text[: opening.end()] + body + text[end:], encoding="utf-8")

@@ -126,8 +126,8 @@ def _era(name: str, values: Mapping[Constant, float]) -> Software:
     era = software(name)
     known = {field.name for field in fields(Software)}
     for place in ("software.shared", f"software.{name}"):
-        own = {c.name: float(v) for c, v in values.items() if c.place == place and c.name in known}
-        own = {key: min(1.0, value) if "overlap" in key else value for key, value in own.items()}
+        mine = (c for c in values if c.place == place and c.name in known)
+        own = {c.name: c.within_bounds(float(values[c])) for c in mine}
         era = replace(era, **own)  # type: ignore[arg-type]
     return era
 
@@ -138,8 +138,8 @@ def _device(card: Accelerator, values: Mapping[Constant, float]) -> Accelerator:
     for is_own in (False, True):
         for constant, value in values.items():
             if constant.applies_to(card, own=is_own):
-                most = 1.0 if constant.is_share else np.inf
-                facts[constant.name] = Fact(value=min(value, most), source="fit", confidence="fitted")
+                value = constant.within_bounds(value)
+                facts[constant.name] = Fact(value=value, source="fit", confidence="fitted")
     return card.with_efficiency(EfficiencyFacts(**facts))
 
 
@@ -189,7 +189,7 @@ def _derivatives(theta: Vector, errors: Vector, evaluate: Evaluate) -> Vector:
     return np.stack([(column - errors) / STEP for column in evaluate(moved)], axis=1)
 
 
-def left_out_errors(model: Model, found: Fit, evaluate: Evaluate, num_steps: int = 3) -> dict[str, float]:
+def left_out_errors(model: Model, found: Fit, evaluate: Evaluate, num_steps: int = 2) -> dict[str, float]:
     """The mean |error| of every group under constants fitted to all other groups."""
     names = sorted(set(model.groups))
     thetas = []
@@ -234,12 +234,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return pool.map(_log_errors, thetas, chunksize=1)
 
         found = fit(model, start, evaluate, options.steps)
+        if options.write:
+            write_constants(dict(zip(model.fitted, np.exp(found.theta).tolist(), strict=True)))
         left_out = left_out_errors(model, found, evaluate) if options.leave_one_group_out else {}
     errors = _group_errors(model, found)
-    _show(model, found, errors, left_out)
     if options.write:
         FITTED.write_text(_json(model, found, errors, left_out), encoding="utf-8")
-        write_constants(dict(zip(model.fitted, np.exp(found.theta).tolist(), strict=True)))
+    _show(model, found, errors, left_out)
     return 0
 
 
@@ -277,14 +278,17 @@ def _show(
     sizes, biases = (float(np.mean(column)) for column in zip(*errors.values(), strict=True))
     rest = float(np.mean(list(left_out.values()))) if left_out else None
     rows.append(("mean over groups", f"{100 * sizes:.1f} %", f"{100 * biases:+.1f} %", _percent(rest)))
-    print(table(("group", "fitted", "bias", "left out"), rows))
-    print()
+    _print(("group", "fitted", "bias", "left out"), rows)
     values = np.exp(found.theta)
     lines = [
         (f"{c.place}.{c.name}", f"{c.prior:.4g}", f"{value:.4g}")
         for c, value in zip(model.fitted, values, strict=True)
     ]
-    print(table(("constant", "prior", "fitted"), lines))
+    _print(("constant", "prior", "fitted"), lines)
+
+
+def _print(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    print("\n".join(table([head, *rows], right=range(1, len(head)), indent="")) + "\n")
 
 
 def _percent(value: float | None) -> str:

@@ -18,7 +18,15 @@ from costmodel.memory import (
     optimizer_policy,
     usual_policy,
 )
-from costmodel.orders import SCHEDULES, ScheduleName, peak_activation_bytes, peak_in_flight, rank_orders
+from costmodel.orders import (
+    SCHEDULES,
+    ScheduleName,
+    peak_activation_bytes,
+    peak_in_flight,
+    rank_orders,
+    rank_stages,
+    stage_ranks,
+)
 from costmodel.parameter_server import (
     GradientExchange,
     ParameterServers,
@@ -79,12 +87,14 @@ __all__ = [
     "pipeline_lower_bound_s",
     "rank_finish_s",
     "rank_orders",
+    "rank_stages",
     "scale_factor",
     "simulate",
     "software",
     "software_eras",
     "spans",
     "spread_servers_s",
+    "stage_ranks",
     "step_cost",
     "usual_policy",
     "work_time_s",

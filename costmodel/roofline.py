@@ -76,7 +76,8 @@ class Roofline:
     def _rounded(self, one_s: float, other_s: float) -> float:
         longer_s, shorter_s = max(one_s, other_s), min(one_s, other_s)
         p = self.efficiency.edge_sharpness
-        return longer_s * (1 + (shorter_s / longer_s) ** p) ** (1 / p)
+        rounded: float = (1 + (shorter_s / longer_s) ** p) ** (1 / p)
+        return longer_s * rounded
 
     def _share(self, work: Work) -> float:
         """The share of the peak that the work's arithmetic reaches."""

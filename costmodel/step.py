@@ -17,9 +17,10 @@ left, the bubble. Tensor-parallel communication counts as far as DualPipeV does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache, partial
+from typing import TypeVar
 
 from costmodel.errors import CostModelError
 from costmodel.events import overlap_saving_s
@@ -47,7 +48,8 @@ class StageWork:
     `recompute_s` is the part of the forward, communication in it included, that runs again before the
     backward; `*_communication_s` is what runs in line with compute (tensor, sequence, context and expert
     parallelism); `*_gather_s` gathers ZeRO-3 parameters and `gradient_sync_s`, once a step, reduces
-    gradients, in `num_units` roughly equal buckets (fully_shard units); `optimizer_s` is once a step.
+    gradients, in `num_units` roughly equal buckets (fully_shard units); `partial_sum_s`, once a step, is
+    synchronisation that has to wait for the end of the backward; `optimizer_s` is once a step.
     """
 
     forward_s: float
@@ -58,6 +60,7 @@ class StageWork:
     forward_gather_s: float = 0.0
     backward_gather_s: float = 0.0
     gradient_sync_s: float = 0.0
+    partial_sum_s: float = 0.0
     optimizer_s: float = 0.0
     num_units: int = 1
     weight_s: float = 0.0
@@ -84,19 +87,22 @@ class Overlap:
 
 
 IDEAL_OVERLAP = Overlap()
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step: `terms`, by the names in `TERMS`, of the bottleneck rank; `total_s` is their sum."""
+    """Seconds of a step, and the rank that it waits for."""
 
-    terms: Mapping[str, float]
+    total_s: float
     bottleneck_rank: int
+    _account: Callable[[], Mapping[str, float]] = field(repr=False, compare=False)
 
-    @property
-    def total_s(self) -> float:
-        """The step's time."""
-        return sum(self.terms.values())
+    @cached_property
+    def terms(self) -> Mapping[str, float]:
+        """The bottleneck rank's seconds by the names in `TERMS`, which add up to the total. Accounted for
+        when asked: a planner reads no more than the total of most."""
+        return self._account()
 
 
 def step_cost(
@@ -120,7 +126,7 @@ def step_cost(
     num_ranks, remainder = divmod(len(stages), num_virtual) if num_virtual > 0 else (0, 0)
     if not num_ranks or remainder:
         raise CostModelError(f"{len(stages)} stages do not divide into ranks of {num_virtual} virtual stages")
-    exposed = [_communication(stage, overlap) for stage in stages]
+    exposed = _once_each(partial(_communication, overlap=overlap), stages)
     forward_s = [
         s.forward_s + s.forward_communication_s + e.forward_gather_s
         for s, e in zip(stages, exposed, strict=True)
@@ -132,31 +138,48 @@ def step_cost(
     savings_s = _savings_s(stages) if schedule_name == "DualPipeV" else [0.0] * len(stages)
     weight_s = [stage.weight_s for stage in stages]
     finish = partial(
-        rank_finish_s, schedule_name, num_ranks, num_microbatches, forward_s, backward_s,
-        num_virtual=num_virtual, weight_s=weight_s if any(weight_s) else None,
-        overlap_saving_s=savings_s,
+        _finish_s, schedule_name, num_ranks, num_microbatches, tuple(forward_s), tuple(backward_s),
+        num_virtual=num_virtual, weight_s=tuple(weight_s) if any(weight_s) else None,
+        overlap_saving_s=tuple(savings_s),
     )  # fmt: skip
-    finish_s = finish(send_s=send_s, blocking_sends=blocking_sends)
+    sends_s = tuple(send_s) if isinstance(send_s, Sequence) else send_s
+    finish_s = finish(send_s=sends_s, blocking_sends=blocking_sends)
 
     mine = [rank_stages(schedule_name, rank, num_ranks, num_virtual) for rank in range(num_ranks)]
-    once_s = [s.optimizer_s + e.gradient_sync_s for s, e in zip(stages, exposed, strict=True)]
+    once_s = [
+        s.optimizer_s + s.partial_sum_s + e.gradient_sync_s for s, e in zip(stages, exposed, strict=True)
+    ]
     ends_s = [finish_s[rank] + sum(once_s[stage] for stage in mine[rank]) for rank in range(num_ranks)]
     slowest = ends_s.index(max(ends_s))
-    unhindered_s = finish_s[slowest]
-    if isinstance(send_s, Sequence) or send_s:
-        unhindered_s = finish()[slowest]
     own = mine[slowest]
-    terms = _work_terms([stages[n] for n in own], [exposed[n] for n in own], num_microbatches)
-    hidden_s = 0.0
-    if any(savings_s):
-        orders = rank_orders(schedule_name, num_ranks, num_microbatches, num_virtual)
-        hidden_s = sum(savings_s[stage] for phase, stage, _ in orders[slowest] if phase == "O")
-    terms["tensor_parallel"] -= hidden_s
-    busy_s = num_microbatches * sum(forward_s[n] + backward_s[n] for n in own) - hidden_s
-    terms["pipeline_bubble"] = max(0.0, unhindered_s - busy_s)
-    terms["send_recv"] = max(0.0, finish_s[slowest] - unhindered_s)
-    terms["overhead"] = overhead_s
-    return StepCost({name: terms[name] for name in TERMS}, slowest)
+
+    def account() -> dict[str, float]:
+        unhindered_s = finish_s[slowest]
+        if sends_s:
+            unhindered_s = finish()[slowest]
+        terms = _work_terms([stages[n] for n in own], [exposed[n] for n in own], num_microbatches)
+        hidden_s = 0.0
+        if any(savings_s):
+            orders = rank_orders(schedule_name, num_ranks, num_microbatches, num_virtual)
+            hidden_s = sum(savings_s[stage] for phase, stage, _ in orders[slowest] if phase == "O")
+        terms["tensor_parallel"] -= hidden_s
+        busy_s = num_microbatches * sum(forward_s[n] + backward_s[n] for n in own) - hidden_s
+        terms["pipeline_bubble"] = max(0.0, unhindered_s - busy_s)
+        terms["send_recv"] = max(0.0, finish_s[slowest] - unhindered_s)
+        terms["overhead"] = overhead_s
+        return {name: terms[name] for name in TERMS}
+
+    return StepCost(ends_s[slowest] + overhead_s, slowest, account)
+
+
+_finish_s = lru_cache(maxsize=1024)(rank_finish_s)
+"""Kept, because ways to shard and to synchronise that differ once a step have the same pipeline."""
+
+
+def _once_each(make: Callable[[StageWork], T], stages: Sequence[StageWork]) -> list[T]:
+    """What is made of every stage, once for those that are the same object."""
+    made = {key: make(stage) for key, stage in {id(stage): stage for stage in stages}.items()}
+    return [made[id(stage)] for stage in stages]
 
 
 def _savings_s(stages: Sequence[StageWork]) -> list[float]:
@@ -212,9 +235,9 @@ def _work_terms(
         "tensor_parallel": num_microbatches
         * sum(s.forward_communication_s + s.backward_communication_s for s in stages),
         "parameter_gather": num_microbatches * sum(e.forward_gather_s + e.backward_gather_s for e in exposed),
-        "gradient_sync": sum(e.gradient_sync_s for e in exposed),
+        "gradient_sync": sum(e.gradient_sync_s for e in exposed) + sum(s.partial_sum_s for s in stages),
         "optimizer": sum(s.optimizer_s for s in stages),
     }
 
 
-_SECONDS = tuple(field.name for field in fields(StageWork) if field.name.endswith("_s"))
+_SECONDS = tuple(each.name for each in fields(StageWork) if each.name.endswith("_s"))

@@ -78,6 +78,7 @@ def plan() -> Plan:
         },
         stages=stages,
         prediction=Prediction(
+            software="torch-eager",
             step_s=2.0,
             terms_s=terms,
             tokens_per_s=tokens_per_step / 2.0,

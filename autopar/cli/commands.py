@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OK, NO = 0, 1
 PINS = ("dp", "tp", "pp", "zero_stage", "microbatch_size", "recompute", "schedule", "num_virtual_stages")
-DEGREES = (*PINS, "cp", "ep", "dp_shard")
+DEGREES = (*PINS, "cp", "ep", "dp_shard", "sequence_parallel")
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -32,6 +32,7 @@ def plan(options: argparse.Namespace) -> int:
             _model(options),
             options.cluster,
             global_batch=options.global_batch,
+            software=options.software,
             progress=on_progress,
             time_limit_s=options.time_limit,
             **{name: getattr(options, name) for name in PINS},
@@ -53,7 +54,13 @@ def evaluate(options: argparse.Namespace) -> int:
     check_new(options.output, force=options.force)
     with short_warnings(quiet=options.quiet):
         degrees = {name: getattr(options, name) for name in DEGREES}
-        found = api.evaluate(_model(options), options.cluster, global_batch=options.global_batch, **degrees)
+        found = api.evaluate(
+            _model(options),
+            options.cluster,
+            global_batch=options.global_batch,
+            software=options.software,
+            **degrees,
+        )
     _deliver(found, options)
     return OK if found.prediction.peak_memory_bytes <= found.cluster.memory_bytes else NO
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autopar.plan import PLANNED_SCHEDULES
-from costmodel.orders import SCHEDULES
+from costmodel import SCHEDULES, software_eras
 
 COMMANDS = ("plan", "explain", "evaluate", "compile", "launch", "verify", "hardware", "calibrate")
 
@@ -289,6 +289,11 @@ def _workload(command: argparse.ArgumentParser, *, required: bool = True) -> Non
         "--global-batch", type=_positive_int, required=required, metavar="N", help="samples of one step"
     )
     command.add_argument("--seq-len", type=_positive_int, metavar="N", help="tokens of a sample")
+    command.add_argument(
+        "--software",
+        metavar="ERA",
+        help=f"what runs there: {', '.join(software_eras())} (default: the program's)",
+    )
 
 
 def _records(command: argparse.ArgumentParser) -> None:
@@ -313,6 +318,11 @@ def _parallelism(group: argparse._ArgumentGroup, *, searched: bool) -> None:
     if not searched:
         sharding = "replicas among which ZeRO shards (default: all)"
         group.add_argument("--dp-shard", type=_positive_int, metavar="N", help=sharding)
+        group.add_argument(
+            "--sequence-parallel",
+            action=argparse.BooleanOptionalAction,
+            help="split the sequence between the products of a tensor axis (default: on)",
+        )
     zero = None if searched else 0
     group.add_argument("--zero-stage", type=int, choices=range(4), default=zero, help="what ZeRO shards")
     batch = None if searched else 1

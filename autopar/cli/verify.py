@@ -1,7 +1,7 @@
 """`autopar verify`: run a program against the original model on this machine.
 
 What is too large for it is replaced by a sibling: the same architecture, narrow and shallow, in single
-precision, with every degree of parallelism cut to 2. It takes the same way through search and rewriter.
+precision, with every degree of parallelism cut to 2. It takes the same way through evaluation and rewriter.
 """
 
 from __future__ import annotations
@@ -59,20 +59,7 @@ def _verify_sibling(spec: ModelSpec, degrees: Parallelism, *, quiet: bool) -> bo
     num_ranks = degrees.world_size
     log(f"verifying {sibling.name} on {num_ranks} local ranks: {degrees}", quiet=quiet)
     model = api.captured(sibling, None, None)
-    plan = api.evaluate(
-        model,
-        f"local-cpu*{num_ranks}",
-        global_batch=degrees.global_batch,
-        dp=degrees.dp,
-        dp_shard=degrees.dp_shard,
-        tp=degrees.tp,
-        pp=degrees.pp,
-        zero_stage=degrees.zero_stage,
-        microbatch_size=degrees.microbatch_size,
-        recompute=degrees.recompute,
-        schedule=degrees.schedule,
-        num_virtual_stages=degrees.num_virtual_stages,
-    )
+    plan = api.evaluate(model, f"local-cpu*{num_ranks}", parallelism=degrees)
     with tempfile.TemporaryDirectory() as scratch:
         program = compile(model, plan)
         directory = program.save(scratch)
@@ -100,6 +87,7 @@ def _reduced(degrees: Parallelism, num_ranks: int) -> Parallelism:
     return Parallelism(
         **kept,
         zero_stage=degrees.zero_stage if kept["dp_shard"] > 1 else 0,
+        sequence_parallel=degrees.sequence_parallel,
         microbatch_size=2,
         num_microbatches=2 * kept["pp"],
         num_virtual_stages=virtual,

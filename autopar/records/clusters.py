@@ -26,13 +26,15 @@ from hardware_db.schema import NodeScaleOut
 
 _RATE: Final = re.compile(
     r"""
-    (?: (?P<links> \d+) \s* x \s* )?                # 8x
-    (?: [a-z] [a-z\ -]* )?                           # HDR, Omni-Path
-    (?P<gbit> \d+) \s* (?: gb/s | gbps | gb )?       # 200Gb/s
-    [^()\d]*? \b per \  (?P<unit> node | gpu | chip | device)
+    (?: (?P<links> \d+) \s* x \s* )?                                # 8x
+    (?: [a-z] [a-z\ -]* )?                                           # HDR, Omni-Path
+    (?P<rate> \d+ (?: \.\d+ )? ) \s*                                # 200
+    (?P<scale> [gt] )? (?P<kind> b )? (?: it )? (?: /s | ps | e )? \b  # Gb/s, Gbps, GbE, G, or nothing
+    (?: [^()\d]*? \b per \  (?P<unit> node | server | host | gpu | chip | device | card) )?
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+_WHOLE_NODE: Final = ("node", "server", "host")
 _RACK: Final = re.compile(r"across (?P<devices>\d+)", re.IGNORECASE)
 
 
@@ -138,18 +140,35 @@ def _network_cards(own: NodeScaleOut, facts: ClusterFacts, cards: int) -> NodeSc
 
     A rate of the whole node is shared by as many network cards as the node has.
     """
-    match = _RATE.search(facts.inter_node_link or "")
-    if match is None or facts.n_devices <= cards:
+    said = _network_rate(facts.inter_node_link or "")
+    if said is None or facts.n_devices <= cards:
         return own
-    gbit = float(match["gbit"])
-    if match["unit"].lower() != "node":
-        nics = cards
-    elif match["links"]:
-        nics = int(match["links"])
+    links, gbit, is_whole_node = said
+    if not is_whole_node:
+        links = cards
+    elif links is None:
+        links = int(own.num_nics.value or cards)
+        gbit /= links
+    return own.model_copy(update={"num_nics": _fact(links), "gbit_per_s_per_nic": _fact(gbit)})
+
+
+def _network_rate(words: str) -> tuple[int | None, float, bool] | None:
+    """Links, the Gbit/s of each (of all where links are not told), and whether of a node or of a card.
+
+    None where no rate stands in the words, or one of which nobody can tell whose it is.
+    """
+    for match in _RATE.finditer(words):
+        if match["links"] or (match["scale"] and match["kind"]):
+            break
     else:
-        nics = int(own.num_nics.value or cards)
-        gbit /= nics
-    return own.model_copy(update={"num_nics": _fact(nics), "gbit_per_s_per_nic": _fact(gbit)})
+        return None
+    links = int(match["links"]) if match["links"] else None
+    if links is None and match["unit"] is None:
+        return None
+    gbit = float(match["rate"]) * (1000 if (match["scale"] or "").lower() == "t" else 1)
+    gbit *= 8 if match["kind"] == "B" else 1
+    unit = (match["unit"] or "node").lower()
+    return links, gbit, unit in _WHOLE_NODE
 
 
 def _id(id: str, own: NodeScaleOut, given: NodeScaleOut) -> str:

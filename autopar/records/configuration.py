@@ -17,13 +17,20 @@ from autopar.plan import Parallelism, Recompute, ScheduleName
 from autopar.records.schema import ParallelismFacts, Record, RecordError
 from autopar.records.software import habits, software_era
 from costmodel import CostModelError
-from costmodel.orders import check_schedule
+from costmodel.orders import V_SCHEDULES, check_schedule
 
 MICROBATCHES_PER_STAGE: Final = 8
 """Of a pipeline whose global batch is not published: its bubble is then small, as in any tuned run."""
 
 _PARTIAL: Final = re.compile(r"partial:(\d+)-of-(\d+)-layers-full")
 _OFFLOADED_LAYERS: Final = re.compile(r"cpu_offloading_num_layers\W+(\d+)")
+_SCHEDULES: Final[dict[str, ScheduleName]] = {
+    "dualpipe": "DualPipeV",
+    "zbv": "ZBVZeroBubble",
+    "zerobubble": "InterleavedZeroBubble",
+    "gpipe": "GPipe",
+    "bfs": "LoopedBFS",
+}
 _HARDWARE_DTYPES: Final = {"mxfp8": "fp8", "nvfp4": "fp4"}
 
 
@@ -41,6 +48,7 @@ class Configuration:
         fsdp: whether `fully_shard`, or the like of it, shards.
         precision: of the matrix products, in the record's words: bf16, fp16, fp8, mxfp8, nvfp4.
         era: the software's, one of `costmodel.software_eras()`.
+        schedule: of the pipeline, in the record's words.
         pp_partition: how layers were dealt to stages, in the record's words.
         remat_policy: what a TPU run recomputed, in the record's words.
     """
@@ -56,6 +64,7 @@ class Configuration:
     fsdp: bool
     precision: str
     era: str
+    schedule: str | None
     pp_partition: str | None
     remat_policy: str | None
 
@@ -81,7 +90,7 @@ class Configuration:
                 "microbatch_size": microbatch_size,
                 "num_microbatches": self.replica_batch // microbatch_size,
                 "num_virtual_stages": virtual_stages,
-                "schedule": _schedule(virtual_stages),
+                "schedule": _schedule(self.schedule, virtual_stages),
                 "recompute": recompute,
             }
         )
@@ -111,7 +120,7 @@ def configuration(record: Record) -> Configuration:
         microbatch_size=sizes[0],
         num_microbatches=replica_batch // sizes[0],
         num_virtual_stages=stages[0],
-        schedule=_schedule(stages[0]),
+        schedule=_schedule(facts.schedule, stages[0]),
         recompute=recomputes[0],
     )
     return Configuration(
@@ -126,6 +135,7 @@ def configuration(record: Record) -> Configuration:
         fsdp=facts.fsdp,
         precision=record.precision,
         era=software_era(record),
+        schedule=facts.schedule,
         pp_partition=facts.pp_partition,
         remat_policy=facts.remat_policy,
     )
@@ -194,6 +204,8 @@ def _virtual_stages(record: Record) -> tuple[int, ...]:
     Where none does, the embedding and the head count as a layer each.
     """
     facts, layers = record.parallelism, record.model.layers
+    if _schedule(facts.schedule, 1) in V_SCHEDULES:
+        return (2,)
     if facts.virtual_stages is not None:
         return (facts.virtual_stages,)
     fewest = 2 if "interleaved" in (facts.schedule or "").lower() else 1
@@ -232,8 +244,11 @@ def _offload_share(record: Record) -> float:
     return int(match[1]) / record.model.layers if match else 0.0
 
 
-def _schedule(virtual_stages: int) -> ScheduleName:
-    return "Interleaved1F1B" if virtual_stages > 1 else "1F1B"
+def _schedule(words: str | None, virtual_stages: int) -> ScheduleName:
+    """torch's name of a schedule that a record tells in its own words."""
+    said = re.sub("[^a-z0-9]", "", (words or "").lower())
+    named = next((name for sign, name in _SCHEDULES.items() if sign in said), None)
+    return named or ("Interleaved1F1B" if virtual_stages > 1 else "1F1B")
 
 
 def _runs(parallelism: Parallelism) -> bool:

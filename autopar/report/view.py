@@ -162,7 +162,7 @@ def view(plan: Plan, token_budget: float | None = None) -> Report:
         verdict=_verdict(plan),
         training=None if token_budget is None else _training(plan, token_budget),
         axes=_axes(plan),
-        settings=_settings(plan.parallelism),
+        settings=_settings(plan.parallelism, plan.prediction.software),
         blocks=group_placements(getattr(plan, "placements", {})),
         operations=_operations(plan),
         stages=_stages(plan),
@@ -253,11 +253,12 @@ def _axes(plan: Plan) -> tuple[Axis, ...]:
     return tuple(found)
 
 
-def _settings(p: Parallelism) -> tuple[tuple[str, str], ...]:
+def _settings(p: Parallelism, software: str) -> tuple[tuple[str, str], ...]:
     settings = [
         ("microbatches", f"{p.num_microbatches} of {p.microbatch_size} samples on each of {p.dp} replicas"),
         ("recompute", p.recompute),
         ("ZeRO stage", str(p.zero_stage)),
+        ("software", software),
     ]
     if p.ep > 1:
         settings.append(("experts", f"divided over {p.ep} of the data-parallel ranks"))

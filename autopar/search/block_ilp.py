@@ -39,6 +39,9 @@ from autopar.search.axis_problem import AxisProblem, Reader, TensorClass
 from autopar.search.solver import LinearModel, Term, solve
 from autopar.strategies import stored_state
 
+MANY_MICROBATCHES = 1 << 30
+"""With so many, what is done once a step counts for nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPrice:

@@ -185,7 +185,7 @@ class Bounds:
 
     @cached_property
     def _pricer(self) -> Pricer:
-        return Pricer(self.cluster, {})
+        return Pricer(self.cluster, {}, self.software)
 
     def memory_bytes(self, p: Parallelism) -> float:
         """Whatever the program and the cuts, some rank holds this much."""

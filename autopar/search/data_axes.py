@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from math import gcd
+from operator import add
 
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer
@@ -48,11 +50,11 @@ def data_groups(p: Parallelism, *, experts: bool = False) -> tuple[Group, Group]
 
 def held_states(elements: Elements, p: Parallelism, policy: OptimizerPolicy) -> Ledger:
     """Parameters, gradients and optimizer states of one rank."""
-    ledger = Ledger()
-    for experts, num_elements in elements.items():
-        degree = data_groups(p, experts=experts)[0].size
-        ledger += model_state_ledger(num_elements, policy, p.zero_stage, degree)
-    return ledger
+    ledgers = [
+        model_state_ledger(num_elements, policy, p.zero_stage, data_groups(p, experts=experts)[0].size)
+        for experts, num_elements in elements.items()
+    ]
+    return reduce(add, ledgers)
 
 
 def updated_elements(elements: Elements, p: Parallelism) -> float:
@@ -86,9 +88,7 @@ def data_traffic(
     return DataTraffic(forward_s, backward_s, step_s)
 
 
-def _bucket_traffic(
-    bucket: Bucket, p: Parallelism, pricer: Pricer, policy: OptimizerPolicy
-) -> DataTraffic:
+def _bucket_traffic(bucket: Bucket, p: Parallelism, pricer: Pricer, policy: OptimizerPolicy) -> DataTraffic:
     shard, replicate = data_groups(p, experts=bucket.is_expert)
     gradient_bytes = policy.gradient_bytes * bucket.num_elements
     gather_s = pricer.collective_s("all_gather", bucket.num_bytes, shard)

@@ -164,14 +164,13 @@ def cluster_summary(cluster: Cluster, capture: Capture) -> ClusterSummary:
 
 
 def _stage_plan(evaluated: Evaluated, index: int) -> StagePlan:
-    stage = evaluated.stages[index]
-    work = stage.work
+    work, units = evaluated.stages[index], evaluated.units(index)
     p = evaluated.parallelism
     rank = stage_ranks(p.schedule, p.pp, p.num_virtual_stages)[index]
     return StagePlan(
         index=index,
-        first_op=stage.units[0].first_op,
-        modules=module_ranges(module for unit in stage.units for module in unit.modules),
+        first_op=units[0].first_op,
+        modules=module_ranges(module for unit in units for module in unit.modules),
         forward_s=work.forward_s + work.forward_communication_s,
         backward_s=work.recompute_s + work.backward_s + work.backward_communication_s,
         memory_bytes=dict(evaluated.ledgers[rank].entries),
@@ -206,6 +205,7 @@ def _prediction(planner: Planner, evaluated: Evaluated) -> Prediction:
     flops = 3 * graph.flops / 2 * p.global_batch  # a backward is two forwards
     peak = planner.cluster.device.peak_flops_per_s(dtype_name(main_dtype(graph)))
     return Prediction(
+        software=planner.evaluator.era.name,
         step_s=step_s,
         terms_s=dict(evaluated.step.terms),
         tokens_per_s=tokens_per_sample(planner.capture) * p.global_batch / step_s,

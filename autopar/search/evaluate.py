@@ -5,38 +5,31 @@ One code path for the search and for `autopar.evaluate`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from autopar.plan import Parallelism
-from autopar.pricing import Pricer, total
+from autopar.pricing import Pricer
 from autopar.search.data_axes import data_traffic, mesh_groups, updated_elements
 from autopar.search.ledger import rank_ledgers
-from autopar.search.units import Chain, ParameterShard, Unit
+from autopar.search.pieces import Piece, Pieces
+from autopar.search.units import Chain, Unit
 from costmodel import Ledger, OptimizerPolicy, Overlap, Software, StageWork, StepCost, step_cost
-from costmodel.orders import rank_stages
 from hardware_db import Cluster
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One (virtual) pipeline stage: its units, and what it costs."""
-
-    units: tuple[Unit, ...]
-    work: StageWork
-    parameters: Mapping[str, ParameterShard]
-    partial_sum_s: float
-
-
-@dataclass(frozen=True)
 class Evaluated:
-    """A candidate with its price. `ledgers` has one entry per pipeline rank; `excess_bytes` is above zero
-    where the fullest rank does not fit."""
+    """A candidate with its price. `cuts` are the numbers of the units of the chain that begin the (virtual)
+    stages, 0 first, and `stages` what those cost; `ledgers` has one entry per pipeline rank; `excess_bytes`
+    is above zero where the fullest rank does not fit."""
 
     parallelism: Parallelism
-    stages: tuple[Stage, ...]
+    chain: Chain
+    cuts: tuple[int, ...]
+    stages: tuple[StageWork, ...]
     step: StepCost
     ledgers: tuple[Ledger, ...]
     memory_bytes: float
@@ -57,12 +50,17 @@ class Evaluated:
     def fits(self) -> bool:
         return self.excess_bytes <= 0
 
+    def units(self, stage: int) -> tuple[Unit, ...]:
+        """What one of the stages is made of."""
+        ends = (*self.cuts, len(self.chain.units))
+        return self.chain.units[ends[stage] : ends[stage + 1]]
+
 
 class Evaluator:
     """Prices candidates on one cluster for one optimizer policy and one era of software.
 
-    A stage is priced once for all candidates that run it under equal data axes: of a deep model's stages few
-    differ, and a sweep meets the same ones again and again.
+    Whatever candidates have in common is worked out once: prices of a chain's kernels, the stages that it is
+    cut into (`autopar.search.pieces`), and what stages cost under equal data axes.
     """
 
     def __init__(self, cluster: Cluster, policy: OptimizerPolicy, era: Software | None = None) -> None:
@@ -73,33 +71,48 @@ class Evaluator:
         self.overlap = Overlap(
             self.era.gradient_sync_overlap, self.era.parameter_gather_overlap, self.era.contention
         )
-        self._stages: dict[object, Stage] = {}
+        # By the identity of chains and pieces, which are kept alive with what was made of them.
+        self._priced: dict[tuple[object, ...], tuple[Chain, Chain]] = {}
+        self._pieces: dict[int, Pieces] = {}
+        self._works: dict[tuple[object, ...], tuple[Piece, StageWork]] = {}
 
-    def evaluate(self, chain: Chain, parallelism: Parallelism, cuts: Sequence[int]) -> Evaluated:
-        """The candidate's price. `cuts` are the numbers of the units that begin the stages, 0 first."""
-        pricer = self.placed(parallelism)
-        bounds = zip(cuts, [*cuts[1:], len(chain.units)], strict=True)
-        stages = tuple(self._stage(chain, parallelism, chain.units[a:b], pricer) for a, b in bounds)
-        sends_s = [self._message_s(chain.units[cut].received_bytes, parallelism, pricer) for cut in cuts[1:]]
+    def placed(self, p: Parallelism) -> Pricer:
+        """The pricer for the mesh of a parallelism."""
+        return Pricer(self.cluster, mesh_groups(p), like=self.pricer)
+
+    def priced(self, chain: Chain, p: Parallelism) -> Chain:
+        """The chain with its prices on the mesh of a parallelism."""
+        pricer = self.placed(p)
+        key = (id(chain), *(pricer.groups[axis] for axis in ("tp", "cp", "ep")))
+        if key not in self._priced:
+            self._priced[key] = chain, chain.priced(pricer)
+        return self._priced[key][1]
+
+    def evaluate(self, chain: Chain, p: Parallelism, cuts: Sequence[int]) -> Evaluated:
+        """The candidate's price. The `chain` has prices; `cuts` as in `Evaluated`."""
+        cuts = tuple(cuts)
+        pricer = self.placed(p)
+        pieces = self._pieces.get(id(chain))
+        if pieces is None:
+            pieces = self._pieces[id(chain)] = Pieces(chain)
+        cut = pieces.cut(cuts)
+        works = {id(piece): self._work(piece, p, pricer) for piece in dict.fromkeys(cut)}
+        stages = tuple(works[id(piece)] for piece in cut)
+        received = [chain.units[first].received_bytes for first in cuts[1:]]
+        messages_s = {num_bytes: self._message_s(num_bytes, p, pricer) for num_bytes in set(received)}
         step = step_cost(
-            [stage.work for stage in stages],
-            parallelism.num_microbatches,
-            parallelism.schedule,
-            parallelism.num_virtual_stages,
-            sends_s,
+            stages,
+            p.num_microbatches,
+            p.schedule,
+            p.num_virtual_stages,
+            [messages_s[num_bytes] for num_bytes in received],
             self.overlap,
             blocking_sends=self.era.blocking_sends,
             overhead_s=self.era.step_overhead_s,
         )
-        ledgers = rank_ledgers(chain, cuts, parallelism, self.policy, self.cluster.device)
-        return Evaluated(
-            parallelism, stages, _partial_sums_as_sync(step, stages, parallelism), ledgers,
-            self.cluster.device.memory_bytes,
-        )  # fmt: skip
-
-    def placed(self, parallelism: Parallelism) -> Pricer:
-        """The pricer for the mesh of a parallelism."""
-        return Pricer(self.cluster, mesh_groups(parallelism), like=self.pricer)
+        device = self.cluster.device
+        ledgers = rank_ledgers(pieces, cuts, p, self.policy, device)
+        return Evaluated(p, chain, cuts, stages, step, ledgers, device.memory_bytes)
 
     def _message_s(self, num_bytes: float, p: Parallelism, pricer: Pricer) -> float:
         """What passes from a stage to the next; without sequence parallelism all of a tensor axis have it."""
@@ -108,55 +121,37 @@ class Evaluator:
         part_s = pricer.collective_s("send_recv", num_bytes / p.tp, pricer.groups["pp"])
         return part_s + pricer.collective_s("all_gather", num_bytes, pricer.groups["tp"])
 
-    def _stage(self, chain: Chain, p: Parallelism, units: tuple[Unit, ...], pricer: Pricer) -> Stage:
-        # The units stay alive in the stage that is kept, so no other can take their identity.
-        kernels = tuple(id(unit.kernels) for unit in units)
+    def _work(self, piece: Piece, p: Parallelism, pricer: Pricer) -> StageWork:
         own_microbatches = p.num_microbatches if p.zero_stage >= 2 else p.num_microbatches > 1
-        key = (kernels, p.recompute, p.zero_stage, p.dp_shard, p.dp_replicate, p.cp, p.ep, own_microbatches)
-        stage = self._stages.get(key)
-        if stage is None:
-            stage = self._stages[key] = self._priced_stage(chain, p, units, pricer)
-        return stage
+        mesh = (p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate, p.zero_stage)
+        key = (id(piece), p.recompute, own_microbatches, mesh)
+        if key not in self._works:
+            self._works[key] = piece, self._priced_work(piece, p, pricer)
+        return self._works[key][1]
 
-    def _priced_stage(self, chain: Chain, p: Parallelism, units: tuple[Unit, ...], pricer: Pricer) -> Stage:
-        cost = total(unit.cost for unit in units)
-        parameters = {name: chain.parameters[name] for unit in units for name in unit.parameters}
-        traffic = data_traffic(units, parameters, p, pricer, self.policy)
-        updated = updated_elements(parameters.values(), p)
-        update_s = pricer.work_s(0, self.policy.update_bytes * updated, torch.float32)
-        partial_bytes = sum(shard.num_bytes for shard in parameters.values() if shard.is_partial)
-        partial_sum_s = pricer.bucketed_s("all_reduce", partial_bytes, pricer.groups["tp"])
-        exposed = 1 - self.era.tensor_parallel_overlap
-        work = StageWork(
+    def _priced_work(self, piece: Piece, p: Parallelism, pricer: Pricer) -> StageWork:
+        traffic = data_traffic(piece.buckets, p, pricer, self.policy)
+        updated_bytes = self.policy.update_bytes * updated_elements(piece.elements, p)
+        cost, exposed = piece.cost, 1 - self.era.tensor_parallel_overlap
+        return StageWork(
             forward_s=cost.forward_s,
-            backward_s=cost.backward_s + self._accumulation_s(parameters.values(), p, pricer),
-            recompute_s=sum(unit.recompute_s[p.recompute] for unit in units),
+            backward_s=cost.backward_s + self._accumulation_s(piece, p, pricer),
+            recompute_s=piece.recompute_s[p.recompute],
             forward_communication_s=exposed * cost.forward_communication_s,
             backward_communication_s=exposed * cost.backward_communication_s,
             forward_gather_s=traffic.forward_s,
             backward_gather_s=traffic.backward_s,
             gradient_sync_s=traffic.step_s,
-            optimizer_s=update_s + partial_sum_s,
-            num_units=max(1, sum(bool(unit.parameters) for unit in units)),
+            partial_sum_s=pricer.bucketed_s("all_reduce", piece.partial_bytes, pricer.groups["tp"]),
+            optimizer_s=pricer.work_s(0, updated_bytes, torch.float32),
+            num_units=piece.num_sharding_units,
             weight_s=cost.weight_s,
         )
-        return Stage(units, work, parameters, partial_sum_s)
 
-    def _accumulation_s(self, shards: Iterable[ParameterShard], p: Parallelism, pricer: Pricer) -> float:
+    def _accumulation_s(self, piece: Piece, p: Parallelism, pricer: Pricer) -> float:
         """Adding a microbatch's gradients to those before, where the products that make them do not."""
         if self.era.fused_gradient_accumulation or p.num_microbatches == 1:
             return 0.0
-        held = sum(shard.num_elements for shard in shards) / (p.dp_shard if p.zero_stage >= 2 else 1)
+        held = sum(piece.elements.values()) / (p.dp_shard if p.zero_stage >= 2 else 1)
         per_element = self.policy.parameter_bytes + 2 * self.policy.gradient_bytes
         return pricer.work_s(0, per_element * held, torch.float32)
-
-
-def _partial_sums_as_sync(step: StepCost, stages: Sequence[Stage], p: Parallelism) -> StepCost:
-    """Sums of partial gradients over `tp` run after the backward, like the optimizer, but are
-    synchronisation."""
-    mine = rank_stages(p.schedule, step.bottleneck_rank, p.pp, p.num_virtual_stages)
-    moved_s = sum(stages[index].partial_sum_s for index in mine)
-    terms = dict(step.terms)
-    terms["optimizer"] -= moved_s
-    terms["gradient_sync"] += moved_s
-    return replace(step, terms=terms)

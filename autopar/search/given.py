@@ -7,36 +7,26 @@ left for a cluster is arithmetic, so thousands of parallelisms can be priced a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
+from autopar.errors import InvalidParallelismError
 from autopar.kernels import KernelMaker
-from autopar.localize import Assignment, Localized, localize
+from autopar.localize import Localized, localize
 from autopar.plan import Parallelism
-from autopar.search.block_ilp import BlockIlp
 from autopar.search.experts import deal_out_experts
-from autopar.search.pinned import pinned_problem
-from autopar.search.programs import MANY_MICROBATCHES
+from autopar.search.pinned import Degrees, PinnedStrategies
 from autopar.search.replicas import Replica, make_replica
-from autopar.search.shallow import Shallow, local_counts
+from autopar.search.shallow import Shallow
 from autopar.search.units import Chain, build_chain
 from costmodel import Software
 from costmodel.software import Attention, Fusion
-
-
-class _Degrees(NamedTuple):
-    """What strategies depend on."""
-
-    cp: int
-    tp: int
-    sequence_parallel: bool
 
 
 class _Form(NamedTuple):
     """What the kernels of a chain depend on."""
 
     microbatch_size: int
-    degrees: _Degrees
+    degrees: Degrees
     ep: int
     attention: Attention
     fusion: Fusion
@@ -53,13 +43,13 @@ class GivenPrograms:
     def __init__(self, model: Shallow) -> None:
         self.model = model
         self.blocks = tuple(block.path for block in model.capture.graph.blocks)
-        self._assignments: dict[_Degrees, Assignment] = {}
-        self._locals: dict[tuple[int, _Degrees], tuple[Replica, Localized]] = {}
+        self.pinned = PinnedStrategies(model.counts)
+        self._locals: dict[tuple[int, Degrees], tuple[Replica, Localized]] = {}
         self._chains: dict[_Form, Chain] = {}
 
     def chain(self, p: Parallelism, era: Software, low_precision: str | None = None) -> Chain:
         """The chain of a parallelism under an era's kernels, without prices."""
-        degrees = _Degrees(p.cp, p.tp, p.sequence_parallel is not False)
+        degrees = Degrees(1, p.cp, p.tp, p.sequence_parallel is not False)
         form = _Form(p.microbatch_size, degrees, p.ep, era.attention, era.fusion, low_precision)
         if form not in self._chains:
             self._chains[form] = self._made(form, era)
@@ -72,44 +62,37 @@ class GivenPrograms:
         chain = build_chain(replica.whole, local, maker, self.model.repeats)
         return chain if form.ep == 1 else deal_out_experts(chain, local.graph, form.ep)
 
-    def _local(self, microbatch_size: int, degrees: _Degrees) -> tuple[Replica, Localized]:
+    def _local(self, microbatch_size: int, degrees: Degrees) -> tuple[Replica, Localized]:
         key = (microbatch_size, degrees)
         if key not in self._locals:
             replica = make_replica(self.model.capture.at(microbatch_size), None, degrees.cp)
             local = replica.local
             if degrees.tp > 1:
-                local = localize(local, self._assignment(replica, degrees))
+                local = localize(local, self.pinned.solution(local.graph, degrees).assignment)
             self._locals[key] = replica, local
         return self._locals[key]
-
-    def _assignment(self, replica: Replica, degrees: _Degrees) -> Assignment:
-        if degrees not in self._assignments:
-            graph = replica.local.graph
-            problem = pinned_problem(
-                graph,
-                degrees.tp,
-                local_counts(graph.ops, self.model.counts),
-                sequence_parallel=degrees.sequence_parallel,
-            )
-            self._assignments[degrees] = BlockIlp(problem).solve(MANY_MICROBATCHES).assignment
-        return self._assignments[degrees]
 
 
 def even_cuts(chain: Chain, num_stages: int) -> tuple[int, ...]:
     """The units that begin the stages when blocks are dealt out evenly, as trainers do without a planner.
 
     What comes before the blocks goes with the first, what comes after with the last. Where the blocks do not
-    divide but would together with these two, the first and the last stage have a block less.
+    divide but would together with these two, the first and the last stage have a block less. With fewer
+    blocks than stages all units are dealt out.
+
+    Raises InvalidParallelismError for more stages than units.
     """
-    blocks = [index for index, unit in enumerate(chain.units) if unit.is_block]
-    if num_stages == 1 or not blocks:
-        return (0,)
-    extra = 1 if len(blocks) % num_stages and (len(blocks) + 2) % num_stages == 0 else 0
-    total = len(blocks) + 2 * extra
-    starts = [stage * total // num_stages - extra for stage in range(1, num_stages)]
-    return (0, *(blocks[min(start, len(blocks) - 1)] for start in _rising(starts)))
-
-
-def _rising(starts: Sequence[int]) -> Sequence[int]:
-    """The starts, the first block left to the first stage."""
-    return [max(start, 1) for start in starts]
+    units = range(len(chain.units))
+    pieces = [index for index in units if chain.units[index].is_block]
+    if num_stages > len(pieces):
+        pieces = [*units]
+    if num_stages > len(pieces):
+        raise InvalidParallelismError(
+            f"{num_stages} pipeline stages are more than the {len(pieces)} pieces that the model can be cut "
+            "into; use fewer"
+        )
+    extra = 1 if len(pieces) % num_stages and (len(pieces) + 2) % num_stages == 0 else 0
+    total = len(pieces) + 2 * extra
+    # The first piece is always the first stage's.
+    starts = (max(1, stage * total // num_stages - extra) for stage in range(1, num_stages))
+    return (0, *(pieces[start] for start in starts))

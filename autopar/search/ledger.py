@@ -10,94 +10,86 @@ that it holds and k microbatches in flight, its activations take
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from autopar.plan import Parallelism
 from autopar.search.data_axes import data_groups, held_states
-from autopar.search.units import Chain, ParameterShard, Unit
-from costmodel import Ledger, OptimizerPolicy, peak_activation_bytes
+from autopar.search.pieces import Held, Pieces, RankParameters
+from costmodel import Ledger, OptimizerPolicy, Software, peak_activation_bytes
+from costmodel.orders import rank_stages
 from hardware_db import Accelerator
 
 
 def rank_ledgers(
-    chain: Chain, cuts: Sequence[int], p: Parallelism, policy: OptimizerPolicy, device: Accelerator
+    pieces: Pieces, cuts: tuple[int, ...], p: Parallelism, policy: OptimizerPolicy, device: Accelerator
 ) -> tuple[Ledger, ...]:
-    """The ledger of each pipeline rank, which holds every `p.pp`-th of the (virtual) stages.
+    """The ledger of each pipeline rank.
 
-    `cuts` are the numbers of the units that begin the stages, 0 first.
+    `cuts` are the numbers of the units that begin the (virtual) stages, 0 first.
     """
-    era, parameters = chain.era, chain.parameters
-    stages = [chain.units[a:b] for a, b in zip(cuts, [*cuts[1:], len(chain.units)], strict=True)]
-    held = [_held(units, p) for units in stages]
+    era, reserved_bytes = pieces.chain.era, device.efficiency.reserved_memory_bytes
+    held = [piece.held(p.recompute) for piece in pieces.cut(cuts)]
     activations = peak_activation_bytes(
         p.schedule, p.pp, p.num_microbatches, [stage.saved_bytes for stage in held], p.num_virtual_stages
     )
+    known: dict[tuple[int, ...], Ledger] = {}
     ledgers = []
     for rank, num_bytes in enumerate(activations):
-        units = [unit for stage in stages[rank :: p.pp] for unit in stage]
-        own = {name: parameters[name] for unit in units for name in unit.parameters}
-        fullest = max(held[rank :: p.pp], key=lambda stage: stage.working_bytes)
-        is_loss = rank == p.pp - 1 and fullest.unit is stages[-1][-1]
-        cached = _weight_gradients_bytes(units, own, policy) if era.cached_weight_gradients else 0.0
-        moving = Ledger(
-            activations_bytes=num_bytes,
-            logits_bytes=fullest.working_bytes if is_loss else 0.0,
-            buffers_bytes=cached + (0.0 if is_loss else fullest.working_bytes),
-            gathered_bytes=_gathered_bytes(units, own, p, policy),
-            moment=fullest.moment,
-        )
-        wasted = Ledger(
-            fragmentation_bytes=era.fragmentation * moving.total_bytes,
-            reserved_bytes=device.efficiency.reserved_memory_bytes,
-        )
-        ledgers.append(held_states(own.values(), p, policy) + moving + wasted)
+        # Ranks with alike stages differ in nothing but what is in flight.
+        mine = rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages)
+        key = tuple(id(held[stage]) for stage in mine)
+        if key not in known:
+            fullest = max((held[stage] for stage in mine), key=lambda stage: stage.working_bytes)
+            is_loss = fullest.unit is pieces.chain.units[-1]
+            known[key] = _without_activations(
+                fullest, pieces.parameters(cuts, mine), p, policy, era, is_loss=is_loss
+            )
+        ledgers.append(_with_activations(known[key], num_bytes, era.fragmentation, reserved_bytes))
     return tuple(ledgers)
 
 
-@dataclass(frozen=True)
-class _Held:
-    """What a stage keeps of one microbatch, what it holds at most beside that, and which unit then works."""
-
-    saved_bytes: float
-    working_bytes: float
-    unit: Unit
-    moment: str
-
-
-def _held(units: Sequence[Unit], p: Parallelism) -> _Held:
-    seen: dict[str, int] = {}
-    before = 0
-    fullest = 0
-    at = units[0]
-    for unit in units:
-        saved = unit.saved[p.recompute]
-        if before + saved.peak_bytes > fullest:
-            fullest, at = before + saved.peak_bytes, unit
-        fresh = sum(size for name, size in saved.storages.items() if name not in seen)
-        seen.update(saved.storages)
-        before += fresh + saved.internal_bytes
-    name = next((module for module in at.modules if module), at.first_op)
-    return _Held(before, max(0, fullest - before), at, f"{at.saved[p.recompute].phase} of {name}")
+def _with_activations(rest: Ledger, num_bytes: float, fragmentation: float, reserved_bytes: float) -> Ledger:
+    return Ledger(
+        rest.parameters_bytes,
+        rest.gradients_bytes,
+        rest.optimizer_bytes,
+        num_bytes,
+        rest.logits_bytes,
+        rest.buffers_bytes,
+        rest.gathered_bytes,
+        rest.fragmentation_bytes + fragmentation * num_bytes,
+        reserved_bytes,
+        rest.moment,
+    )
 
 
-def _weight_gradients_bytes(
-    units: Sequence[Unit], parameters: Mapping[str, ParameterShard], policy: OptimizerPolicy
-) -> float:
-    """A gradient for each weight of the largest block, in the format that products read."""
-    return policy.gathered_bytes * max(num_weights(unit, parameters) for unit in units)
+def _without_activations(
+    fullest: Held,
+    parameters: RankParameters,
+    p: Parallelism,
+    policy: OptimizerPolicy,
+    era: Software,
+    *,
+    is_loss: bool,
+) -> Ledger:
+    """What a rank holds when its `fullest` stage works, beside what is kept for the backward."""
+    # A gradient for each weight of the largest block, in the format that products read.
+    cached_bytes = policy.gathered_bytes * parameters.weight_elements if era.cached_weight_gradients else 0.0
+    states = held_states(parameters.elements, p, policy)
+    logits_bytes = fullest.working_bytes if is_loss else 0.0
+    buffers_bytes = cached_bytes + (0.0 if is_loss else fullest.working_bytes)
+    gathered_bytes = _gathered_bytes(parameters, p, policy)
+    return replace(
+        states,
+        logits_bytes=logits_bytes,
+        buffers_bytes=buffers_bytes,
+        gathered_bytes=gathered_bytes,
+        fragmentation_bytes=era.fragmentation * (logits_bytes + buffers_bytes + gathered_bytes),
+        moment=fullest.moment,
+    )
 
 
-def num_weights(unit: Unit, parameters: Mapping[str, ParameterShard]) -> float:
-    """Elements of a block's parameters, one matrix of every stack; 0 outside of blocks."""
-    if not unit.is_block:
-        return 0.0
-    return sum(parameters[name].num_elements / parameters[name].num_matrices for name in unit.parameters)
-
-
-def _gathered_bytes(
-    units: Sequence[Unit], parameters: Mapping[str, ParameterShard], p: Parallelism, policy: OptimizerPolicy
-) -> float:
+def _gathered_bytes(parameters: RankParameters, p: Parallelism, policy: OptimizerPolicy) -> float:
     """What ZeRO holds unsharded for a moment, as `fully_shard` does.
 
     From stage 2 on the gradients of one unit: as they are made, and as they are scattered. In stage 3 also
@@ -106,12 +98,7 @@ def _gathered_bytes(
     """
     if p.zero_stage < 2 or data_groups(p)[0].size == 1:
         return 0.0
-
-    def num_elements(unit: Unit) -> int:
-        return sum(parameters[name].num_elements for name in unit.parameters)
-
-    block = max((num_elements(unit) for unit in units if unit.is_block), default=0)
-    root = sum(num_elements(unit) for unit in units if not unit.is_block)
+    block, root = parameters.block_elements, parameters.root_elements
     largest = block or root
     gradients = (policy.gathered_bytes + policy.gradient_bytes) * largest
     if p.zero_stage == 2:

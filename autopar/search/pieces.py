@@ -108,7 +108,7 @@ class Piece:
         return Held(before, max(0, fullest - before), at, moment)
 
 
-class RankStates(NamedTuple):
+class RankParameters(NamedTuple):
     """The parameters of the stages of one rank: all of them, those of its largest block and those outside of
     blocks, and the most elements of a block's weights, one matrix of every stack."""
 
@@ -125,7 +125,7 @@ class Pieces:
         self.chain = chain
         self._pieces: dict[tuple[int, ...], Piece] = {}
         self._cut: dict[tuple[int, ...], tuple[Piece, ...]] = {}
-        self._states: dict[tuple[int, ...], RankStates] = {}
+        self._parameters: dict[tuple[int, ...], RankParameters] = {}
 
     def cut(self, cuts: tuple[int, ...]) -> tuple[Piece, ...]:
         """The stages; `cuts` are the numbers of the units that begin them, 0 first."""
@@ -141,20 +141,20 @@ class Pieces:
             self._pieces[key] = Piece(units, self.chain.parameters)
         return self._pieces[key]
 
-    def states(self, cuts: tuple[int, ...], stages: Sequence[int]) -> RankStates:
-        """What a rank with these of the stages keeps parameters of; what its stages share counts once."""
+    def parameters(self, cuts: tuple[int, ...], stages: Sequence[int]) -> RankParameters:
+        """The parameters of a rank with these of the stages; what its stages share counts once."""
         pieces = self.cut(cuts)
         key = tuple(id(pieces[stage]) for stage in stages)
-        if key not in self._states:
+        if key not in self._parameters:
             ends = (*cuts, len(self.chain.units))
             units = [unit for stage in stages for unit in self.chain.units[ends[stage] : ends[stage + 1]]]
-            self._states[key] = self._rank_states(units)
-        return self._states[key]
+            self._parameters[key] = self._rank_parameters(units)
+        return self._parameters[key]
 
-    def _rank_states(self, units: Sequence[Unit]) -> RankStates:
+    def _rank_parameters(self, units: Sequence[Unit]) -> RankParameters:
         shards = self.chain.parameters
         sizes = [sum(shards[name].num_elements for name in unit.parameters) for unit in units]
-        return RankStates(
+        return RankParameters(
             num_elements({name: shards[name] for unit in units for name in unit.parameters}),
             max((size for size, unit in zip(sizes, units, strict=True) if unit.is_block), default=0),
             sum(size for size, unit in zip(sizes, units, strict=True) if not unit.is_block),

@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from autopar.data_parallel import data_parallel
 from autopar.kernels import EVERYTHING_TOUCHES_MEMORY, Traffic, kind_of
 from autopar.localize import Assignment
 from autopar.placements import Shard
 from autopar.search.axis_problem import AxisProblem
+from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp
 from autopar.search.replicas import SEQUENCE, context_parallel
+from autopar.search.shallow import local_counts
 from autopar.strategies import Conversion, Strategy
 from graphs.ir import Op, OpGraph
 
@@ -26,6 +29,39 @@ BATCH = 0
 """The dimension of every input that holds samples."""
 
 LOOKUP = "vocab_parallel_embedding"
+
+
+class Degrees(NamedTuple):
+    """What pinned strategies depend on; `data_size` only in so far as replicas compute together."""
+
+    data_size: int
+    cp: int
+    tp: int
+    sequence_parallel: bool
+
+
+class PinnedStrategies:
+    """The strategies of one model, found once for a degree: they name dimensions and not sizes, so those of
+    one microbatch size are those of another.
+
+    `counts` says for how many ops of the model each op of its graphs stands, by name.
+    """
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        self.counts = counts
+        self._solutions: dict[Degrees, AxisSolution] = {}
+
+    def solution(self, graph: OpGraph, degrees: Degrees) -> AxisSolution:
+        """The solution for the graph of a replica at these degrees, whatever its microbatch size."""
+        if degrees not in self._solutions:
+            problem = pinned_problem(
+                graph,
+                degrees.tp,
+                local_counts(graph.ops, self.counts),
+                sequence_parallel=degrees.sequence_parallel,
+            )
+            self._solutions[degrees] = BlockIlp(problem).solve(MANY_MICROBATCHES)
+        return self._solutions[degrees]
 
 
 def pinned_problem(

@@ -12,15 +12,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from autopar.errors import InvalidParallelismError, PinConflictError, SearchTimeoutError
+from autopar.errors import PinConflictError, SearchTimeoutError
 from autopar.plan import Parallelism
 from autopar.search.bounds import Bounds
 from autopar.search.evaluate import Evaluator
+from autopar.search.given import even_cuts
 from autopar.search.outcome import Outcome, Solved, better
-from autopar.search.programs import MEMORY_PRICES, Program, Programs
+from autopar.search.programs import MEMORY_PRICES, PINNED, Program, Programs
 from autopar.search.space import Pins, candidates, divisors, scale_up_size
 from autopar.search.stages import Shares
-from costmodel import OptimizerPolicy
+from costmodel import OptimizerPolicy, Software
 from graphs import Capture
 from graphs.ir import OpGraph, Tensor
 from hardware_db import Cluster
@@ -56,6 +57,7 @@ class Planner:
         capture: Capture,
         cluster: Cluster,
         policy: OptimizerPolicy,
+        era: Software | None = None,
         *,
         time_limit_s: float | None = None,
         progress: Progress | None = None,
@@ -63,9 +65,9 @@ class Planner:
     ) -> None:
         self.cluster = cluster
         self.capture = capture
-        self.bounds = Bounds(capture, cluster, policy)
-        self.evaluator = Evaluator(cluster, policy)
-        self.programs = Programs(capture, cluster, shorten=shorten)
+        self.bounds = Bounds(capture, cluster, policy, era)
+        self.evaluator = Evaluator(cluster, policy, era)
+        self.programs = Programs(capture, cluster, era, shorten=shorten)
         self.policy = policy
         self.deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self.progress = progress or (lambda step, done, total: None)
@@ -197,14 +199,16 @@ class Planner:
         evaluated = self.evaluator.evaluate(program.chain, p, self._cuts(program, p))
         return replace(solved, program=program, evaluated=evaluated)
 
+    def as_given(self, p: Parallelism) -> Solved:
+        """What a person gets who asks for just this, at full depth: the strategies of `autopar.search.pinned`
+        and blocks dealt out evenly over the stages, as trainers do it."""
+        program = self.programs.finished(p, PINNED)
+        cuts = even_cuts(program.chain, p.pp * p.num_virtual_stages)
+        return Solved(self.evaluator.evaluate(program.chain, p, cuts), program, PINNED)
+
     def _cuts(self, program: Program, p: Parallelism) -> tuple[int, ...]:
         cuts = program.table(p.recompute).partition(p, self.policy, self._budget_bytes)
-        if cuts is None:
-            num_pieces = len(program.chain.units)
-            raise InvalidParallelismError(
-                f"{p.pp} x {p.num_virtual_stages} pipeline stages are more than the {num_pieces} pieces "
-                "that the model can be cut into; use fewer"
-            )
+        assert cuts is not None, "candidates have no more stages than the model has units"
         return cuts
 
     @property

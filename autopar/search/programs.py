@@ -19,14 +19,14 @@ from autopar.placements import Shard
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import Pricer
 from autopar.search.axis_problem import AxisProblem, ClusterPrices
-from autopar.search.block_ilp import AxisSolution, BlockIlp, MemoryPrice
+from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp, MemoryPrice
 from autopar.search.experts import deal_out_experts
-from autopar.search.pinned import RegionRule, pinned_problem
+from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
 from autopar.search.replicas import Replica, make_replica, strategy_keys
 from autopar.search.shallow import Shallow, local_counts, shallow
 from autopar.search.stages import StageTable
 from autopar.search.units import Chain, build_chain
-from costmodel import Group
+from costmodel import Group, Software
 from graphs import Capture
 from graphs.ir import OpGraph
 from hardware_db import Cluster
@@ -37,9 +37,6 @@ program."""
 
 PINNED = -1
 """In place of one of the prices: the strategies that a person would have pinned (`autopar.search.pinned`)."""
-
-MANY_MICROBATCHES = 1 << 30
-"""With so many, what is done once a step counts for nothing."""
 
 STATE_BYTES_PER_PARAMETER_BYTE = 8
 """Mixed-precision AdamW keeps 16 bytes for a parameter of 2, plain AdamW 16 for 4: what memory is priced by.
@@ -98,11 +95,19 @@ class Programs:
     """
 
     def __init__(
-        self, capture: Capture, cluster: Cluster, time_limit_s: float | None = None, *, shorten: bool = True
+        self,
+        capture: Capture,
+        cluster: Cluster,
+        era: Software | None = None,
+        *,
+        time_limit_s: float | None = None,
+        shorten: bool = True,
     ) -> None:
         self.capture = capture
         self.shallow = shallow(capture) if shorten else Shallow(capture, {})
         self.cluster = cluster
+        self.era = era
+        self.pinned = PinnedStrategies(self.shallow.counts)
         self.time_limit_s = time_limit_s
         self.num_solved = 0
         self._replicas: dict[tuple[int, int, int], Replica] = {}
@@ -201,44 +206,39 @@ class Programs:
         keys = dict(replica.keys)
         local, solution = replica.local, None
         if key.tp > 1:
-            ilp = self._ilp(key)
-            solution = self._solution(ilp, key)
+            solution = self._solution(key)
             self.num_solved += 1
+            keys["tp"] = strategy_keys(local.graph, solution.assignment)
             local = localize(local, solution.assignment)
-            keys["tp"] = strategy_keys(ilp.problem.graph, solution.assignment)
         return Program(self._chain(replica.whole, local, key, self.shallow.repeats), solution, keys)
 
     def _chain(self, whole: OpGraph, local: Localized, key: ProgramKey, repeats: Mapping[str, int]) -> Chain:
-        pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, key.ep, key.tp))
+        pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, key.ep, key.tp), self.era)
         chain = build_chain(whole, local, pricer.kernels, repeats)
         if key.ep > 1:
             chain = deal_out_experts(chain, local.graph, key.ep)
         return chain.priced(pricer)
 
     def _ilp(self, key: ProgramKey) -> BlockIlp:
-        is_pinned = key.price_level == PINNED
-        key = key._replace(ep=1, num_microbatches=1, price_level=min(0, key.price_level))
+        """The problem at this cluster's prices, within the region that the sequence parallelism asked for
+        leaves."""
+        key = key._replace(ep=1, num_microbatches=1, price_level=0)
         if key not in self._ilps:
             graph = self.replica(key.microbatch_size, key.data_size, key.cp).local.graph
             counts = local_counts(graph.ops, self.shallow.counts)
-            self._ilps[key] = BlockIlp(
-                pinned_problem(graph, key.tp, counts, sequence_parallel=key.sequence_parallel is True)
-                if is_pinned
-                else self._priced_problem(graph, key, counts)
-            )
+            pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, 1, key.tp), self.era)
+            split = key.sequence_parallel
+            rule = None if split is None else RegionRule(graph, sequence_parallel=split)
+            problem = AxisProblem(graph, "tp", key.tp, ClusterPrices(pricer, "tp"), counts, rule)
+            self._ilps[key] = BlockIlp(problem)
         return self._ilps[key]
 
-    def _priced_problem(self, graph: OpGraph, key: ProgramKey, counts: tuple[int, ...]) -> AxisProblem:
-        """The problem at this cluster's prices, within the region that the sequence parallelism asked for
-        leaves."""
-        pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, 1, key.tp))
-        split = key.sequence_parallel
-        rule = None if split is None else RegionRule(graph, sequence_parallel=split)
-        return AxisProblem(graph, "tp", key.tp, ClusterPrices(pricer, "tp"), counts, rule)
-
-    def _solution(self, ilp: BlockIlp, key: ProgramKey) -> AxisSolution:
+    def _solution(self, key: ProgramKey) -> AxisSolution:
         if key.price_level == PINNED:
-            return ilp.solve(MANY_MICROBATCHES)
+            graph = self.replica(key.microbatch_size, key.data_size, key.cp).local.graph
+            degrees = Degrees(key.data_size, key.cp, key.tp, key.sequence_parallel is True)
+            return self.pinned.solution(graph, degrees)
+        ilp = self._ilp(key)
         return ilp.solve(key.num_microbatches, self._price(ilp.problem, key.price_level), self.time_limit_s)
 
     def _price(self, problem: AxisProblem, level: int) -> MemoryPrice:

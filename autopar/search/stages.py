@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from autopar.plan import Parallelism, Recompute
 from autopar.search.data_axes import data_groups
-from autopar.search.ledger import num_weights
+from autopar.search.pieces import num_weights
 from autopar.search.units import Chain
 from costmodel import (
     OptimizerPolicy,

@@ -64,6 +64,7 @@ def check_parallelism(
             "num_microbatches": global_batch // per_step,
             "num_virtual_stages": num_virtual_stages, "schedule": schedule,
             "recompute": given.get("recompute", "none"),
+            "sequence_parallel": given.get("sequence_parallel"),
         }
     )  # fmt: skip
     check_schedule(parallelism)

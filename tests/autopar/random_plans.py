@@ -104,6 +104,7 @@ def plan_of(graph: OpGraph, parallelism: Parallelism, strategies: Mapping[str, M
         strategies=strategies,
         stages=stages,
         prediction=Prediction(
+            software="torch-eager",
             step_s=1.0,
             terms_s={},
             tokens_per_s=1.0,

@@ -221,8 +221,8 @@ def test_a_module_is_captured_with_its_inputs() -> None:
             r"DualPipeV on 4 ranks needs a microbatch for each of its 8 stages, got 4; use more",
         ),
         (
-            {"pp": 4, "num_virtual_stages": 2, "global_batch": 15},
-            r"Interleaved1F1B runs 15 microbatches on 4 ranks .* use a multiple of 4",
+            {"pp": 4, "num_virtual_stages": 2, "global_batch": 14},
+            r"Interleaved1F1B runs 14 microbatches on 4 ranks .* use a multiple of 4",
         ),
         (
             {"pp": 2, "schedule": "1f1b"},
@@ -277,7 +277,7 @@ def test_schedules_that_put_weight_gradients_off_have_smaller_bubbles() -> None:
         schedule: scheduled(schedule).prediction.terms_s["pipeline_bubble"]
         for schedule in ("GPipe", "1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
     }
-    assert bubble_s["GPipe"] == pytest.approx(bubble_s["1F1B"], rel=0.05)
+    assert bubble_s["1F1B"] <= bubble_s["GPipe"]  # stages are not quite alike
     for schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"):
         assert bubble_s[schedule] < 0.8 * bubble_s["1F1B"]
     assert bubble_s["ZBVZeroBubble"] < bubble_s["InterleavedZeroBubble"]
@@ -285,6 +285,16 @@ def test_schedules_that_put_weight_gradients_off_have_smaller_bubbles() -> None:
 
 def test_a_v_schedule_means_two_stages_on_a_rank() -> None:
     assert scheduled("ZBVZeroBubble").to_json() == scheduled("ZBVZeroBubble", num_virtual_stages=2).to_json()
+
+
+def test_a_rank_of_a_v_holds_both_ends_and_what_they_share_once() -> None:
+    """GPT-2's embedding is its head; in a loop the first and the last rank each have a copy."""
+    loop, v_shaped = scheduled("1F1B"), scheduled("ZBVZeroBubble")
+    tied_bytes = 4 * 512 * 256
+    all_bytes = 4 * loop.model.num_parameters
+    assert sum(entry(loop, "parameters", stage) for stage in range(4)) == all_bytes + tied_bytes
+    assert sum(entry(v_shaped, "parameters", stage) for stage in range(4)) == all_bytes
+    assert entry(v_shaped, "parameters", 0) > entry(v_shaped, "parameters", 1) + tied_bytes
 
 
 @pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - set(PLANNED_SCHEDULES)))
@@ -335,10 +345,8 @@ def test_context_parallelism_divides_rows_and_gathers_keys_and_values() -> None:
     size = 4096 * 512 * 4
     moved_s = collective_s("all_gather", size) + collective_s("reduce_scatter", size)
     assert context.prediction.terms_s["tensor_parallel"] == pytest.approx(4 * 2 * moved_s, rel=0.05)
-    gathered = 2 * size  # keys and values are kept whole, everything else by its rows
-    assert entry(context, "activations") == pytest.approx(
-        gathered + (entry(whole, "activations") - gathered) / 4
-    )
+    # Keys and values, too, are kept as the shards that they were gathered from.
+    assert entry(context, "activations") == pytest.approx(entry(whole, "activations") / 4)
     assert entry(context, "parameters") == entry(whole, "parameters")
     assert set(context.strategies) == {"cp"}
 

@@ -12,6 +12,7 @@ import graphs
 from autopar.plan import Parallelism
 from autopar.search.given import GivenPrograms, even_cuts
 from autopar.search.ledger import rank_ledgers
+from autopar.search.pieces import Pieces
 from autopar.search.shallow import Shallow
 from autopar.search.units import Chain
 from costmodel import Ledger, software
@@ -43,7 +44,7 @@ def programs(num_layers: int) -> GivenPrograms:
 def ledgers(p: Parallelism, era: str = "te-2024", *, fsdp: bool = False) -> tuple[Ledger, ...]:
     chain = programs(12).chain(p, software(era))
     policy = usual_policy(era, "bf16", p.zero_stage, fsdp=fsdp)
-    return rank_ledgers(chain, even_cuts(chain, p.pp), p, policy, accelerator("b200-sxm"))
+    return rank_ledgers(Pieces(chain), even_cuts(chain, p.pp), p, policy, accelerator("b200-sxm"))
 
 
 @pytest.mark.parametrize(

@@ -135,19 +135,7 @@ def _program(model: Capture, trial: Trial) -> Program:
     degrees = trial.parallelism
     if trial.seed is not None:
         return rewrite(model, random_plan(model, degrees, trial.seed))
-    plan = autopar.evaluate(
-        model,
-        fast_network(degrees.world_size),
-        global_batch=degrees.global_batch,
-        dp=degrees.dp,
-        dp_shard=degrees.dp_shard,
-        tp=degrees.tp,
-        pp=degrees.pp,
-        zero_stage=degrees.zero_stage,
-        microbatch_size=degrees.microbatch_size,
-        recompute=degrees.recompute,
-        schedule=degrees.schedule if degrees.pp > 1 else None,
-    )
+    plan = autopar.evaluate(model, fast_network(degrees.world_size), parallelism=degrees)
     assert plan.parallelism == degrees
     program = autopar.compile(model, plan)
     assert degrees.tp == 1 or 'mesh.get_group("tp")' in program.source, "nothing is split over tp"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -24,12 +26,14 @@ def windows(graph: OpGraph) -> dict[str, int | None]:
 
 
 def test_every_second_attention_of_gpt_oss_has_a_window() -> None:
-    config = GptOssConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, vocab_size=128,
-        sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"], use_cache=False,
-        attn_implementation="flex_attention", rope_scaling={"rope_type": "default", "rope_theta": 1e4},
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "vocab_size": 128, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"],
+        "use_cache": False, "attn_implementation": "flex_attention",
+        "rope_scaling": {"rope_type": "default", "rope_theta": 1e4},
+    }  # fmt: skip
+    config = GptOssConfig(**settings)
     with torch.device("meta"):
         model = GptOssForCausalLM(config).bfloat16()
     capture = graphs.capture(model.train(), tokens, name="gpt-oss")
