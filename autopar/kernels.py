@@ -271,7 +271,7 @@ class KernelMaker:
     def _product_shape(self, op: Op, tensors: Mapping[str, Tensor]) -> tuple[int, int, int, int]:
         """`(batch, m, n, k)` of the product; a convolution is the product of its patches and its filters."""
         result = tensors[op.outputs[0]]
-        operands = [tensors[name] for name in dict.fromkeys(op.inputs)]
+        operands = [tensors[name] for name in op.inputs[:2]]
         columns = result.shape[-1] if result.shape else 1
         batch = 1
         name = short_name(op)
@@ -279,7 +279,7 @@ class KernelMaker:
             columns = result.shape[1]
         elif "grouped_mm" in name:
             batch = max(1, operands[1].shape[0] // self.axis_sizes.get("ep", 1))
-        elif len(operands) > 1 and all(len(tensor.shape) > 2 for tensor in operands[:2]):
+        elif len(operands) > 1 and all(len(tensor.shape) > 2 for tensor in operands):
             for extent in result.shape[:-2]:
                 batch *= extent
         rows = max(1, result.num_elements // max(1, columns * batch))

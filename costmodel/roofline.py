@@ -84,7 +84,8 @@ class Roofline:
         efficiency, software = self.efficiency, self.software
         match work.kind:
             case "matmul":
-                best = efficiency.matmul_fp8 if work.dtype in ("fp8", "fp4") else efficiency.matmul
+                executed = self.accelerator.executed_dtype(work.dtype)
+                best = efficiency.matmul_fp8 if executed in ("fp8", "fp4") else efficiency.matmul
                 best *= software.matmul_share if software else 1.0
                 return min(1.0, best) * matmul_share(work.shape, efficiency)
             case "attention" | "native_attention":

@@ -80,6 +80,13 @@ class Software:
     fragmentation: float
 
 
+    @property
+    def kinds(self) -> tuple[object, ...]:
+        """All that is no number: which kernels there are and what they keep, not how fast they are."""
+        values = (getattr(self, field.name) for field in fields(self) if field.name != "name")
+        return tuple(value for value in values if not isinstance(value, float))
+
+
 def software(name: str) -> Software:
     """The era of that name; raises CostModelError, with the nearest names, for an unknown one."""
     try:

@@ -112,7 +112,7 @@ def _round_s(end_s: Sequence[float], apart: Sequence[tuple[int, int]]) -> float 
     return longest_s if longest_s - min(rounds_s) <= 1e-9 * longest_s else None
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _rounds_apart(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int
 ) -> tuple[tuple[int, int], ...]:

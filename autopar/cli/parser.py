@@ -7,8 +7,9 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from autopar.plan import PLANNED_SCHEDULES
+from autopar.plan import PLANNED_SCHEDULES, Recompute
 from costmodel import SCHEDULES, software_eras
 
 COMMANDS = ("plan", "explain", "evaluate", "compile", "launch", "verify", "hardware", "calibrate")
@@ -329,7 +330,7 @@ def _parallelism(group: argparse._ArgumentGroup, *, searched: bool) -> None:
     group.add_argument(
         "--microbatch-size", type=_positive_int, default=batch, metavar="N", help="samples of a replica"
     )
-    recompute = ("none", "selective", "full")
+    recompute = ("none", "selective", "full") if searched else get_args(Recompute)
     group.add_argument("--recompute", choices=recompute, default=None if searched else "none")
     planned = f"; {', '.join(PLANNED_SCHEDULES)} can be planned" if searched else ""
     group.add_argument("--schedule", choices=SCHEDULES, help=f"of the pipeline{planned}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from autopar.errors import AutoparError
 from autopar.plan import Parallelism, Plan
-from costmodel import end_to_end_training_s, scale_factor
+from costmodel import end_to_end_training_s, scale_factor, stage_ranks
 
 COMPUTING = frozenset({"compute", "recompute", "pipeline_bubble", "optimizer"})
 """Terms of a step that are no communication; every other term is communication that nothing hides."""
@@ -312,10 +312,12 @@ def _kind(op: str) -> str:
 
 
 def _stages(plan: Plan) -> tuple[Stage, ...]:
+    p = plan.parallelism
+    ranks = stage_ranks(p.schedule, p.pp, p.num_virtual_stages)
     return tuple(
         Stage(
             stage.index,
-            stage.index % plan.parallelism.pp,
+            ranks[stage.index],
             stage.modules,
             stage.forward_s,
             stage.backward_s,

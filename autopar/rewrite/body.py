@@ -17,6 +17,12 @@ from graphs.ir import Op, Ref
 AXIS_ARGUMENTS = ("axis", "vocab_axis", "row_axis", "class_axis")
 """Keyword arguments of the ops of a localized graph that name a mesh axis."""
 
+CHECKPOINT_OPTIONS = {
+    "full": "use_reentrant=False",
+    "selective": "use_reentrant=False, context_fn=keep_matmuls",
+}
+"""How a block is called whose activations are computed again, by recompute mode."""
+
 WEIGHTS = {**dict.fromkeys(("transpose", "unsqueeze", "to", "slice", "neg"), 0), "batch_norm": 3}
 """How much of a reader's attention an op takes, if not 1."""
 
@@ -160,13 +166,12 @@ class Body:
         again."""
         call = self.calls[item.path]
         recompute = self.context.recompute if item.path in self.context.block_paths else "none"
-        options = {"full": "use_reentrant=False", "selective": "use_reentrant=False, context_fn=keep_matmuls"}
 
         def render(values: Values) -> Expression:
             arguments = ", ".join(values[name].text for name in call.inputs)
             if recompute == "none":
                 return Expression(f"{module}({arguments})")
-            return Expression(f"checkpoint({module}, {arguments}, {options[recompute]})")
+            return Expression(f"checkpoint({module}, {arguments}, {CHECKPOINT_OPTIONS[recompute]})")
 
         return render
 

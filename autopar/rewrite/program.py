@@ -13,6 +13,7 @@ from autopar.errors import RewriteError
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import RR, Partial, State
 from autopar.plan import Plan
+from autopar.rewrite.body import CHECKPOINT_OPTIONS
 from autopar.rewrite.context import ProgramContext
 from autopar.rewrite.emit import block_patterns, emit_model, format_source, parameter_tables
 from autopar.rewrite.parity import PARITY
@@ -151,11 +152,27 @@ def _check(graph: OpGraph, plan: Plan) -> None:
             f"ZeRO stage {parallelism.zero_stage} cannot split the parameter {scalars[0]}: it is a scalar, "
             "which fully_shard does not take; give it one dimension of size 1, or use zero_stage=0"
         )
+    _check_recompute(plan)
     for axis, size, what in (("cp", parallelism.cp, "context"), ("ep", parallelism.ep, "expert")):
         if size > 1:
             raise RewriteError(
                 f"{axis}={size}: {what} parallelism can be evaluated but not yet emitted; use {axis}=1"
             )
+
+
+def _check_recompute(plan: Plan) -> None:
+    mode = plan.parallelism.recompute
+    if mode == "none" or mode in CHECKPOINT_OPTIONS:
+        return
+    why = {
+        "attention": "torch's attention keeps no probabilities that could be computed again, so 'none' keeps "
+        "as much",
+        "alternate": "checkpoints keep all matrix products or none",
+    }[mode]
+    known = ", ".join(("none", *CHECKPOINT_OPTIONS))
+    raise RewriteError(
+        f"recompute={mode!r} can be evaluated but not emitted: {why}; plan with one of {known}"
+    )
 
 
 def _start(local: Localized, first_op: str) -> str:

@@ -13,13 +13,13 @@ from autopar.errors import InvalidParallelismError
 from autopar.kernels import KernelMaker
 from autopar.localize import Localized, localize
 from autopar.plan import Parallelism
+from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.experts import deal_out_experts
-from autopar.search.pinned import Degrees, PinnedStrategies
+from autopar.search.pinned import REFERENCE_BATCH, Degrees, PinnedStrategies
 from autopar.search.replicas import Replica, make_replica
 from autopar.search.shallow import Shallow
 from autopar.search.units import Chain, build_chain
 from costmodel import Software
-from costmodel.software import Attention, Fusion
 
 
 class _Form(NamedTuple):
@@ -28,8 +28,7 @@ class _Form(NamedTuple):
     microbatch_size: int
     degrees: Degrees
     ep: int
-    attention: Attention
-    fusion: Fusion
+    kinds: tuple[object, ...]
     low_precision: str | None
 
 
@@ -44,13 +43,14 @@ class GivenPrograms:
         self.model = model
         self.blocks = tuple(block.path for block in model.capture.graph.blocks)
         self.pinned = PinnedStrategies(model.counts)
+        self._replicas: dict[tuple[int, int], Replica] = {}
         self._locals: dict[tuple[int, Degrees], tuple[Replica, Localized]] = {}
         self._chains: dict[_Form, Chain] = {}
 
     def chain(self, p: Parallelism, era: Software, low_precision: str | None = None) -> Chain:
         """The chain of a parallelism under an era's kernels, without prices."""
         degrees = Degrees(1, p.cp, p.tp, p.sequence_parallel is not False)
-        form = _Form(p.microbatch_size, degrees, p.ep, era.attention, era.fusion, low_precision)
+        form = _Form(p.microbatch_size, degrees, p.ep, era.kinds, low_precision)
         if form not in self._chains:
             self._chains[form] = self._made(form, era)
         return self._chains[form]
@@ -65,12 +65,28 @@ class GivenPrograms:
     def _local(self, microbatch_size: int, degrees: Degrees) -> tuple[Replica, Localized]:
         key = (microbatch_size, degrees)
         if key not in self._locals:
-            replica = make_replica(self.model.capture.at(microbatch_size), None, degrees.cp)
+            replica = self._replica(microbatch_size, degrees.cp)
             local = replica.local
             if degrees.tp > 1:
-                local = localize(local, self.pinned.solution(local.graph, degrees).assignment)
+                reference = self._replica(REFERENCE_BATCH, degrees.cp).local.graph
+                local = localize(local, self.pinned.solution(reference, degrees).assignment)
             self._locals[key] = replica, local
         return self._locals[key]
+
+    def _replica(self, microbatch_size: int, cp: int) -> Replica:
+        key = (microbatch_size, cp)
+        if key not in self._replicas:
+            self._replicas[key] = make_replica(self.model.capture.at(microbatch_size), None, cp)
+        return self._replicas[key]
+
+
+def evaluate_given(
+    programs: GivenPrograms, evaluator: Evaluator, p: Parallelism, low_precision: str | None = None
+) -> Evaluated:
+    """The price of a parallelism, its blocks dealt out evenly. Raises as `even_cuts`."""
+    chain = programs.chain(p, evaluator.era, low_precision)
+    cuts = even_cuts(chain, p.pp * p.num_virtual_stages)
+    return evaluator.evaluate(evaluator.priced(chain, p), p, cuts)
 
 
 def even_cuts(chain: Chain, num_stages: int) -> tuple[int, ...]:

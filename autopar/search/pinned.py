@@ -40,6 +40,10 @@ class Degrees(NamedTuple):
     sequence_parallel: bool
 
 
+REFERENCE_BATCH = 2
+"""Samples of the graph that strategies are chosen on: with one, rows and positions could not be told apart."""
+
+
 class PinnedStrategies:
     """The strategies of one model, found once for a degree: they name dimensions and not sizes, so those of
     one microbatch size are those of another.
@@ -52,7 +56,7 @@ class PinnedStrategies:
         self._solutions: dict[Degrees, AxisSolution] = {}
 
     def solution(self, graph: OpGraph, degrees: Degrees) -> AxisSolution:
-        """The solution for the graph of a replica at these degrees, whatever its microbatch size."""
+        """The solution for a replica at these degrees; `graph` is its graph at `REFERENCE_BATCH`."""
         if degrees not in self._solutions:
             problem = pinned_problem(
                 graph,

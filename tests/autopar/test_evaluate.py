@@ -163,6 +163,46 @@ def test_the_same_call_gives_the_same_bytes() -> None:
     assert evaluated(tp=2, pp=2).to_json() == evaluated(tp=2, pp=2).to_json()
 
 
+def test_a_parallelism_says_the_same_as_its_settings() -> None:
+    settings: dict[str, Any] = {"tp": 2, "dp_shard": 2, "zero_stage": 2, "microbatch_size": 2}
+    plan = evaluated(**settings, recompute="full", sequence_parallel=False)
+    again = api.evaluate(tower(), cluster(4), parallelism=plan.parallelism)
+    assert again.to_json() == plan.to_json()
+    for also, named in (({"tp": 2}, "tp"), ({"global_batch": 8}, "a global batch of 8 instead of its 16")):
+        with pytest.raises(InvalidParallelismError, match=f"says everything, but {named} was given as well"):
+            api.evaluate(tower(), cluster(4), parallelism=plan.parallelism, **also)
+    with pytest.raises(InvalidParallelismError, match="how many samples has a step"):
+        api.evaluate(tower(), cluster(4))
+
+
+def test_sequence_parallelism_is_on_unless_said_to_be_off() -> None:
+    """Then what lies between the products is kept whole by every rank."""
+    split, said, whole = (evaluated(tp=4, sequence_parallel=each) for each in (None, True, False))
+    assert said.prediction == split.prediction
+    assert said.strategies == split.strategies != whole.strategies
+    assert entry(whole, "activations") > entry(split, "activations")
+
+
+def test_a_plan_records_the_software_that_it_is_for() -> None:
+    eager, fused = evaluated(), evaluated(software="te-2024")
+    assert eager.prediction.software == DEFAULT_SOFTWARE
+    assert fused.prediction.software == "te-2024"
+    assert fused.prediction.step_s < eager.prediction.step_s
+    assert "te-2024" in fused.explain()
+    searched = api.plan(tower(), cluster(4), global_batch=16, software="te-2024", tp=1, pp=1)
+    assert searched.prediction.software == "te-2024"
+    assert searched.prediction.step_s <= fused.prediction.step_s
+    for call in (evaluated, lambda **settings: api.plan(tower(), cluster(4), global_batch=16, **settings)):
+        with pytest.raises(CostModelError, match=r"unknown software 'te-2023'; did you mean te-2024"):
+            call(software="te-2023")
+
+
+def test_blocks_are_dealt_out_evenly_over_stages() -> None:
+    """Whatever the ends weigh."""
+    modules = [stage.modules for stage in evaluated(pp=2).stages]
+    assert modules == [("embed", "layers.0-2"), ("layers.3-5", "head")]
+
+
 def test_strategies_name_every_representative_op() -> None:
     plan = evaluated(tp=2)
     graph = tower().graph
@@ -207,7 +247,7 @@ def test_a_module_is_captured_with_its_inputs() -> None:
             {"schedule": "DualPipeV"},
             r"DualPipeV with 2 virtual stages on a rank needs .* pp of 2 or more, or 1F1B",
         ),
-        ({"pp": 4, "num_virtual_stages": 4}, r"4 x 4 pipeline stages are more than the"),
+        ({"pp": 4, "num_virtual_stages": 4}, r"16 pipeline stages are more than the 8 pieces"),
         (
             {"pp": 2, "num_virtual_stages": 2, "schedule": "GPipe"},
             r"GPipe has one stage per rank, got 2; use Interleaved1F1B",

@@ -1,8 +1,8 @@
 """The emitted program does what the original model does: loss, every gradient, parameters after three AdamW
 steps.
 
-On 2, 4 and 8 real ranks with gloo, for plans whose tensor-axis strategies the search chose, and for random
-ones.
+On 2, 4 and 8 real ranks with gloo, for the strategies on the tensor axis that a person would pin, and for
+random ones.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ DRIVER = Path(__file__).with_name("run_programs.py")
 
 @dataclass(frozen=True)
 class Trial:
-    """A model and a plan for it; with a seed, the strategies on the tensor axis are random instead of the
-    best."""
+    """A model and a plan for it; with a seed, the strategies on the tensor axis are random instead of
+    pinned."""
 
     model: str
     parallelism: Parallelism

@@ -13,7 +13,7 @@ import torch
 
 import autopar
 from autopar.errors import RewriteError
-from autopar.plan import Parallelism
+from autopar.plan import Parallelism, Recompute
 from autopar.rewrite.program import Program, rewrite
 from graphs import Capture, capture
 from tests.autopar.random_plans import plan_of, random_plan
@@ -112,6 +112,14 @@ def test_a_strategy_that_an_op_does_not_offer_is_refused_by_name() -> None:
         RewriteError, match=r"gives linear .* 'nonsense' on axis tp, but the model offers replicate"
     ):
         rewrite(model, wrong)
+
+
+@pytest.mark.parametrize("mode", ["attention", "alternate"])
+def test_recomputation_that_is_not_emitted_says_what_is(mode: Recompute) -> None:
+    model = captured("gpt2")
+    plan = autopar.evaluate(model, "local-cpu*2", global_batch=4, tp=2, recompute=mode)
+    with pytest.raises(RewriteError, match=f"recompute='{mode}' .* one of none, full, selective"):
+        autopar.compile(model, plan)
 
 
 @pytest.mark.parametrize("axis", ["cp", "ep"])

@@ -48,17 +48,21 @@ def test_floors_lie_below_every_price(memory_bytes: float) -> None:
         assert planner.bounds.memory_bytes(p) <= evaluated.peak_memory_bytes * (1 + 1e-9), str(p)
 
 
-def test_the_plan_is_what_evaluate_says_of_it() -> None:
-    plan = planned(8)
-    p = plan.parallelism
-    again = api.evaluate(
-        tower(), cluster(8), global_batch=16, dp=p.dp, dp_shard=p.dp_shard, tp=p.tp, pp=p.pp,
-        zero_stage=p.zero_stage, microbatch_size=p.microbatch_size, recompute=p.recompute,
-        schedule=p.schedule, num_virtual_stages=p.num_virtual_stages,
-    )  # fmt: skip
+def test_a_plan_without_tensor_axis_and_pipeline_is_what_evaluate_says_of_it() -> None:
+    """Then there is nothing that a person would have pinned otherwise."""
+    plan = planned(4)
+    assert plan.parallelism.tp == plan.parallelism.pp == 1
+    again = api.evaluate(tower(), cluster(4), parallelism=plan.parallelism)
     assert again.prediction == plan.prediction
     assert again.stages == plan.stages
     assert again.strategies == plan.strategies
+
+
+@pytest.mark.parametrize(("num_devices", "pins"), [(8, {"tp": 2}), (4, {"tp": 4}), (4, {"pp": 4})])
+def test_a_plan_is_no_slower_than_what_a_person_pins(num_devices: int, pins: dict[str, int]) -> None:
+    plan = planned(num_devices, **pins)
+    pinned = api.evaluate(tower(), cluster(num_devices), parallelism=plan.parallelism)
+    assert plan.prediction.step_s <= pinned.prediction.step_s * (1 + 1e-9)
 
 
 def test_the_certificate_counts_every_candidate() -> None:
