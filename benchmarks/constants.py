@@ -99,8 +99,6 @@ def _write(path: Path, block: str, constant: Constant, value: float) -> None:
     body, indent = text[opening.end() : end], f"{opening[1]}  "
     line = f'{indent}"{constant.name}": {json.dumps(fact)}'
     old = re.search(rf'^ *"{constant.name}": \{{[^\n]*?\}}(?=,?$)', body, re.MULTILINE)
-    if old:
-        body = body[: old.start()] + line + body[old.end() :]
-    else:
-        body = f"{line},\n{body}" if body else line
+    others = f",\n{body}" if body else ""
+    body = body[: old.start()] + line + body[old.end() :] if old else line + others
     path.write_text(text[: opening.end()] + body + text[end:], encoding="utf-8")

@@ -48,6 +48,7 @@ class Software:
         scattered_messages: whether ranks of a tensor axis that hold the same activation send a part of it
             each to the next stage, and gather it there (arXiv:2104.04473, section 4.1).
         grouped_launches: whether products of a group of experts are launched one by one.
+        keeps_quantised: whether a product on 8 bits keeps its operand as it was quantised.
         fused_loss: whether the loss reads logits in their own precision and makes their gradient from their
             softmax in one step.
         cached_weight_gradients: whether a tensor for the gradient of every weight of a block stays allocated,
@@ -75,10 +76,10 @@ class Software:
     recompute_stops_early: bool
     scattered_messages: bool
     grouped_launches: bool
+    keeps_quantised: bool
     fused_loss: bool
     cached_weight_gradients: bool
     fragmentation: float
-
 
     @property
     def kinds(self) -> tuple[object, ...]:

@@ -23,12 +23,12 @@ from autopar.records.metrics import Prediction
 from autopar.records.models import layer_period, model_key, model_of, num_special_layers
 from autopar.records.schema import MemoryKind, Record
 from autopar.search.evaluate import Evaluated, Evaluator
-from autopar.search.given import GivenPrograms, even_cuts
+from autopar.search.given import GivenPrograms, evaluate_given, even_cuts
 from autopar.search.shallow import Shallow, shallow
 from autopar.search.units import Chain, Unit
 from costmodel import CostModelError, Ledger, Software, software, usual_policy
 from graphs import GraphError
-from hardware_db import Cluster, HardwareError
+from hardware_db import Accelerator, Cluster, HardwareError
 
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
@@ -137,14 +137,15 @@ class RunPredictor:
     def predict(self, record: Record) -> Prediction:
         """The record's step: the fastest that fits of the ways to run it, or the smallest if none does."""
         try:
-            best = self.best(record, configuration(record), cluster_of(record))
+            cluster = cluster_of(record)
+            best = self.best(record, configuration(record), cluster)
         except FAILURES as error:
             return _failure(record, error)
         return Prediction(
             record_id=record.id,
             step_time_s=best.evaluated.step_s,
             memory_bytes=max(_memory_bytes(ledger, record.memory_kind) for ledger in best.evaluated.ledgers),
-            fits=best.evaluated.fits,
+            fits=best.evaluated.peak_memory_bytes <= _capacity_bytes(cluster.device),
             terms=dict(best.evaluated.step.terms),
             chosen=str(best.parallelism),
             global_batch=best.parallelism.global_batch,
@@ -162,7 +163,8 @@ class RunPredictor:
     def best(self, record: Record, how: Configuration, cluster: Cluster) -> Run:
         """The fastest way that fits, or the smallest if none does."""
         runs = self.runs(record, how, cluster)
-        fitting = [run for run in runs if run.evaluated.fits]
+        most_bytes = _capacity_bytes(cluster.device)
+        fitting = [run for run in runs if run.evaluated.peak_memory_bytes <= most_bytes]
         if fitting:
             return min(fitting, key=lambda run: run.evaluated.step_s)
         return min(runs, key=lambda run: run.evaluated.peak_memory_bytes)
@@ -182,11 +184,12 @@ class RunPredictor:
     def _evaluated(
         self, evaluator: Evaluator, how: Configuration, p: Parallelism, low_precision: str | None
     ) -> Evaluated:
+        if how.recompute_share == 1:
+            return evaluate_given(self.programs, evaluator, p, low_precision)
         chain = self.programs.chain(p, evaluator.era, low_precision)
         cuts = even_cuts(chain, p.pp * p.num_virtual_stages)
-        if how.recompute_share < 1:
-            chain = _partly_recomputed(chain, how.recompute_share)
-        return evaluator.evaluate(chain.priced(evaluator.placed(p)), p, cuts)
+        partly = _partly_recomputed(chain, how.recompute_share)
+        return evaluator.evaluate(evaluator.priced(partly, p), p, cuts)
 
 
 def _partly_recomputed(chain: Chain, share: float) -> Chain:
@@ -205,6 +208,12 @@ def _kept(unit: Unit) -> Unit:
         again=dict.fromkeys(unit.again, (False,) * len(unit.kernels)),
         saved=dict.fromkeys(unit.saved, unit.saved["none"]),
     )
+
+
+def _capacity_bytes(device: Accelerator) -> float:
+    """What a run could really use: GB on a label are nearer to GiB, and planning alone need be cautious."""
+    label = device.memory.capacity_published_as == "GB_label"
+    return device.memory_bytes * (2**30 / 1e9 if label else 1.0)
 
 
 def _memory_bytes(ledger: Ledger, kind: MemoryKind | None) -> float:

@@ -12,7 +12,7 @@ from autopar.data_parallel import data_parallel
 from autopar.errors import RewriteError
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import RR, Partial, State
-from autopar.plan import Plan
+from autopar.plan import PLANNED_SCHEDULES, Plan
 from autopar.rewrite.body import CHECKPOINT_OPTIONS
 from autopar.rewrite.context import ProgramContext
 from autopar.rewrite.emit import block_patterns, emit_model, format_source, parameter_tables
@@ -153,6 +153,11 @@ def _check(graph: OpGraph, plan: Plan) -> None:
             "which fully_shard does not take; give it one dimension of size 1, or use zero_stage=0"
         )
     _check_recompute(plan)
+    if parallelism.schedule not in PLANNED_SCHEDULES:
+        raise RewriteError(
+            f"schedule={parallelism.schedule!r} can be evaluated but not yet emitted; use one of "
+            f"{', '.join(PLANNED_SCHEDULES)}"
+        )
     for axis, size, what in (("cp", parallelism.cp, "context"), ("ep", parallelism.ep, "expert")):
         if size > 1:
             raise RewriteError(

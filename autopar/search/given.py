@@ -15,7 +15,7 @@ from autopar.localize import Localized, localize
 from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.experts import deal_out_experts
-from autopar.search.pinned import REFERENCE_BATCH, Degrees, PinnedStrategies
+from autopar.search.pinned import Degrees, PinnedStrategies
 from autopar.search.replicas import Replica, make_replica
 from autopar.search.shallow import Shallow
 from autopar.search.units import Chain, build_chain
@@ -49,7 +49,7 @@ class GivenPrograms:
 
     def chain(self, p: Parallelism, era: Software, low_precision: str | None = None) -> Chain:
         """The chain of a parallelism under an era's kernels, without prices."""
-        degrees = Degrees(1, p.cp, p.tp, p.sequence_parallel is not False)
+        degrees = Degrees.of(p.microbatch_size, 1, p.cp, p.tp, p.sequence_parallel is not False)
         form = _Form(p.microbatch_size, degrees, p.ep, era.kinds, low_precision)
         if form not in self._chains:
             self._chains[form] = self._made(form, era)
@@ -68,7 +68,7 @@ class GivenPrograms:
             replica = self._replica(microbatch_size, degrees.cp)
             local = replica.local
             if degrees.tp > 1:
-                reference = self._replica(REFERENCE_BATCH, degrees.cp).local.graph
+                reference = self._replica(degrees.batch, degrees.cp).local.graph
                 local = localize(local, self.pinned.solution(reference, degrees).assignment)
             self._locals[key] = replica, local
         return self._locals[key]

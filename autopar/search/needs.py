@@ -96,7 +96,7 @@ class Needs:
         """What the backward of one op reads, if nothing is computed again."""
         if "scaled_dot_product" in op.target:
             return self._attention_need(op)
-        if op.saved and self.is_low(op):
+        if op.saved and self.software.keeps_quantised and self.is_low(op):
             return self._low_need(op)
         return Need(self._kept_forms(op.saved), op.saved_internal_bytes)
 

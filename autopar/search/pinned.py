@@ -31,17 +31,29 @@ BATCH = 0
 LOOKUP = "vocab_parallel_embedding"
 
 
-class Degrees(NamedTuple):
-    """What pinned strategies depend on; `data_size` only in so far as replicas compute together."""
+REFERENCE_BATCH = 3
+"""Samples of the graph that strategies are chosen on: with one, rows and positions look alike, and an even
+number could be split where the sequence should be."""
 
+
+class Degrees(NamedTuple):
+    """What pinned strategies depend on; `data_size` only in so far as replicas compute together.
+
+    `batch` is the microbatch size that they are chosen at: the reference, but with a context axis, which
+    divides rows in another way for every microbatch size, the size that is asked for.
+    """
+
+    batch: int
     data_size: int
     cp: int
     tp: int
     sequence_parallel: bool
 
-
-REFERENCE_BATCH = 2
-"""Samples of the graph that strategies are chosen on: with one, rows and positions could not be told apart."""
+    @staticmethod
+    def of(microbatch_size: int, data_size: int, cp: int, tp: int, sequence_parallel: bool) -> Degrees:
+        """The degrees for a microbatch size."""
+        batch = microbatch_size if cp > 1 else REFERENCE_BATCH
+        return Degrees(batch, data_size, cp, tp, sequence_parallel)
 
 
 class PinnedStrategies:
@@ -56,7 +68,7 @@ class PinnedStrategies:
         self._solutions: dict[Degrees, AxisSolution] = {}
 
     def solution(self, graph: OpGraph, degrees: Degrees) -> AxisSolution:
-        """The solution for a replica at these degrees; `graph` is its graph at `REFERENCE_BATCH`."""
+        """The solution for a replica at these degrees; `graph` is its graph at `degrees.batch`."""
         if degrees not in self._solutions:
             problem = pinned_problem(
                 graph,

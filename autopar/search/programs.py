@@ -21,7 +21,7 @@ from autopar.pricing import Pricer
 from autopar.search.axis_problem import AxisProblem, ClusterPrices
 from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp, MemoryPrice
 from autopar.search.experts import deal_out_experts
-from autopar.search.pinned import REFERENCE_BATCH, Degrees, PinnedStrategies, RegionRule
+from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
 from autopar.search.replicas import Replica, make_replica, strategy_keys
 from autopar.search.shallow import Shallow, local_counts, shallow
 from autopar.search.stages import StageTable
@@ -235,8 +235,9 @@ class Programs:
 
     def _solution(self, key: ProgramKey) -> AxisSolution:
         if key.price_level == PINNED:
-            graph = self.replica(REFERENCE_BATCH, key.data_size, key.cp).local.graph
-            degrees = Degrees(key.data_size, key.cp, key.tp, key.sequence_parallel is True)
+            split = key.sequence_parallel is True
+            degrees = Degrees.of(key.microbatch_size, key.data_size, key.cp, key.tp, split)
+            graph = self.replica(degrees.batch, key.data_size, key.cp).local.graph
             return self.pinned.solution(graph, degrees)
         ilp = self._ilp(key)
         return ilp.solve(key.num_microbatches, self._price(ilp.problem, key.price_level), self.time_limit_s)

@@ -185,7 +185,11 @@ class _Run:
         found: dict[Recompute, Saved] = {"none": none}
         for mode in MODES[1:]:
             kept = [index for index, twice in enumerate(again[mode]) if not twice]
-            internal_bytes = sum(self.needs[index].internal_bytes for index in kept)
+            internal_bytes = sum(
+                self.needs[index].internal_bytes
+                for index in kept
+                if mode == "attention" or self.kinds[index] != "matmul"  # else made from what is kept
+            )
             storages = none.storages
             if mode == "full":
                 storages, internal_bytes = entering, 0

@@ -19,11 +19,9 @@ import pytest
 import torch
 
 import autopar
-import hardware_db
 from autopar.plan import Parallelism
 from autopar.rewrite.program import Program, rewrite
 from graphs import Capture, capture
-from hardware_db import Cluster
 from tests.autopar.random_plans import random_plan
 from tests.models import case
 
@@ -135,23 +133,11 @@ def _program(model: Capture, trial: Trial) -> Program:
     degrees = trial.parallelism
     if trial.seed is not None:
         return rewrite(model, random_plan(model, degrees, trial.seed))
-    plan = autopar.evaluate(model, fast_network(degrees.world_size), parallelism=degrees)
+    plan = autopar.evaluate(model, f"local-cpu*{degrees.world_size}", parallelism=degrees)
     assert plan.parallelism == degrees
     program = autopar.compile(model, plan)
     assert degrees.tp == 1 or 'mesh.get_group("tp")' in program.source, "nothing is split over tp"
     return program
-
-
-def fast_network(num_devices: int) -> Cluster:
-    """Devices so slow and links so fast that even the smallest model is best split."""
-    device = {
-        "name": "slow",
-        "memory_bytes": 16e9,
-        "memory_bandwidth_bytes_per_s": 1e9,
-        "peak_flops_per_s": {"fp32": 1e9, "fp64": 1e9, "bf16": 1e9},
-    }
-    links = {"name": "links", "devices": num_devices, "bandwidth_bytes_per_s": 1e15, "latency_s": 1e-12}
-    return hardware_db.parse_cluster({"name": "fast network", "device": device, "levels": [links]})
 
 
 def _run(directories: Sequence[Path], num_ranks: int) -> dict[str, str]:

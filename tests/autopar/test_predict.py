@@ -55,7 +55,7 @@ def test_an_open_setting_takes_the_fastest_that_fits(records: dict[str, Record])
     every = runs.runs(record, how, cluster_of(record))
     best = runs.best(record, how, cluster_of(record))
     assert best.evaluated.fits
-    assert best.evaluated.step_s == min(run.evaluated.step_s for run in every if run.evaluated.fits)
+    assert best.evaluated.step_s == min(run.evaluated.step_s for run in every)
 
 
 def test_a_record_that_cannot_be_predicted_says_why(records: dict[str, Record]) -> None:

@@ -71,7 +71,7 @@ def test_policies_hold_what_torch_optimizers_hold() -> None:
         # FSDP2 with reshard_after_forward=False: a bf16 copy of the parameters is whole, too.
         ("flash-2023", "bf16", 2, True, 8, 2 + 16 / 8),
         ("xla", "bf16", 3, True, 8, 14 / 8),
-        ("te-2024", "fp8", 0, False, 1, 20),
+        ("te-2024", "fp8", 0, False, 1, 18),
     ],
 )
 def test_what_runs_usually_keep(

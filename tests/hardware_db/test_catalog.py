@@ -209,8 +209,10 @@ def test_dtypes_fall_back_to_what_can_stand_in_for_them() -> None:
 
 def test_measured_efficiency_wins_over_vendor_and_kind() -> None:
     h100, h20 = hardware_db.accelerator("h100"), hardware_db.accelerator("h20")
-    assert h100.efficiency.matmul == pytest.approx(794.5 / 989, abs=1e-3)
-    assert h100.efficiency_facts.matmul.confidence == "derived"
+    mi300x = hardware_db.accelerator("mi300x")
+    assert mi300x.efficiency.matmul == pytest.approx(668.4 / 1307.4, abs=1e-3)
+    assert mi300x.efficiency_facts.matmul.confidence == "derived"
+    assert h100.efficiency_facts.matmul.confidence == "fitted"
     assert h20.efficiency_facts.matmul == catalog.efficiency_defaults().vendors["nvidia"].matmul
     assert h20.efficiency_facts.memory == catalog.efficiency_defaults().kinds["gpu"].memory
 
