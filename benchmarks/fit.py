@@ -222,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--leave-one-group-out", action="store_true", help="fit without each group in turn")
     parser.add_argument("--models", type=Path, metavar="FILE", help="keep captured models here between runs")
     parser.add_argument(
-        "--write", action="store_true", help="write the constants into the data files, the errors to fit.json"
+        "--write",
+        action="store_true",
+        help="write the constants into the data files and, of groups left out, the errors to fit.json",
     )
     options = parser.parse_args(argv)
 
@@ -238,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_constants(dict(zip(model.fitted, np.exp(found.theta).tolist(), strict=True)))
         left_out = left_out_errors(model, found, evaluate) if options.leave_one_group_out else {}
     errors = _group_errors(model, found)
-    if options.write:
+    if options.write and left_out:
         FITTED.write_text(_json(model, found, errors, left_out), encoding="utf-8")
     _show(model, found, errors, left_out)
     return 0
@@ -298,7 +300,8 @@ def _percent(value: float | None) -> str:
 def _json(
     model: Model, found: Fit, errors: Mapping[str, tuple[float, float]], left_out: Mapping[str, float]
 ) -> str:
-    values = zip(model.fitted, np.exp(found.theta).tolist(), strict=True)
+    thetas = zip(model.fitted, np.exp(found.theta).tolist(), strict=True)
+    values = ((constant, constant.within_bounds(value)) for constant, value in thetas)
     document = {
         "constants": {f"{c.place}.{c.name}": value for c, value in values},
         "mean_error": {name: size for name, (size, _) in errors.items()},

@@ -138,7 +138,7 @@ def gradient_exchange(
         num_workers=outer.num_peers,
         num_servers=num_servers,
         worker_bytes_per_s=outer.unit_bytes_per_s,
-        server_bytes_per_s=server_bytes_per_s or outer.unit_bytes_per_s,
+        server_bytes_per_s=outer.unit_bytes_per_s if server_bytes_per_s is None else server_bytes_per_s,
         latency_s=outer.latency_s,
     )
     inner = Group(outer.num_inside, group.stride)

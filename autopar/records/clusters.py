@@ -147,7 +147,7 @@ def _network_cards(own: NodeScaleOut, facts: ClusterFacts, cards: int) -> NodeSc
     if not is_whole_node:
         links = cards
     elif links is None:
-        links = int(own.num_nics.value or cards)
+        links = max(1, round(own.num_nics.value or cards))
         gbit /= links
     return own.model_copy(update={"num_nics": _fact(links), "gbit_per_s_per_nic": _fact(gbit)})
 

@@ -49,8 +49,6 @@ class Configuration:
         precision: of the matrix products, in the record's words: bf16, fp16, fp8, mxfp8, nvfp4.
         era: the software's, one of `costmodel.software_eras()`.
         schedule: of the pipeline, in the record's words.
-        pp_partition: how layers were dealt to stages, in the record's words.
-        remat_policy: what a TPU run recomputed, in the record's words.
     """
 
     known: Parallelism
@@ -65,8 +63,6 @@ class Configuration:
     precision: str
     era: str
     schedule: str | None
-    pp_partition: str | None
-    remat_policy: str | None
 
     @property
     def compute_dtype(self) -> str:
@@ -136,8 +132,6 @@ def configuration(record: Record) -> Configuration:
         precision=record.precision,
         era=software_era(record),
         schedule=facts.schedule,
-        pp_partition=facts.pp_partition,
-        remat_policy=facts.remat_policy,
     )
 
 
@@ -229,7 +223,8 @@ def _recomputation(record: Record) -> tuple[tuple[Recompute, ...], float]:
         case "selective":
             return (selective,), 1.0
         case other:
-            if (match := _PARTIAL.fullmatch(other)) is None:
+            match = _PARTIAL.fullmatch(other)
+            if match is None or not 0 < int(match[1]) <= int(match[2]):
                 raise RecordError(
                     f"record {record.id}: parallelism.recompute is {other!r}, expected none, selective, "
                     "full, unknown, null or partial:K-of-N-layers-full"

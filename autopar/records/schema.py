@@ -7,6 +7,7 @@ that a file may carry more than is used. A null means that the source does not s
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -185,9 +186,10 @@ class Record(_Facts):
             unit = next((_BYTES_PER_UNIT[word] for word in words if word in _BYTES_PER_UNIT), None)
             if unit is None or not {"memory", "allocated", "reserved"} & set(words):
                 continue
-            figures = list(value.values()) if isinstance(value, Mapping) else [value]
+            stated = value.values() if isinstance(value, Mapping) else [value]
+            figures = [figure for figure in stated if isinstance(figure, int | float)]
             kind = _memory_kind(words)
-            if len(figures) >= len(found.get(kind, ())):
+            if figures and len(figures) >= len(found.get(kind, ())):
                 found[kind] = tuple(unit * float(figure) for figure in figures)
         return found
 
@@ -204,8 +206,9 @@ class Record(_Facts):
         return None if kind is None else max(self.measured_memory_bytes[kind])
 
     def _figure(self, name: str) -> float | None:
-        value = self.measured.get(name, self.derived.get(name))
-        return None if value is None else float(value)
+        values = (self.measured.get(name), self.derived.get(name))
+        known = (value for value in values if isinstance(value, int | float) and value > 0)
+        return next(map(float, known), None)
 
 
 def read_records(path: str | Path) -> tuple[Record, ...]:
@@ -215,7 +218,12 @@ def read_records(path: str | Path) -> tuple[Record, ...]:
     """
     entries = _entries(Path(path))
     runs = [(index, entry) for index, entry in enumerate(entries) if _text(entry, "tier") != _NOT_A_RUN]
-    return tuple(_record(path, index, entry) for index, entry in runs)
+    records = tuple(_record(path, index, entry) for index, entry in runs)
+    count = Counter(record.id for record in records)
+    for id, times in count.items():
+        if times > 1:
+            raise RecordError(f"{path}: the id {id!r} stands {times} times; give every run its own")
+    return records
 
 
 def _entries(path: Path) -> list[Any]:

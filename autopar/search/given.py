@@ -28,7 +28,7 @@ class _Form(NamedTuple):
     microbatch_size: int
     degrees: Degrees
     ep: int
-    kinds: tuple[object, ...]
+    kernels: tuple[object, ...]
     low_precision: str | None
 
 
@@ -50,7 +50,13 @@ class GivenPrograms:
     def chain(self, p: Parallelism, era: Software, low_precision: str | None = None) -> Chain:
         """The chain of a parallelism under an era's kernels, without prices."""
         degrees = Degrees.of(p.microbatch_size, 1, p.cp, p.tp, p.sequence_parallel is not False)
-        form = _Form(p.microbatch_size, degrees, p.ep, era.kinds, low_precision)
+        form = _Form(
+            p.microbatch_size,
+            degrees,
+            p.ep,
+            (*era.kinds, era.attention_backward_share, era.fragmentation),
+            low_precision,
+        )
         if form not in self._chains:
             self._chains[form] = self._made(form, era)
         return self._chains[form]

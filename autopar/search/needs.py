@@ -105,8 +105,9 @@ class Needs:
         operand = op.inputs[0]
         (kept,) = self._kept_forms([operand]) or (None,)
         others = tuple(name for name in self._kept_forms(op.saved) if name != kept)
-        first = min(self.readers.get(self.homes[operand], {0}))
-        is_first = kept is not None and self.graph.ops[first].name == op.name
+        readers = (self.graph.ops[index] for index in sorted(self.readers[self.homes[operand]]))
+        first = next(reader for reader in readers if reader.saved and self.is_low(reader))
+        is_first = kept is not None and first.name == op.name
         return Need(others, self.tensors[kept].num_elements * _QUANTISED_BYTES if kept and is_first else 0)
 
     def _kept_forms(self, names: Iterable[str]) -> tuple[str, ...]:
