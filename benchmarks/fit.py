@@ -128,6 +128,7 @@ def _era(name: str, values: Mapping[Constant, float]) -> Software:
     for place in ("software.shared", f"software.{name}"):
         mine = (c for c in values if c.place == place and c.name in known)
         own = {c.name: c.within_bounds(float(values[c])) for c in mine}
+        # Only numbers are fitted, which a type checker cannot see in the names of fields.
         era = replace(era, **own)  # type: ignore[arg-type]
     return era
 

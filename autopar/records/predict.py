@@ -126,6 +126,14 @@ class Run:
     parallelism: Parallelism
     evaluated: Evaluated
 
+    def held_bytes(self, how: Configuration, kind: MemoryKind | None = None) -> float:
+        """What the fullest rank holds, of the kind that was measured, without what it keeps in the host's
+        memory."""
+        return max(
+            _memory_bytes(ledger, kind) - how.offload_share * ledger.activations_bytes
+            for ledger in self.evaluated.ledgers
+        )
+
 
 class RunPredictor:
     """Prices the records of one model."""
@@ -137,15 +145,15 @@ class RunPredictor:
     def predict(self, record: Record) -> Prediction:
         """The record's step: the fastest that fits of the ways to run it, or the smallest if none does."""
         try:
-            cluster = cluster_of(record)
-            best = self.best(record, configuration(record), cluster)
+            how, cluster = configuration(record), cluster_of(record)
+            best = self.best(record, how, cluster)
         except FAILURES as error:
             return _failure(record, error)
         return Prediction(
             record_id=record.id,
             step_time_s=best.evaluated.step_s,
-            memory_bytes=max(_memory_bytes(ledger, record.memory_kind) for ledger in best.evaluated.ledgers),
-            fits=best.evaluated.peak_memory_bytes <= _capacity_bytes(cluster.device),
+            memory_bytes=best.held_bytes(how, record.memory_kind),
+            fits=best.held_bytes(how) <= _capacity_bytes(cluster.device),
             terms=dict(best.evaluated.step.terms),
             chosen=str(best.parallelism),
             global_batch=best.parallelism.global_batch,
@@ -164,10 +172,10 @@ class RunPredictor:
         """The fastest way that fits, or the smallest if none does."""
         runs = self.runs(record, how, cluster)
         most_bytes = _capacity_bytes(cluster.device)
-        fitting = [run for run in runs if run.evaluated.peak_memory_bytes <= most_bytes]
+        fitting = [run for run in runs if run.held_bytes(how) <= most_bytes]
         if fitting:
             return min(fitting, key=lambda run: run.evaluated.step_s)
-        return min(runs, key=lambda run: run.evaluated.peak_memory_bytes)
+        return min(runs, key=lambda run: run.held_bytes(how))
 
     def runs(self, record: Record, how: Configuration, cluster: Cluster) -> list[Run]:
         """Every way to run the record, priced."""
