@@ -22,13 +22,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-
+from autopar.op_kinds import dtype_name, has_dropout, is_causal, kind_of, short_name
+from autopar.traffic import EVERYTHING_TOUCHES_MEMORY, Traffic
 from costmodel import CollectiveKind, Software, Work
-from costmodel.software import Fusion
 from graphs.ir import Op, OpGraph, Tensor
-
-Kind = Literal["matmul", "attention", "memory", "view", "communication"]
 
 
 class Move(NamedTuple):
@@ -52,15 +49,7 @@ class Kernels(NamedTuple):
 
 NOTHING = Kernels()
 
-# --- what an op is ------------------------------------------------------------------------------------------
-
-_MATMUL = (
-    "linear", "mm", "bmm", "matmul", "addmm", "baddbmm", "addbmm", "einsum", "bilinear", "_grouped_mm",
-    "grouped_mm_fallback", "conv1d", "conv2d", "conv3d", "convolution",
-    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-)  # fmt: skip
 _LOOKUPS = ("embedding", "gather", "index", "index_select", "select_scatter")
-_WITH_OWN_COLLECTIVES = ("autopar.embedding", "autopar.cross_entropy")
 
 CONJUGATES: Mapping[str, tuple[CollectiveKind | None, CollectiveKind | None]] = {
     "all_gather": ("all_gather", "reduce_scatter"),
@@ -76,99 +65,6 @@ CONJUGATES: Mapping[str, tuple[CollectiveKind | None, CollectiveKind | None]] = 
     "first_grad": (None, None),
 }
 """Conversion op -> the collectives of its forward and backward."""
-
-
-def short_name(op: Op) -> str:
-    """`linear` of `aten.linear.default`."""
-    parts = op.target.split(".")
-    return parts[1] if len(parts) > 1 else parts[0]
-
-
-def is_conversion(op: Op) -> bool:
-    """Whether the op is a change of placement that `localize` inserted."""
-    return op.target.startswith("autopar.") and op.target not in _WITH_OWN_COLLECTIVES
-
-
-def is_causal(op: Op) -> bool:
-    """Whether an attention op masks the future by itself."""
-    return op.kwargs.get("is_causal") is True or (len(op.args) > 5 and op.args[5] is True)
-
-
-def kind_of(op: Op, tensors: Mapping[str, Tensor]) -> Kind:
-    """What bounds the op."""
-    if is_conversion(op):
-        return "communication"
-    if op.outputs and all(tensors[name].storage != name for name in op.outputs):
-        return "view"
-    name = short_name(op)
-    if "scaled_dot_product" in name:
-        return "attention"
-    if name in _MATMUL or op.flops:
-        return "matmul"
-    return "memory"
-
-
-# --- which values touch memory ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Storages that stay in the registers of a kernel.
-
-    `unread` ones go from one memory-bound op to another in the same kernel, their only reader. Changes of
-    placement and views on the way do not count as readers, so a graph and its local form agree on both.
-    `root` maps the storage of a converted tensor to the one it was converted from.
-    """
-
-    unread: frozenset[str]
-    root: Mapping[str, str]
-
-    @staticmethod
-    def of(graph: OpGraph, fusion: Fusion = "chain") -> Traffic:
-        """The traffic of a graph whose memory-bound ops share kernels as `fusion` says."""
-        tensors = graph.tensors
-        root: dict[str, str] = {}
-        made_by: dict[str, Op] = {}
-        readers: dict[str, list[Op]] = {}
-        for op in graph.ops:
-            kind = kind_of(op, tensors)
-            if kind == "communication":
-                source = tensors[op.inputs[0]].storage
-                root[op.output] = root.get(source, source)
-                continue
-            if kind != "view":
-                if kind == "memory":
-                    made_by.update(dict.fromkeys(op.outputs, op))
-                for storage in {tensors[name].storage for name in op.inputs}:
-                    readers.setdefault(root.get(storage, storage), []).append(op)
-        kept = {root.get(tensors[name].storage, tensors[name].storage) for name in graph.outputs}
-
-        def share_a_kernel(maker: Op, reader: Op) -> bool:
-            if kind_of(reader, tensors) != "memory" or fusion == "none":
-                return False
-            return fusion == "chain" or maker.module == reader.module
-
-        unread = frozenset(
-            storage
-            for storage, ops in readers.items()
-            if len(ops) == 1
-            and storage not in kept
-            and storage in made_by
-            and share_a_kernel(made_by[storage], ops[0])
-        )
-        return Traffic(unread, root)
-
-    def is_read(self, storage: str) -> bool:
-        """Whether the storage, or its gradient, goes through memory."""
-        return self.root.get(storage, storage) not in self.unread
-
-    def __or__(self, other: Traffic) -> Traffic:
-        return Traffic(self.unread | other.unread, {**self.root, **other.root})
-
-
-EVERYTHING_TOUCHES_MEMORY = Traffic(frozenset(), {})
-
-# --- kernels ------------------------------------------------------------------------------------------------
 
 
 def conversion_moves(
@@ -381,28 +277,9 @@ _ADDING_BYTES = 6
 """Reading and writing an fp32 sum rather than writing a gradient of two bytes."""
 
 
-def has_dropout(op: Op) -> bool:
-    """Whether an attention op drops probabilities."""
-    probability = op.kwargs.get("dropout_p", op.args[4] if len(op.args) > 4 else 0.0)
-    return isinstance(probability, int | float) and probability > 0
-
-
 def _kernel(num_bytes: float, dtype: str, *, launched: bool) -> tuple[Work, ...]:
     return (Work(0, num_bytes, dtype, "memory", (), int(launched)),) if num_bytes else ()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> float:
     return sum(tensor.num_bytes for tensor in tensors)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The cost model's name of a torch dtype; what has no arithmetic of its own counts as fp32."""
-    return _DTYPE_NAMES.get(dtype, "fp32")
-
-
-_DTYPE_NAMES: Mapping[torch.dtype, str] = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}

@@ -13,15 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from autopar.kernels import (
-    EVERYTHING_TOUCHES_MEMORY,
-    KernelMaker,
-    Kernels,
-    Move,
-    Traffic,
-    conversion_moves,
-    dtype_name,
-)
+from autopar.kernels import KernelMaker, Kernels, Move, conversion_moves
+from autopar.op_kinds import dtype_name
+from autopar.traffic import EVERYTHING_TOUCHES_MEMORY, Traffic
 from costmodel import Algorithm, CollectiveKind, Group, Roofline, Software, Work, algorithms, software
 from graphs.ir import Op, OpGraph, Tensor
 from hardware_db import Cluster

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from autopar.kernels import Traffic, kind_of
 from autopar.localize import Assignment, Localized, localize
+from autopar.op_kinds import kind_of
 from autopar.placements import PR, RP, RR, Shard, State
 from autopar.pricing import Pricer, total
 from autopar.strategies import Conversion, Strategy, conversion, natural_sections, strategies
+from autopar.traffic import Traffic
 from graphs.ir import Op, OpGraph
 
 LOSS_STATES = (RR, PR)

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from itertools import compress
 
-from autopar.kernels import dtype_name, is_causal, kind_of
+from autopar.op_kinds import dtype_name, is_causal, kind_of
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import DEFAULT_SOFTWARE, Pricer
 from autopar.search.data_axes import data_groups

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from autopar.kernels import dtype_name
+from autopar.op_kinds import dtype_name
 from autopar.placements import RR
 from autopar.plan import (
     Alternative,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
-from autopar.kernels import has_dropout, is_conversion, kind_of, short_name
+from autopar.op_kinds import has_dropout, is_conversion, kind_of, short_name
 from autopar.plan import Recompute
 from costmodel import Software
 from graphs.ir import Op, OpGraph

@@ -15,14 +15,15 @@ from functools import cached_property
 from typing import NamedTuple
 
 from autopar.data_parallel import data_parallel
-from autopar.kernels import EVERYTHING_TOUCHES_MEMORY, Traffic, kind_of
 from autopar.localize import Assignment
+from autopar.op_kinds import kind_of
 from autopar.placements import Shard
 from autopar.search.axis_problem import AxisProblem
 from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp
 from autopar.search.replicas import SEQUENCE, context_parallel
 from autopar.search.shallow import local_counts
 from autopar.strategies import Conversion, Strategy
+from autopar.traffic import EVERYTHING_TOUCHES_MEMORY, Traffic
 from graphs.ir import Op, OpGraph
 
 BATCH = 0

@@ -15,8 +15,8 @@ from math import inf
 
 from autopar.data_parallel import gathered_ops
 from autopar.errors import InvalidParallelismError
-from autopar.kernels import is_causal
 from autopar.localize import Assignment, Localized, localize
+from autopar.op_kinds import is_causal
 from autopar.placements import RP, RR, Shard, State, sharded
 from autopar.strategies import Strategy, conversion, natural_sections, settle, strategies
 from graphs.blocks import find_blocks

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress
 
-from autopar.kernels import KernelMaker, Kernels, is_conversion, kind_of
+from autopar.kernels import KernelMaker, Kernels
 from autopar.localize import Localized
+from autopar.op_kinds import is_conversion, kind_of
 from autopar.placements import RP
 from autopar.plan import Recompute
 from autopar.pricing import OpCost, Pricer

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 import graphs
-from autopar.kernels import CONJUGATES, NOTHING, KernelMaker, Kernels, Move, Traffic, kind_of
+from autopar.kernels import CONJUGATES, NOTHING, KernelMaker, Kernels, Move
+from autopar.op_kinds import kind_of
+from autopar.traffic import Traffic
 from costmodel import Software, Work, software
 from graphs.ir import Op, OpGraph, Ref, Tensor
 from tests.autopar.graph_builder import GraphBuilder

@@ -8,8 +8,9 @@ from functools import cache
 import pytest
 
 import autopar
-from autopar.kernels import CONJUGATES, is_conversion, short_name
+from autopar.kernels import CONJUGATES
 from autopar.localize import localize
+from autopar.op_kinds import is_conversion, short_name
 from autopar.placements import Shard
 from autopar.plan import Parallelism
 from autopar.search.programs import Programs
