@@ -13,10 +13,10 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test format lint type check bench clean
+.PHONY: help setup demo test format lint type check bench never-worse accuracy clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## create .venv with the pinned dependencies
 
@@ -50,8 +50,11 @@ type: setup  ## check types
 
 check: lint type  ## all that runs before the tests
 
-bench: setup  ## time capture and search
-	$(BIN)/python benchmarks/plan_speed.py
+bench: setup  ## what a plan costs to find: time, memory, gap, beside their limits
+	$(BIN)/python -m benchmarks.bench
+
+never-worse: setup  ## plans against the configurations of published runs
+	$(BIN)/python -m benchmarks.never_worse --jobs $(JOBS)
 
 accuracy: setup  ## predictions against published training runs
 	$(BIN)/python -m benchmarks.accuracy

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -15,17 +15,19 @@ import hardware_db
 from autopar.errors import InvalidParallelismError
 from autopar.plan import Alternative, Certificate, Parallelism, Plan, Recompute, ScheduleName
 from autopar.pricing import DEFAULT_SOFTWARE
+from autopar.search.branch import Progress
 from autopar.search.describe import (
     alternative,
     build_plan,
+    duration,
     impossible_baseline,
     memory_excess,
     training_policy,
 )
 from autopar.search.infeasible import infeasible
 from autopar.search.outcome import Solved
-from autopar.search.planner import Planner, Progress, SearchResult
-from autopar.search.space import Pins
+from autopar.search.pins import Pins
+from autopar.search.planner import Planner, SearchResult
 from autopar.search.validate import check_parallelism
 from costmodel import Software
 from costmodel import software as software_of
@@ -33,6 +35,12 @@ from graphs import Capture
 from hardware_db import Cluster
 
 Inputs = Mapping[str, Tensor] | Callable[[int], Mapping[str, Tensor]]
+
+Space = Literal["programs", "whole"]
+"""What is searched: what programs can be written for, or all that has a price."""
+
+Callback = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much."""
 
 RELATIVE_ERROR = 1e-3
 """By how much the shallow model of the search may differ from the full one before the search runs at full
@@ -69,16 +77,20 @@ def plan(
     global_batch: int,
     name: str | None = None,
     software: str | None = None,
-    progress: Progress | None = None,
+    progress: Callback | None = None,
     time_limit_s: float | None = None,
     microbatch_size: int | None = None,
     tp: int | None = None,
     pp: int | None = None,
     dp: int | None = None,
+    cp: int | None = None,
+    ep: int | None = None,
     zero_stage: int | None = None,
     recompute: Recompute | None = None,
     schedule: ScheduleName | None = None,
     num_virtual_stages: int | None = None,
+    pins: Pins | Mapping[str, object] | str | Path | None = None,
+    space: Space = "programs",
 ) -> Plan:
     """The fastest way found to train `model` on `cluster`, with a proof of how far from the best it can be.
 
@@ -93,15 +105,21 @@ def plan(
             torch's own kernels, which is what the emitted programs run on.
         progress: told `(what, done, total)` as the search goes on.
         time_limit_s: stop searching after so long, with the best plan so far and its gap.
-        microbatch_size, tp, pp, dp, zero_stage, recompute, schedule, num_virtual_stages: settings to keep
-            fixed.
+        microbatch_size, tp, pp, dp, cp, ep, zero_stage, recompute, schedule, num_virtual_stages: settings to
+            keep fixed.
+        pins: more of what is fixed or forbidden (`autopar.search.pins.Pins`), a mapping, or a file.
+        space: "programs" is what `compile` can write today; "whole" adds context and expert parallelism and
+            the schedules that split backwards, which can be priced and explained.
 
     Raises InfeasibleError when nothing fits, PinConflictError when the pins leave nothing to choose,
     SearchTimeoutError when the limit passes first, CostModelError for an unknown era, and the errors of
     capture and of the hardware database.
     """
     started = time.monotonic()
-    pins = Pins(microbatch_size, tp, pp, dp, zero_stage, recompute, schedule, num_virtual_stages)
+    settings = Pins.merged(
+        pins, microbatch_size=microbatch_size, tp=tp, pp=pp, dp=dp, cp=cp, ep=ep, zero_stage=zero_stage,
+        recompute=recompute, schedule=schedule, num_virtual_stages=num_virtual_stages,
+    )  # fmt: skip
     _check_batch(global_batch)
     machine, era = _cluster(cluster), _era(software)
     if progress is not None:
@@ -112,11 +130,13 @@ def plan(
     policy = training_policy(capture.graph)
     for shorten in (True, False):
         planner = Planner(
-            capture, machine, policy, era, time_limit_s=time_limit_s, progress=progress, shorten=shorten
-        )
-        result = planner.search(global_batch, pins)
+            capture, machine, policy, era, global_batch=global_batch, pins=settings,
+            time_limit_s=time_limit_s, report=_reporter(progress), shorten=shorten,
+            whole_space=space == "whole",
+        )  # fmt: skip
+        result = planner.search()
         if result.best is None:
-            raise infeasible(planner, result, global_batch, pins)
+            raise infeasible(planner, result)
         best = planner.finish(result.best)
         if _agree(best, result.best):
             break
@@ -187,7 +207,8 @@ def evaluate(
     machine, era = _cluster(cluster), _era(software)
     capture = captured(model, inputs, name)
     checked = check_parallelism(capture.graph, machine, global_batch, settings)
-    planner = Planner(capture, machine, training_policy(capture.graph), era)
+    policy = training_policy(capture.graph)
+    planner = Planner(capture, machine, policy, era, global_batch=global_batch)
     solved = planner.as_given(checked)
     step_s = solved.evaluated.step_s
     certificate = Certificate(
@@ -195,6 +216,20 @@ def evaluate(
     )
     warnings = [] if solved.evaluated.fits else [memory_excess(solved.evaluated)]
     return build_plan(planner, solved, certificate, warnings=warnings)
+
+
+def _reporter(progress: Callback | None) -> Callable[[Progress], None] | None:
+    """What the search tells, as a callback for people wants it."""
+    if progress is None:
+        return None
+
+    def report(step: Progress) -> None:
+        best = "no plan yet"
+        if step.best is not None:
+            best = f"{duration(step.best.evaluated.step_s)} with {step.best.parallelism}, gap {step.gap:.1%}"
+        progress(f"search: {best}", step.num_decided, step.num_candidates)
+
+    return report
 
 
 def _check_batch(global_batch: int) -> None:

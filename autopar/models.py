@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from autopar.errors import AutoparError
 from autopar.model_inputs import inputs_for
-from graphs import build_without_memory, inputs_of_any_batch
+from graphs import build_without_memory, inputs_of_any_batch, uncollected
 from hardware_db.errors import did_you_mean
 
 DEFAULT_SEQUENCE_LENGTH = 4096
@@ -62,6 +62,7 @@ class ModelSpec:
         return build_without_memory(self.build)
 
 
+@uncollected()  # it may import `transformers`
 def load(spec: str, *, seq_len: int | None = None, dtype: torch.dtype | None = None) -> ModelSpec:
     """The model that `spec` names, see the module's docstring.
 

@@ -10,17 +10,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 import costmodel
+from autopar.ranks import RankGroups
 
-PLAN_VERSION: Literal[2] = 2
+PLAN_VERSION: Literal[3] = 3
 
-Recompute = Literal["none", "attention", "alternate", "selective", "full"]
-"""What the backward computes again of every block: nothing; the probabilities of attention, where its kernel
+RecomputeMode = Literal["none", "attention", "alternate", "selective", "full"]
+"""What the backward computes again of a block: nothing; the probabilities of attention, where its kernel
 keeps them (Megatron's selective recomputation, arXiv:2205.05198, section 5); all but matrix products and
 attention ("selective"), of the products every second one too ("alternate", torchtitan's default); everything.
 """
+Recompute = Literal[RecomputeMode, "mixed"]
+"""The mode of all blocks, or "mixed": blocks differ, or keep some results by name (`Plan.recomputation`)."""
+Offload = Literal["none", "optimizer"]
+"""What lives in the host's memory: nothing, or the optimizer's states and master copy, which the host then
+updates (ZeRO-Offload, arXiv:2101.06840)."""
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""The axes of every mesh, outermost first as they usually lie."""
 ScheduleName = costmodel.ScheduleName
 """Pipeline schedules by torch's names. Each has a price; `PLANNED_SCHEDULES` can also be emitted."""
 PLANNED_SCHEDULES: tuple[ScheduleName, ...] = ("GPipe", "1F1B", "Interleaved1F1B")
@@ -35,9 +43,10 @@ class Frozen(BaseModel):
 class Parallelism(Frozen):
     """The degrees of every kind of parallelism, and the knobs that go with them.
 
-    Ranks are laid out row-major over the mesh `(pp, dp_replicate, dp_shard, cp, tp)`, so `tp` is innermost.
-    The global batch is `microbatch_size * num_microbatches * dp`. `ep` divides the data-parallel ranks among
-    experts. `sequence_parallel` says whether what lies between the split products of a layer is split along
+    Ranks are laid out row-major over the mesh `(pp, dp_replicate, dp_shard, cp, tp)`, so `tp` is innermost,
+    unless `axis_order` puts the same axes into another order, outermost first. The global batch is
+    `microbatch_size * num_microbatches * dp`. `ep` divides the data-parallel ranks among experts.
+    `sequence_parallel` says whether what lies between the split products of a layer is split along
     the sequence (True) or whole on every rank of the tensor axis (False); None leaves it to the search.
     """
 
@@ -54,6 +63,18 @@ class Parallelism(Frozen):
     num_microbatches: int = Field(default=1, ge=1)
     schedule: ScheduleName = "1F1B"
     recompute: Recompute = "none"
+    offload: Offload = "none"
+    axis_order: tuple[str, ...] = MESH_AXES
+
+    @field_validator("axis_order")
+    @classmethod
+    def _names_every_axis(cls, order: tuple[str, ...]) -> tuple[str, ...]:
+        if sorted(order) != sorted(MESH_AXES):
+            raise ValueError(
+                f"axis_order names every axis once, outermost first: {', '.join(MESH_AXES)} in some order; "
+                f"got {', '.join(order) or 'none'}"
+            )
+        return order
 
     @property
     def dp(self) -> int:
@@ -71,14 +92,8 @@ class Parallelism(Frozen):
     @property
     def mesh(self) -> Mapping[str, int]:
         """Axes of the device mesh with more than one rank, outermost first."""
-        sizes = {
-            "pp": self.pp,
-            "dp_replicate": self.dp_replicate,
-            "dp_shard": self.dp_shard,
-            "cp": self.cp,
-            "tp": self.tp,
-        }
-        return {axis: size for axis, size in sizes.items() if size > 1}
+        sizes = ((axis, getattr(self, axis)) for axis in self.axis_order)
+        return {axis: size for axis, size in sizes if size > 1}
 
     def __str__(self) -> str:
         """A short name, such as `dp8 tp8 pp2 zero1 mb1x16 1F1B full-recompute`."""
@@ -100,6 +115,11 @@ class Parallelism(Frozen):
         parts.append(f"mb{self.microbatch_size}x{self.num_microbatches}")
         if self.recompute != "none":
             parts.append(f"{self.recompute}-recompute")
+        if self.offload != "none":
+            parts.append(f"{self.offload}-offload")
+        axes = list(self.mesh)
+        if axes != sorted(axes, key=MESH_AXES.index):
+            parts.append(f"mesh({', '.join(axes)})")
         return " ".join(parts)
 
 
@@ -171,6 +191,27 @@ class Alternative(Frozen):
     reason: str
 
 
+class Recomputation(Frozen):
+    """What the backward computes again of some blocks: all but the results of the ops `kept`, or, by one of
+    the modes, as of all blocks."""
+
+    blocks: tuple[str, ...] = Field(description="paths of the modules")
+    mode: Literal["attention", "alternate", "selective", "full", "kept"]
+    kept: tuple[str, ...] = Field(
+        default=(),
+        description="ops of the first of these blocks; `x__tp_1` is what moves `x` over the ranks of `tp`",
+    )
+    labels: tuple[str, ...] = Field(default=(), description="what people call the ops in `kept`")
+
+
+class PinCost(Frozen):
+    """What one of the user's pins costs: without it, all others kept, a step would take `step_s`."""
+
+    pin: str
+    step_s: float
+    cost_s: float = Field(description="by how much a step takes longer for the pin")
+
+
 class Certificate(Frozen):
     """How far the plan can be from the best one under this cost model, and what was looked at."""
 
@@ -195,19 +236,32 @@ class Plan(Frozen):
     `strategies` maps a mesh axis (`dp` stands for both data axes together) to the strategy key of every op,
     by the name of the op's representative: the same op of the first instance of its block. `placements` tells
     how every parameter lies on the tensor axis, `*` standing for the numbers of repeated blocks.
+    `recomputation` lists every block that computes something again; the others keep all.
     """
 
-    version: Literal[2] = PLAN_VERSION
+    version: Literal[3] = PLAN_VERSION
     model: ModelSummary
     cluster: ClusterSummary
     parallelism: Parallelism
+    rank_groups: tuple[RankGroups, ...] = Field(default=(), description="who communicates along each axis")
     strategies: Mapping[str, Mapping[str, str]]
     placements: Mapping[str, str] = Field(default_factory=dict)
     stages: tuple[StagePlan, ...]
+    recomputation: tuple[Recomputation, ...] = ()
     prediction: Prediction
     certificate: Certificate
     alternatives: tuple[Alternative, ...] = ()
+    pin_costs: tuple[PinCost, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _is_of_this_version(cls, version: object) -> object:
+        if version != PLAN_VERSION:
+            raise ValueError(
+                f"the plan is of version {version}, this autopar reads {PLAN_VERSION}; plan the model again"
+            )
+        return version
 
     def to_json(self) -> str:
         """The plan as indented JSON, the same bytes for the same plan."""

@@ -17,8 +17,10 @@ from autopar.search.describe import training_policy
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.given import GivenPrograms, evaluate_given
 from autopar.search.outcome import NUM_RUNNERS_UP
+from autopar.search.pins import Pins
 from autopar.search.shallow import shallow
-from autopar.search.space import Pins, candidates
+from autopar.search.space import Degrees, layouts, ways
+from autopar.search.units import RECOMPUTE_MODES
 from costmodel import software
 from graphs import capture
 from hardware_db import cluster
@@ -37,7 +39,13 @@ class Sweep:
         self.machine = cluster(CLUSTER)
         self.captured_bytes = peak_bytes()
         began_s = time.process_time()
-        self.candidates = tuple(candidates(self.machine, GLOBAL_BATCH, TENSOR_DEGREES, NUM_LAYERS, Pins()))
+        degrees = Degrees(TENSOR_DEGREES, (1,), (1,), NUM_LAYERS, ("1F1B", "Interleaved1F1B"))
+        self.candidates = tuple(
+            p.model_copy(update={"recompute": mode})
+            for layout in layouts(self.machine, GLOBAL_BATCH, degrees, Pins())
+            for p in ways(layout, self.machine, degrees, Pins())
+            for mode in RECOMPUTE_MODES
+        )
         self.programs = GivenPrograms(shallow(self.capture))
         self.found = self.priced(era)
         self.cold_s = time.process_time() - began_s

@@ -114,7 +114,7 @@ def _overlap_saving_s(
         return overlap_saving_s
     for stage, saving in enumerate(overlap_saving_s):
         shorter_s = min(forward_s[num_total - 1 - stage], backward_s[stage])
-        if not 0 <= saving <= shorter_s:
+        if not 0 <= saving <= shorter_s * (1 + 1e-9):  # sums, each rounded in its own order
             raise CostModelError(
                 f"overlapping a forward with stage {stage}'s backward saves at most the shorter one's "
                 f"{shorter_s:g} s, got {saving:g}"

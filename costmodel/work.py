@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from costmodel.errors import CostModelError
@@ -55,18 +56,50 @@ class Group:
     """`size` ranks that lie `stride` apart: r, r + stride, r + 2 * stride, ...
 
     Ranks number a cluster's devices contiguously and a mesh is laid out row-major, so the innermost mesh axis
-    has stride 1 and each further axis the product of the sizes inside it. All groups of an axis communicate
-    at once. Raises CostModelError unless both are at least 1.
+    has stride 1 and each further axis the product of the sizes inside it. A group over several axes with
+    others between them lies in runs: `outer` then gives, innermost first, how often all that is inside is
+    repeated, and how far apart. `Group(8, 1, ((2, 16),))` are the ranks 0 to 3 and 16 to 19. All groups of an
+    axis communicate at once.
+
+    Raises CostModelError unless all numbers are at least 1 and the repetitions divide the size.
     """
 
     size: int
     stride: int = 1
+    outer: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.stride < 1:
+        repeats = prod(count for count, _ in self.outer)
+        if min(self.size, self.stride, *(min(part) for part in self.outer)) < 1 or self.size % repeats:
             raise CostModelError(
-                f"a group needs a size and a stride of at least 1: got {self.size}, {self.stride}"
+                f"a group needs a size and a stride of at least 1, and runs that divide it: got {self.size}, "
+                f"{self.stride}{f', {self.outer}' if self.outer else ''}"
             )
+
+    @classmethod
+    def of(cls, *parts: tuple[int, int]) -> Group:
+        """The group over axes of these (size, stride), in any order; neighbours that nest become one."""
+        merged: list[tuple[int, int]] = []
+        for size, stride in sorted(parts, key=lambda part: part[1]):
+            if size == 1:
+                continue
+            if merged and merged[-1][0] * merged[-1][1] == stride:
+                merged[-1] = merged[-1][0] * size, merged[-1][1]
+            else:
+                merged.append((size, stride))
+        if not merged:
+            return cls(1)
+        return cls(prod(size for size, _ in merged), merged[0][1], tuple(merged[1:]))
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """(size, stride) of every axis that the group is over, innermost first."""
+        return ((self.size // prod(count for count, _ in self.outer), self.stride), *self.outer)
+
+    @property
+    def reach(self) -> int:
+        """How many devices lie between its first and last rank, both counted."""
+        return 1 + sum((size - 1) * stride for size, stride in self.parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from graphs.interpret import resolve, run
 from graphs.ir import Block, Buffer, ModuleInfo, Op, OpGraph, Parameter, Ref, Tensor
 from graphs.measure import measured
 from graphs.memoryless import build_without_memory
+from graphs.uncollected import uncollected
 
 __all__ = [
     "Block",
@@ -30,4 +31,5 @@ __all__ = [
     "measured",
     "resolve",
     "run",
+    "uncollected",
 ]

@@ -26,6 +26,7 @@ from graphs.ir import OpGraph
 from graphs.measure import measured
 from graphs.repeats import expanded, find_runs, shortened
 from graphs.tidy import renamed, tidied
+from graphs.uncollected import uncollected
 from graphs.windows import with_windows
 
 
@@ -35,7 +36,7 @@ class Capture:
 
     Attributes:
         graph: the graph at batch size 2.
-        other: the graph at batch size 3, or the reason why there is none.
+        other: the graph at batch size 3, without blocks, or the reason why there is none.
     """
 
     graph: OpGraph
@@ -53,6 +54,7 @@ class Capture:
         return interpolate(self.graph, self.other, batch)
 
 
+@uncollected()
 def capture(
     model: nn.Module, example_inputs: Inputs | Callable[[int], Inputs], *, name: str | None = None
 ) -> Capture:
@@ -71,28 +73,28 @@ def capture(
     inputs_at = inputs_of_any_batch(example_inputs)
     title = name or type(model).__name__
     found = _capture_shortened(model, inputs_at, title) or _capture_both(model, inputs_at, title)
-    other = found.other
+    graph, other = found.graph, found.other
     return Capture(
-        with_windows(found.graph, model),
+        with_windows(replace(graph, blocks=find_blocks(graph)), model),
         with_windows(other, model) if isinstance(other, OpGraph) else other,
     )
 
 
 def _capture_both(model: nn.Module, inputs_at: Callable[[int], Inputs], title: str) -> Capture:
     """The capture of the whole model, at both batch sizes where that can be done."""
-    graph = _capture_whole(model, inputs_at(LOW), title)
+    graph = _exported(model, inputs_at(LOW), title, with_lines=True)
     other: OpGraph | CaptureError
     try:
-        other = _capture_whole(model, inputs_at(HIGH), title)
+        other = _exported(model, inputs_at(HIGH), title, with_lines=True)
         check_alike(graph, other)
     except CaptureError as error:
         other = error
     return Capture(graph, other)
 
 
-def _capture_whole(model: nn.Module, inputs: Inputs, name: str) -> OpGraph:
-    graph = measured(tidied(assemble(model, export_training(model, inputs), name)))
-    return replace(graph, blocks=find_blocks(graph))
+def _exported(model: nn.Module, inputs: Inputs, name: str, *, with_lines: bool) -> OpGraph:
+    program = export_training(model, inputs, with_lines=with_lines)
+    return measured(tidied(assemble(model, program, name)))
 
 
 def _capture_shortened(model: nn.Module, inputs_at: Callable[[int], Inputs], name: str) -> Capture | None:
@@ -101,21 +103,20 @@ def _capture_shortened(model: nn.Module, inputs_at: Callable[[int], Inputs], nam
     The two batch sizes keep a different number of instances, so whatever depends on how many there are shows
     up as a difference between the two graphs.
     """
+    runs = find_runs(model)
+    if not runs:
+        return None
     graphs: list[OpGraph] = []
     for batch, kept in ((LOW, 3), (HIGH, 4)):
-        runs = find_runs(model, kept)
-        if not runs:
-            return None
         try:
-            with shortened(model, runs):
-                graph = measured(tidied(assemble(model, export_training(model, inputs_at(batch)), name)))
-        except CaptureError:
+            with shortened(model, runs, kept):
+                graph = _exported(model, inputs_at(batch), name, with_lines=False)
+        except CaptureError:  # the capture of the whole model says it, and where
             return None
-        longer = expanded(graph, model, runs)
+        longer = expanded(graph, model, runs, kept)
         if longer is None:
             return None
-        longer = renamed(longer)
-        graphs.append(replace(longer, blocks=find_blocks(longer)))
+        graphs.append(renamed(longer))
     try:
         check_alike(*graphs)
     except CaptureError:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from types import FrameType, TracebackType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.export import ExportedProgram
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from graphs.custom_functions import custom_functions_in_the_open, disagreement
@@ -31,11 +33,14 @@ _CHECKPOINTING = "gradient_checkpointing"  # how models of `transformers` switch
 _TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
-def export_training(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProgram:
+def export_training(
+    model: nn.Module, inputs: Mapping[str, Any], *, with_lines: bool = True
+) -> ExportedProgram:
     """The training graph of `model(**inputs)` as torch exports it.
 
     Parameters and inputs are replaced by fake tensors on the cpu for the time of the export, buffers only
-    where they have no values. The model is left as it was. Raises `CaptureError` and its kin.
+    where they have no values. The model is left as it was. `with_lines` notes at every node the lines of
+    forward that led to it, which takes a while. Raises `CaptureError` and its kin.
     """
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
@@ -43,6 +48,9 @@ def export_training(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProg
         stack.enter_context(prepared_for_export(model, inputs))
         stack.enter_context(_without_memory(model, fake_mode))
         functions = stack.enter_context(custom_functions_in_the_open())
+        # torch writes and compiles Python source for every intermediate graph; nobody calls it.
+        stack.enter_context(_use_lazy_graph_module(True))
+        stack.enter_context(patch.object(torch.fx.config, "do_not_emit_stack_traces", not with_lines))
         fakes = {name: fake_like(value, fake_mode) for name, value in inputs.items()}
         try:
             with _quiet():

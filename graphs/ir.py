@@ -212,7 +212,7 @@ def map_refs(value: Any, function: Callable[[str], Any]) -> Any:
     if isinstance(value, Ref):
         return function(value.name)
     if isinstance(value, (tuple, list)):
-        return type(value)(map_refs(item, function) for item in value)
+        return type(value)([map_refs(item, function) for item in value])
     if isinstance(value, dict):
         return {key: map_refs(item, function) for key, item in value.items()}
     return value

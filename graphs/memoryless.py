@@ -7,7 +7,10 @@ from unittest.mock import patch
 
 from torch import nn
 
+from graphs.uncollected import uncollected
 
+
+@uncollected()
 def build_without_memory(factory: Callable[[], nn.Module]) -> nn.Module:
     """The module that `factory` builds, with every parameter on the meta device.
 

@@ -27,17 +27,16 @@ MIN_RUN = 5
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Identical children of a container, by name in order, and how many of them are kept for the export."""
+    """Identical children of a container, by name in order."""
 
     container: str
     children: tuple[str, ...]
-    kept: int
 
     def path(self, index: int) -> str:
         return f"{self.container}.{self.children[index]}" if self.container else self.children[index]
 
 
-def find_runs(model: nn.Module, kept: int) -> tuple[Run, ...]:
+def find_runs(model: nn.Module) -> tuple[Run, ...]:
     """The outermost runs of at least `MIN_RUN` identical children in module lists and sequences."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     shared = {key for key, count in owners.items() if count > 1}
@@ -47,7 +46,7 @@ def find_runs(model: nn.Module, kept: int) -> tuple[Run, ...]:
             continue
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             runs += [
-                Run(path, names, kept)
+                Run(path, names)
                 for names in _stretches(module, shared)
                 if uniform_settings(
                     model, path, len(module), [list(module._modules).index(name) for name in names]
@@ -73,13 +72,13 @@ def _stretches(container: nn.Module, shared: set[int]) -> Iterator[tuple[str, ..
 
 
 @contextmanager
-def shortened(model: nn.Module, runs: Sequence[Run]) -> Iterator[None]:
-    """The model with all but the first children of every run taken out, for the time of an export."""
+def shortened(model: nn.Module, runs: Sequence[Run], kept: int) -> Iterator[None]:
+    """The model with all but the first `kept` children of every run taken out, for the time of an export."""
     containers = [model.get_submodule(run.container) for run in runs]
     before = [dict(container._modules) for container in containers]
     try:
         for container, run in zip(containers, runs, strict=True):
-            for name in run.children[run.kept :]:
+            for name in run.children[kept:]:
                 del container._modules[name]
         yield
     finally:
@@ -88,21 +87,21 @@ def shortened(model: nn.Module, runs: Sequence[Run]) -> Iterator[None]:
             container._modules.update(children)
 
 
-def expanded(graph: OpGraph, model: nn.Module, runs: Sequence[Run]) -> OpGraph | None:
+def expanded(graph: OpGraph, model: nn.Module, runs: Sequence[Run], kept: int) -> OpGraph | None:
     """The graph of the whole model from that of the shortened one, None where a run does not repeat."""
     for run in runs:
-        longer = _expand_run(graph, run)
+        longer = _expand_run(graph, run, kept)
         if longer is None:
             return None
         graph = longer
     return with_leaves_of(graph, model)
 
 
-def _expand_run(graph: OpGraph, run: Run) -> OpGraph | None:
-    extents = [op_range(graph, run.path(index)) for index in range(run.kept)]
+def _expand_run(graph: OpGraph, run: Run, kept: int) -> OpGraph | None:
+    extents = [op_range(graph, run.path(index)) for index in range(kept)]
     found = [extent for extent in extents if extent is not None]
     starts = [start for start, _ in found]
-    if len(found) < run.kept or starts != sorted(starts):
+    if len(found) < kept or starts != sorted(starts):
         return None
     stop = found[-1][1]
     segments = [graph.ops[start:end] for start, end in zip(starts, [*starts[1:], stop], strict=True)]
@@ -116,7 +115,7 @@ def _with_clones(
 ) -> OpGraph:
     """The graph with the second instance cloned for every child that was left out."""
     first, second, *others = segments
-    missing = len(run.children) - run.kept
+    missing = len(run.children) - len(segments)
     following = {
         old: new
         for a, b in zip(first, second, strict=True)
@@ -228,7 +227,7 @@ def _read_elsewhere(
     made = [{name for op in segment for name in op.outputs} for segment in segments]
     earlier = set().union(*made[:-1])
     leaves = [*(item.tensor for item in graph.parameters), *(item.tensor for item in graph.buffers)]
-    own = {name for name in leaves if any(is_under(name, run.path(index)) for index in range(run.kept))}
+    own = {name for name in leaves if any(is_under(name, run.path(index)) for index in range(len(segments)))}
     outside = [*graph.ops[:start], *graph.ops[stop:]]
     if not earlier.isdisjoint(graph.outputs) or any(
         not (earlier | own).isdisjoint(op.inputs) for op in outside

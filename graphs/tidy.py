@@ -50,7 +50,7 @@ def renamed(graph: OpGraph) -> OpGraph:
         )
         taken.update(results)
         names.update(zip(op.outputs, results, strict=True))
-        ops.append(_with_names(replace(op, name=name), names))
+        ops.append(_with_names(op, name, names))
     tensors = {
         names[name]: replace(tensor, name=names[name], storage=names.get(tensor.storage, names[name]))
         for name, tensor in graph.tensors.items()
@@ -65,9 +65,10 @@ def renamed(graph: OpGraph) -> OpGraph:
     )
 
 
-def _with_names(op: Op, names: Mapping[str, str]) -> Op:
+def _with_names(op: Op, name: str, names: Mapping[str, str]) -> Op:
     return replace(
         op,
+        name=name,
         args=map_refs(op.args, lambda name: Ref(names[name])),
         kwargs=map_refs(dict(op.kwargs), lambda name: Ref(names[name])),
         outputs=tuple(names[name] for name in op.outputs),

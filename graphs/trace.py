@@ -201,25 +201,27 @@ class Tracer:
 
     @contextmanager
     def _explained(self, node: Node) -> Iterator[None]:
-        where: Mapping[str, str | None] = {"module": self._module, "source": source_line(node)}
         try:
             yield
         except CaptureError as error:
             if error.module is not None:
                 raise
-            raise type(error)(error.problem, **where, advice=error.advice) from error
+            raise type(error)(error.problem, **self._where(node), advice=error.advice) from error
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise DataDependentError(
                 f"the result of {node.target} depends on the values of its operands",
-                **where,
+                **self._where(node),
                 advice=DATA_DEPENDENT_ADVICE,
             ) from error
         except Exception as error:  # operators raise what they like; the culprit and the reason are told
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             advice = "write this part of forward with operators that have a fake implementation"
             raise UnsupportedOpError(
-                f"{node.target} does not run on fake tensors: {reason}", **where, advice=advice
+                f"{node.target} does not run on fake tensors: {reason}", **self._where(node), advice=advice
             ) from error
+
+    def _where(self, node: Node) -> Mapping[str, str | None]:
+        return {"module": self._module, "source": source_line(node)}
 
 
 def source_line(node: Node) -> str | None:

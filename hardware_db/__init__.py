@@ -13,10 +13,13 @@ from hardware_db.catalog import accelerator, accelerators, clusters, node, nodes
 from hardware_db.cluster_file import cluster_document, load_cluster, parse_cluster
 from hardware_db.errors import ClusterFileError, HardwareError, MissingFactError, UnknownHardwareError
 from hardware_db.facts import Dimensions, Fact, Source, facts_of
-from hardware_db.machine import Cluster, Level
+from hardware_db.machine import Cluster, Level, Slice
+from hardware_db.pool_file import parse_pools
+from hardware_db.pools import Pools, collective_library, join_pools
 from hardware_db.profile import Profile, load_profile
 from hardware_db.schema import Accelerator, Efficiency, Node
-from hardware_db.spec import cluster
+from hardware_db.slices import slice_shapes
+from hardware_db.spec import cluster, cluster_or_pools
 from hardware_db.transport import InNetworkReduction, MeasuredCollective, Protocol
 
 __all__ = [
@@ -32,8 +35,10 @@ __all__ = [
     "MeasuredCollective",
     "MissingFactError",
     "Node",
+    "Pools",
     "Profile",
     "Protocol",
+    "Slice",
     "Source",
     "UnknownHardwareError",
     "accelerator",
@@ -41,12 +46,17 @@ __all__ = [
     "calibrated",
     "cluster",
     "cluster_document",
+    "cluster_or_pools",
     "clusters",
+    "collective_library",
     "facts_of",
+    "join_pools",
     "load_cluster",
     "load_profile",
     "node",
     "nodes",
     "parse_cluster",
+    "parse_pools",
+    "slice_shapes",
     "sources",
 ]

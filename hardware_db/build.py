@@ -4,7 +4,7 @@ From the inside out, each level present only where it joins more devices than th
 
 1. the dies of one card, where software sees several;
 2. scale-up: the cards that the node's own links join. One level for a switch, mesh or ring; one per axis for
-   a torus, at the rate of two links (both ways round the ring) where the axis closes and of one where not;
+   a torus (`hardware_db.slices`);
 3. PCIe: the rest of the host, where the scale-up domain is smaller than the node: the cards of one switch, of
    one socket, of both sockets. An uplink is shared by all that lies below it;
 4. the network (`hardware_db.network`): the node's cards shared by its devices, then the tiers of a named
@@ -17,16 +17,16 @@ From the inside out, each level present only where it joins more devices than th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
-from operator import mul
+from math import prod
 
 from hardware_db import catalog
 from hardware_db.errors import HardwareError
 from hardware_db.level import level_of, measured_inside, switch_reduction
-from hardware_db.machine import Cluster, Level
+from hardware_db.machine import Cluster, Level, Slice
 from hardware_db.network import one_network, tiers
 from hardware_db.schema import Accelerator, ClusterEntry, Node
-from hardware_db.torus import slice_shape
+from hardware_db.slices import shapes_of, slice_name, torus_levels
+from hardware_db.torus import Sides, numberings
 
 
 def cluster_of_nodes(
@@ -36,22 +36,39 @@ def cluster_of_nodes(
     card: Accelerator | None = None,
     scale_out_bytes_per_s_per_device: float | None = None,
     oversubscription: float = 1.0,
+    torus_sides: Sides | None = None,
 ) -> Cluster:
     """`count` nodes on one network without tiers.
 
-    `card`, `scale_out_bytes_per_s_per_device` and `oversubscription` replace the node's own. Raises
-    HardwareError for a count that does not fill the node's scale-up domains, MissingFactError for the rate of
-    a link inside the node that nobody has published.
+    `card`, `scale_out_bytes_per_s_per_device` and `oversubscription` replace the node's own; `torus_sides`
+    makes slices of that shape, which is else the most compact one. Raises HardwareError for a count that does
+    not fill the node's scale-up domains, MissingFactError for the rate of a link inside the node that nobody
+    has published.
     """
     _check_count(node, count)
     card = card or catalog.accelerator(node.accelerator_id)
-    levels = _inside(node, card, count, torus_dims=None)
+    shapes = _shapes(node, card, count, torus_sides)
+    levels = _inside(node, card, count, shapes[0] if shapes else None)
     num_devices = _devices_per_node(node, card) * count
+    outside: list[Level] = []
     notes: tuple[str, ...] = ()
     if levels[-1].num_devices < num_devices:
         network, notes = one_network(node, card, count, scale_out_bytes_per_s_per_device, oversubscription)
-        levels.append(network)
-    return _assemble(f"{node.id}*{count}", f"{count} x {node.name}", node, card, count, levels, notes)
+        outside = [network]
+    slices = [
+        Slice(
+            slice_name(card, sides, node.num_cards * count // prod(sides)),
+            sides,
+            (*_inside(node, card, count, sides), *outside),
+        )
+        for sides in shapes
+        if len(shapes) > 1
+    ]
+    id, name = f"{node.id}*{count}", f"{count} x {node.name}"
+    if torus_sides is not None:
+        id = slice_name(card, torus_sides, node.num_cards * count // prod(torus_sides))
+        name = f"{name}, {'x'.join(map(str, torus_sides))}"
+    return _assemble(id, name, node, card, count, [*levels, *outside], notes, tuple(slices))
 
 
 def named_cluster(entry: ClusterEntry) -> Cluster:
@@ -59,7 +76,9 @@ def named_cluster(entry: ClusterEntry) -> Cluster:
     node = catalog.node(entry.node_id)
     card = catalog.accelerator(node.accelerator_id)
     count = int(entry.node_count.require(f"{entry.id}: node_count"))
-    levels = _inside(node, card, count, entry.torus_dims.value if entry.torus_dims else None)
+    given = entry.torus_dims.value if entry.torus_dims else None
+    shapes = _shapes(node, card, count, given)
+    levels = _inside(node, card, count, shapes[0] if shapes else None)
     levels.extend(tiers(entry, node, card, count))
     return _assemble(entry.id, entry.name, node, card, count, levels)
 
@@ -72,10 +91,11 @@ def _assemble(
     count: int,
     levels: list[Level],
     notes: tuple[str, ...] = (),
+    slices: tuple[Slice, ...] = (),
 ) -> Cluster:
     num_devices = _devices_per_node(node, card) * count
     per_host = num_devices if node.single_host else _devices_per_host(node, card)
-    host_memory = node.host_memory_bytes.value
+    per_node = _devices_per_node(node, card)
     price = card.price_usd_per_card_hour
     parts = card.logical_devices_per_card
     return Cluster(
@@ -85,19 +105,43 @@ def _assemble(
         num_devices=num_devices,
         devices_per_node=per_host,
         levels=tuple(levels),
-        host_memory_bytes_per_device=None
-        if host_memory is None
-        else host_memory / _devices_per_node(node, card),
+        host_memory_bytes_per_device=_part(node.host_memory_bytes.value, per_node),
+        host_memory_bytes_per_s_per_device=_part(node.host_memory.bytes_per_s.value, per_node),
+        host_link_bytes_per_s_per_device=_host_link_bytes_per_s(node, card),
         price_usd_per_device_hour=None if price is None else price / parts,
         node_id=node.id,
         notes=node.notes + notes,
+        slices=slices,
     )
 
 
-def _inside(node: Node, card: Accelerator, count: int, torus_dims: tuple[int, ...] | None) -> list[Level]:
+def _part(whole: float | None, num_devices: int) -> float | None:
+    return None if whole is None else whole / num_devices
+
+
+def _host_link_bytes_per_s(node: Node, card: Accelerator) -> float | None:
+    """What a device gets of its card's link to the host while all devices use theirs."""
+    rate, links = card.host_link.bytes_per_s.value, catalog.links()[card.host_link.link]
+    if rate is None:
+        return None
+    num_sharing = (node.host_memory.cards_per_link.value or 1) * card.logical_devices_per_card
+    return rate * links.efficiency.require(f"links.{card.host_link.link}.efficiency") / num_sharing
+
+
+def _shapes(node: Node, card: Accelerator, count: int, given: Sides | None) -> tuple[Sides, ...]:
+    """The shapes of a torus, each in all numberings, the one to take first; none for other links."""
+    if node.scale_up.topology != "torus":
+        return ()
+    if given is not None:
+        return (given,)
+    ascending = shapes_of(node, card, _domain_cards(node, count))
+    return (*ascending, *(order for shape in ascending for order in numberings(shape)[1:]))
+
+
+def _inside(node: Node, card: Accelerator, count: int, torus_sides: Sides | None) -> list[Level]:
     """Levels 1 to 3; at least one, so that a lone device has a level of its own."""
     levels = [level for level in _package(card) if level.num_devices <= _devices_per_node(node, card)]
-    levels += _scale_up(node, card, count, torus_dims)
+    levels += _scale_up(node, card, count, torus_sides)
     inside = levels[-1].num_devices if levels else 0
     levels += [level for level in _pcie_tree(node, card, inside) if level.num_devices > inside]
     return levels
@@ -109,14 +153,14 @@ def _package(card: Accelerator) -> Iterator[Level]:
         yield level_of("package", "package", card.logical_devices_per_card, rate, "switch")
 
 
-def _scale_up(node: Node, card: Accelerator, count: int, torus_dims: tuple[int, ...] | None) -> list[Level]:
+def _scale_up(node: Node, card: Accelerator, count: int, torus_sides: Sides | None) -> list[Level]:
     topology = node.scale_up.topology
     if topology == "none":
         return []
+    if torus_sides is not None:
+        return list(torus_levels(node, card, torus_sides))
     domain = _domain_cards(node, count)
     name = node.scale_up.name or card.scale_up.name or "scale-up"
-    if topology == "torus":
-        return _torus_levels(name, node, card, torus_dims or _torus_shape(node, card, domain))
     parts = card.logical_devices_per_card
     total = card.scale_up.total_bytes_per_s.require(f"{card.id}: scale_up.total_bytes_per_s")
     num_devices = domain * parts
@@ -133,41 +177,6 @@ def _scale_up(node: Node, card: Accelerator, count: int, torus_dims: tuple[int, 
             measured=measured_inside(card, num_devices) if is_switch else (),
         )
     ]
-
-
-def _torus_shape(node: Node, card: Accelerator, num_chips: int) -> tuple[int, ...]:
-    axes = node.scale_up.torus_axes or card.scale_up.torus_axes or 2
-    return slice_shape(num_chips, axes, _wrap_multiple(card))
-
-
-def _torus_levels(name: str, node: Node, card: Accelerator, dims: tuple[int, ...]) -> list[Level]:
-    parts = card.logical_devices_per_card
-    link = card.scale_up.link_bytes_per_s.require(f"{card.id}: scale_up.link_bytes_per_s")
-    sides = [side for side in dims if side > 1] or [1]
-    closed = _closed_axes(card, dims)
-    return [
-        level_of(
-            f"{name} {axis}",
-            card.scale_up.link or "network",
-            size * parts,
-            link * (2 if side in closed else 1) / parts,
-            "torus",
-            efficiency=card.scale_up.efficiency.value,
-        )
-        for axis, side, size in zip("xyzw", sides, accumulate(sides, mul), strict=False)
-    ]
-
-
-def _closed_axes(card: Accelerator, dims: tuple[int, ...]) -> frozenset[int]:
-    """The side lengths whose axis closes to a ring."""
-    closed = frozenset(side for side in dims if side % _wrap_multiple(card) == 0)
-    if card.scale_up.torus_wraps_whole_cubes_only and len(closed) < len(frozenset(dims)):
-        return frozenset()
-    return closed
-
-
-def _wrap_multiple(card: Accelerator) -> int:
-    return int(card.scale_up.torus_wrap_multiple.require(f"{card.id}: scale_up.torus_wrap_multiple"))
 
 
 def _domain_cards(node: Node, count: int) -> int:

@@ -23,7 +23,7 @@ __all__ = ["accelerator_of", "calibrated"]
 
 
 def calibrated(cluster: Cluster, profile: Profile) -> Cluster:
-    """`cluster` with what was measured in place of what is published.
+    """`cluster` with what was measured in place of what is published; a torus keeps the measured shape.
 
     Raises HardwareError when the profile is of another device.
     """
@@ -36,7 +36,7 @@ def calibrated(cluster: Cluster, profile: Profile) -> Cluster:
         if catalog.accelerator(profile.accelerator).id != device.id:
             raise HardwareError(_other_device(cluster, profile, profile.accelerator))
         device = device.with_efficiency(_efficiency(profile, device))
-    return replace(cluster, device=device, levels=tuple(_levels(cluster.levels, profile)))
+    return replace(cluster, device=device, levels=tuple(_levels(cluster.levels, profile)), slices=())
 
 
 def accelerator_of(profile: Profile, links: Accelerator | None = None) -> Accelerator:

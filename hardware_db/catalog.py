@@ -17,7 +17,15 @@ from pydantic import TypeAdapter
 
 from hardware_db.errors import UnknownHardwareError, did_you_mean
 from hardware_db.facts import Record, Source
-from hardware_db.schema import Accelerator, ClusterEntry, CollectiveFacts, EfficiencyDefaults, LinkClass, Node
+from hardware_db.schema import (
+    Accelerator,
+    ClusterEntry,
+    CollectiveFacts,
+    CollectiveLibrary,
+    EfficiencyDefaults,
+    LinkClass,
+    Node,
+)
 
 
 class _Named(Protocol):
@@ -98,6 +106,13 @@ def links() -> Mapping[str, LinkClass]:
 def collective_facts() -> CollectiveFacts:
     """Reductions in switches and measured tables of collectives."""
     return CollectiveFacts.model_validate(_read(_data() / "collectives.json"))
+
+
+@cache
+def collective_libraries() -> Mapping[str, CollectiveLibrary]:
+    """The collective library of every vendor that has one."""
+    adapter = TypeAdapter(dict[str, CollectiveLibrary])
+    return MappingProxyType(adapter.validate_python(_read(_data() / "libraries.json")))
 
 
 @cache

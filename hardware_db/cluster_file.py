@@ -38,8 +38,11 @@ so many peers on each level:
 measured replaces what is published, rates of links included; the first form then needs no `device`.
 
 Both forms also take `name`, `efficiency` (the numbers of `hardware_db.Efficiency`),
-`host_memory_bytes_per_device` and `price_usd_per_device_hour`; the first also `devices_per_node` (default:
-the devices of its innermost level).
+`price_usd_per_device_hour` and a device's part of its host, which offloading needs:
+`host_memory_bytes_per_device`, `host_memory_bytes_per_s_per_device` and `host_link_bytes_per_s_per_device`;
+the first also `devices_per_node` (default: the devices of its innermost level).
+
+Several pools of different devices are in a file of `hardware_db.pool_file`.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -59,16 +62,30 @@ from hardware_db.build import cluster_of_nodes
 from hardware_db.calibration import accelerator_of, calibrated
 from hardware_db.cluster_form import TAGS, DeviceForm, Form, LevelForm, LevelsForm, NodeForm, form_at
 from hardware_db.errors import ClusterFileError, HardwareError, did_you_mean
+from hardware_db.facts import Record
 from hardware_db.level import library_of
 from hardware_db.machine import Cluster
 from hardware_db.profile import Profile, load_profile
 from hardware_db.schema import Accelerator
 
-F = TypeVar("F", bound=Form)
+F = TypeVar("F", bound=Record)
+_PER_DEVICE: Final = (
+    "host_memory_bytes_per_device",
+    "host_memory_bytes_per_s_per_device",
+    "host_link_bytes_per_s_per_device",
+    "price_usd_per_device_hour",
+)
+"""Fields of a `Cluster` that both forms give under the same name."""
 
 
 def load_cluster(path: Path) -> Cluster:
     """The cluster that a .yaml, .yml or .json file describes; a ClusterFileError names file and field."""
+    document = read_document(path)
+    return parse_cluster(document, origin=str(path), default_name=path.stem, folder=path.parent)
+
+
+def read_document(path: Path) -> object:
+    """What a .yaml, .yml or .json file holds; raises ClusterFileError where it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -77,7 +94,7 @@ def load_cluster(path: Path) -> Cluster:
         document: object = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ClusterFileError(f"{path}: is not valid {path.suffix.lstrip('.').upper()}: {error}") from error
-    return parse_cluster(document, origin=str(path), default_name=path.stem, folder=path.parent)
+    return document
 
 
 def parse_cluster(
@@ -88,6 +105,10 @@ def parse_cluster(
     if not isinstance(document, Mapping):
         raise ClusterFileError(
             f"{origin}: expected fields such as `device` and `levels`, got {_shown(document)}"
+        )
+    if "pools" in document:
+        raise ClusterFileError(
+            f"{origin}: has several `pools` and is no single cluster; hardware_db.cluster_or_pools reads it"
         )
     if "node" in document and "levels" in document:
         raise ClusterFileError(
@@ -100,8 +121,8 @@ def parse_cluster(
         )
     try:
         if "node" in document:
-            return _from_nodes(_validated(NodeForm, document, origin), default_name, folder)
-        return _from_levels(_validated(LevelsForm, document, origin), default_name, folder)
+            return _from_nodes(validated(NodeForm, document, origin), default_name, folder)
+        return _from_levels(validated(LevelsForm, document, origin), default_name, folder)
     except ClusterFileError:
         raise
     except HardwareError as error:
@@ -116,11 +137,8 @@ def cluster_document(cluster: Cluster) -> dict[str, object]:
         "devices_per_node": cluster.devices_per_node,
         "levels": [LevelForm.document(level) for level in cluster.levels],
     }
-    if cluster.host_memory_bytes_per_device is not None:
-        document["host_memory_bytes_per_device"] = cluster.host_memory_bytes_per_device
-    if cluster.price_usd_per_device_hour is not None:
-        document["price_usd_per_device_hour"] = cluster.price_usd_per_device_hour
-    return document
+    known = {name: getattr(cluster, name) for name in _PER_DEVICE}
+    return document | {name: value for name, value in known.items() if value is not None}
 
 
 def _device_document(device: Accelerator) -> str | dict[str, object]:
@@ -187,13 +205,7 @@ def _overridden(cluster: Cluster, form: Form, profile: Profile | None) -> Cluste
     return replace(
         cluster,
         device=cluster.device.with_efficiency(form.efficiency.facts()),
-        host_memory_bytes_per_device=form.host_memory_bytes_per_device
-        or cluster.host_memory_bytes_per_device,
-        price_usd_per_device_hour=(
-            cluster.price_usd_per_device_hour
-            if form.price_usd_per_device_hour is None
-            else form.price_usd_per_device_hour
-        ),
+        **{name: value for name in _PER_DEVICE if (value := getattr(form, name)) is not None},
     )
 
 
@@ -201,7 +213,8 @@ def _device(device: str | DeviceForm, links: Accelerator | None = None) -> Accel
     return catalog.accelerator(device) if isinstance(device, str) else device.accelerator(links)
 
 
-def _validated(form: type[F], document: Mapping[object, object], origin: str) -> F:
+def validated(form: type[F], document: Mapping[object, object], origin: str) -> F:
+    """The document as a form; a ClusterFileError has a line, opened by `origin`, for each mistake."""
     try:
         return form.model_validate(document)
     except ValidationError as error:
@@ -209,7 +222,7 @@ def _validated(form: type[F], document: Mapping[object, object], origin: str) ->
         raise ClusterFileError("\n".join(f"{origin}: {line}" for line in dict.fromkeys(lines))) from None
 
 
-def _sentence(form: type[Form], problem: ErrorDetails) -> str:
+def _sentence(form: type[Record], problem: ErrorDetails) -> str:
     """One problem in one line: the field, what was found, what was expected."""
     where = [step for step in problem["loc"] if step not in TAGS]
     field = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in where).lstrip(".")

@@ -13,6 +13,7 @@ from hardware_db.facts import Fact, Record
 from hardware_db.machine import Level, LevelTopology
 from hardware_db.schema import Accelerator, Dtype, EfficiencyFacts, HostLink, Kind, Memory, ScaleOut, ScaleUp
 from hardware_db.transport import InNetworkReduction, MeasuredCollective, Protocol
+from hardware_db.units import bytes_per_s_from_gbit
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -186,6 +187,8 @@ class Form(Record):
     profile: str | None = None
     efficiency: EfficiencyForm = EfficiencyForm()
     host_memory_bytes_per_device: Positive | None = None
+    host_memory_bytes_per_s_per_device: Positive | None = None
+    host_link_bytes_per_s_per_device: Positive | None = None
     price_usd_per_device_hour: Annotated[float, Field(ge=0)] | None = None
 
 
@@ -203,7 +206,24 @@ class NodeForm(Form):
     oversubscription: Annotated[float, Field(ge=1)] = 1.0
 
 
-def form_at(form: type[Form], path: Sequence[int | str]) -> type[Record]:
+class BetweenForm(Record):
+    gbit_per_s: Positive | None = None
+    bytes_per_s: Positive | None = None
+    latency_s: NotNegative | None = None
+
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        """The rate of a node, if one is given."""
+        return self.bytes_per_s if self.gbit_per_s is None else bytes_per_s_from_gbit(self.gbit_per_s)
+
+
+class PoolsForm(Record):
+    name: str | None = None
+    pools: Annotated[tuple[str | dict[str, object], ...], Field(min_length=2)]
+    between: BetweenForm = BetweenForm()
+
+
+def form_at(form: type[Record], path: Sequence[int | str]) -> type[Record]:
     """The form that owns the fields at `path` inside `form`."""
     inner: dict[int | str, type[Record]] = {
         "levels": LevelForm,
@@ -212,6 +232,7 @@ def form_at(form: type[Form], path: Sequence[int | str]) -> type[Record]:
         "protocols": ProtocolForm,
         "in_network_reduction": ReductionForm,
         "measured": MeasuredForm,
+        "between": BetweenForm,
     }
     return next((inner[step] for step in reversed(path) if step in inner), form)
 

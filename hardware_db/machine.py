@@ -9,9 +9,9 @@ from hardware_db.errors import HardwareError
 from hardware_db.schema import Accelerator
 from hardware_db.transport import InNetworkReduction, MeasuredCollective, Protocol
 
-LevelTopology = Literal["switch", "fat_tree", "rails", "mesh", "dragonfly", "ring", "torus", "pcie"]
+LevelTopology = Literal["switch", "fat_tree", "rails", "mesh", "dragonfly", "ring", "torus", "line", "pcie"]
 
-__all__ = ["Cluster", "Level"]
+__all__ = ["Cluster", "Level", "Slice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class Level:
       "dragonfly"           a mesh of groups of switches, with detours over third groups: at least half;
       "ring", "pcie"        all of it while its members are neighbours;
       "torus"               this level is one axis of a torus; whole axes work at once, so the bandwidth of a
-                            group that fills several adjacent torus levels is their sum.
+                            group that fills several adjacent torus levels is their sum;
+      "line"                such an axis that does not close to a ring.
     """
 
     name: str
@@ -71,13 +72,25 @@ class Level:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A shape in which the devices of a torus can be had: chips along each of its axes, innermost first."""
+
+    id: str
+    sides: tuple[int, ...]
+    levels: tuple[Level, ...]
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Identical devices, numbered so that each group of each level is a contiguous run.
 
     `device` is a logical device. `devices_per_node` is how many one host drives (torchrun's nproc_per_node).
     `levels` go from the innermost outwards; each level's `num_devices` divides the next one's, and the last
-    one's is `num_devices`. Raises HardwareError when that does not hold.
+    one's is `num_devices`. A device's part of its host is what it has while all devices of the host take
+    theirs: memory, bytes/s of it, and bytes/s of the link in each direction; None where nobody published it.
+    `slices` are the shapes in which a torus of so many chips can be had, the one of `levels` first
+    (`hardware_db.slice_shapes`). Raises HardwareError when that does not hold.
     """
 
     id: str
@@ -87,9 +100,12 @@ class Cluster:
     devices_per_node: int
     levels: tuple[Level, ...]
     host_memory_bytes_per_device: float | None = None
+    host_memory_bytes_per_s_per_device: float | None = None
+    host_link_bytes_per_s_per_device: float | None = None
     price_usd_per_device_hour: float | None = None
     node_id: str | None = None
     notes: tuple[str, ...] = ()
+    slices: tuple[Slice, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.levels:

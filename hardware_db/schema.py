@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal, get_args
 from pydantic import Field
 
 from hardware_db.errors import HardwareError, MissingFactError, did_you_mean
-from hardware_db.facts import UNKNOWN, Dimensions, Fact, Record
+from hardware_db.facts import UNKNOWN, Confidence, Dimensions, Fact, Record
 
 Kind = Literal["gpu", "tpu", "npu", "mlu", "cpu"]
 Dtype = Literal["fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp4", "int8"]
@@ -120,6 +120,14 @@ class Cache(Record):
     kind: str | None = None
 
 
+class Slices(Record):
+    """Shapes in which slices of a reconfigurable torus can be had: those of `below_cube`, and every box of
+    whole cubes, which optical switches join."""
+
+    cube: Dimensions
+    below_cube: tuple[Dimensions, ...]
+
+
 class ScaleUp(Record):
     """A card's own links to its neighbours. `link` is a key of `links.json`; `efficiency` replaces its."""
 
@@ -136,6 +144,7 @@ class ScaleUp(Record):
     torus_axes: int | None = None
     torus_wrap_multiple: Fact = UNKNOWN
     torus_wraps_whole_cubes_only: bool = False
+    slices: Slices | None = None
     intra_card_bytes_per_s: Fact = UNKNOWN
     efficiency: Fact = UNKNOWN
     note: str | None = None
@@ -147,7 +156,10 @@ class ScaleOut(Record):
 
 
 class HostLink(Record):
+    """A card's link to its host; `link` is a key of `links.json`."""
+
     technology: str | None = None
+    link: str = "pcie"
     bytes_per_s: Fact = UNKNOWN
 
 
@@ -294,6 +306,14 @@ class PcieTree(Record):
     socket_bytes_per_s: Fact = UNKNOWN
 
 
+class HostMemory(Record):
+    """What a node's processors move from and to their memory, all together, and how many cards share one link
+    to them (by themselves where nothing is known)."""
+
+    bytes_per_s: Fact = UNKNOWN
+    cards_per_link: Fact = UNKNOWN
+
+
 class Node(Record):
     """Cards that share one host or one scale-up box.
 
@@ -313,6 +333,7 @@ class Node(Record):
     pcie: PcieTree = PcieTree()
     num_storage_nics: Fact
     host_memory_bytes: Fact
+    host_memory: HostMemory = HostMemory()
     local_nvme_bytes: Fact
     num_host_cpus: Fact
     max_power_watts: Fact
@@ -385,6 +406,15 @@ class LinkClass(Record):
     reduction_start_s: Fact = UNKNOWN
     switch_latency_s: Fact = UNKNOWN
     typical_gbit_per_s_per_card: Fact = UNKNOWN
+
+
+class CollectiveLibrary(Record):
+    """The library through which a vendor's devices communicate. Devices of two libraries form no group."""
+
+    name: str
+    source: str
+    confidence: Confidence
+    note: str | None = None
 
 
 class ReductionFacts(Record):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopar.cli.output import check_new, log, progress, short_warnings, write_new
+from autopar.cli.pin_options import pins_of
 from autopar.cli.plan_file import is_plan_file, read_plan
 from autopar.errors import AutoparError
 from autopar.launch import launch as launch_files
@@ -18,15 +19,18 @@ if TYPE_CHECKING:
     from autopar.models import ModelSpec
 
 OK, NO = 0, 1
-PINS = ("dp", "tp", "pp", "zero_stage", "microbatch_size", "recompute", "schedule", "num_virtual_stages")
-DEGREES = (*PINS, "cp", "ep", "dp_shard", "sequence_parallel")
+DEGREES = (
+    "dp", "tp", "pp", "cp", "ep", "zero_stage", "dp_shard", "microbatch_size", "recompute", "schedule",
+    "num_virtual_stages", "sequence_parallel",
+)  # fmt: skip
 
 
 def plan(options: argparse.Namespace) -> int:
     """`autopar plan`."""
+    pins = pins_of(options)
+    check_new(options.output, force=options.force)
     from autopar import api
 
-    check_new(options.output, force=options.force)
     with short_warnings(quiet=options.quiet), progress(quiet=options.quiet) as on_progress:
         found = api.plan(
             _model(options),
@@ -35,7 +39,7 @@ def plan(options: argparse.Namespace) -> int:
             software=options.software,
             progress=on_progress,
             time_limit_s=options.time_limit,
-            **{name: getattr(options, name) for name in PINS},
+            pins=pins,
         )
     _deliver(found, options)
     return OK

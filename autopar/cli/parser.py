@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from autopar.plan import PLANNED_SCHEDULES, Recompute
+from autopar.cli.pin_options import add_pins
+from autopar.cli.words import count, names, positive_float, positive_int
+from autopar.plan import RecomputeMode
 from costmodel import SCHEDULES, software_eras
 
 COMMANDS = ("plan", "explain", "evaluate", "compile", "launch", "verify", "hardware", "calibrate")
@@ -95,16 +97,19 @@ def _plan(commands: Subparsers[argparse.ArgumentParser]) -> None:
 examples:
   autopar plan llama3-8b 'dgx-h100*8' --global-batch 512 -o plan.json
   autopar plan gpt3-175b 'dgx-a100*128' --global-batch 1536 --pp 8 --tokens 300e9
+  autopar plan llama3-8b 'dgx-h100*8' --global-batch 512 --mesh 8x8 --forbid zero-stage=3
+  autopar plan llama3-8b 'dgx-h100*8' --global-batch 512 --pins pins.yaml --pin 'lm_head:tp=Shard(0)'
   autopar plan my_model.py:build my-lab.yaml --global-batch 64 --format json
+
+A PATH is that of a module, where * stands for anything but a dot, ** for anything, [0-3,8] for numbers.
 
 Exit code 1 when nothing fits; the message names the limit and what would help.
 """,
     )
     _workload(command)
-    pins = command.add_argument_group("pins (whatever is not pinned is searched)")
-    _parallelism(pins, searched=True)
+    add_pins(command)
     command.add_argument(
-        "--time-limit", type=_positive_float, metavar="SECONDS", help="stop searching after this time"
+        "--time-limit", type=positive_float, metavar="SECONDS", help="stop searching after this time"
     )
     command.add_argument("-o", "--output", type=Path, metavar="PLAN.json", help="also save the plan here")
     _force(command)
@@ -140,7 +145,7 @@ Replicas (dp) default to the devices that the other degrees leave. Exit code 1 w
     _workload(command, required=False)
     _records(command)
     degrees = command.add_argument_group("parallelism")
-    _parallelism(degrees, searched=False)
+    _parallelism(degrees)
     command.add_argument(
         "-o", "--output", type=Path, metavar="OUT.json", help="also save the plan, or the accuracy, here"
     )
@@ -167,9 +172,9 @@ Prints the paths of the files. The program needs torch and nothing else; start i
         "plan_or_cluster", metavar="PLAN.json|CLUSTER", help="a saved plan, or where to plan for"
     )
     command.add_argument(
-        "--global-batch", type=_positive_int, metavar="N", help="samples of a step; with a CLUSTER only"
+        "--global-batch", type=positive_int, metavar="N", help="samples of a step; with a CLUSTER only"
     )
-    command.add_argument("--seq-len", type=_positive_int, metavar="N", help="tokens of a sample")
+    command.add_argument("--seq-len", type=positive_int, metavar="N", help="tokens of a sample")
     command.add_argument("-o", "--output", type=Path, metavar="DIR", required=True)
     _force(command)
     _quiet(command)
@@ -190,7 +195,7 @@ examples:
     command.add_argument("plan", type=Path, metavar="PLAN.json")
     command.add_argument("--target", default="torchrun", help="torchrun or slurm (default: torchrun)")
     command.add_argument(
-        "--time-limit", type=_positive_int, metavar="SECONDS", help="wall-clock limit of the job"
+        "--time-limit", type=positive_int, metavar="SECONDS", help="wall-clock limit of the job"
     )
     command.add_argument(
         "--scheduler-option", action="append", default=[], metavar="OPTION", help="may be repeated"
@@ -219,7 +224,7 @@ is replaced by a narrow sibling with every degree of parallelism cut to 2. Exit 
     command.add_argument(
         "--model", metavar="MODEL", help="the original of DIR (default: the one its plan names)"
     )
-    command.add_argument("--ranks", type=_positive_int, default=4, metavar="N", help="at most (default: 4)")
+    command.add_argument("--ranks", type=positive_int, default=4, metavar="N", help="at most (default: 4)")
     _quiet(command)
 
 
@@ -259,7 +264,7 @@ A cluster file with the line `profile: profile.json` has the measured rates in p
     command.add_argument("--device", metavar="cuda|cpu", help="default: cuda where torch sees any, else cpu")
     command.add_argument(
         "--dtypes",
-        type=_names,
+        type=names,
         default=(),
         metavar="bf16,fp32",
         help="of bf16, fp16, fp32, fp64; the main one first",
@@ -270,7 +275,7 @@ A cluster file with the line `profile: profile.json` has the measured rates in p
     command.add_argument("--quick", action="store_true", help="one size of everything, in seconds")
     command.add_argument(
         "--max-seconds",
-        type=_positive_float,
+        type=positive_float,
         default=60.0,
         metavar="N",
         help="begin no further size after this time (default: 60)",
@@ -287,9 +292,9 @@ def _workload(command: argparse.ArgumentParser, *, required: bool = True) -> Non
     command.add_argument("model", metavar="MODEL", nargs=words)
     command.add_argument("cluster", metavar="CLUSTER", nargs=words)
     command.add_argument(
-        "--global-batch", type=_positive_int, required=required, metavar="N", help="samples of one step"
+        "--global-batch", type=positive_int, required=required, metavar="N", help="samples of one step"
     )
-    command.add_argument("--seq-len", type=_positive_int, metavar="N", help="tokens of a sample")
+    command.add_argument("--seq-len", type=positive_int, metavar="N", help="tokens of a sample")
     command.add_argument(
         "--software",
         metavar="ERA",
@@ -302,44 +307,43 @@ def _records(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--records", type=Path, metavar="FILE", help="predict every run of this file and show the errors"
     )
-    group.add_argument("--tiers", type=_names, default=("A", "B"), metavar="A,B", help="default: A,B")
+    group.add_argument("--tiers", type=names, default=("A", "B"), metavar="A,B", help="default: A,B")
     group.add_argument(
         "--group", action="append", default=[], metavar="NAME", help="this group only; may be repeated"
     )
-    group.add_argument("--worst", type=_count, default=10, metavar="N", help="rows to name (default: 10)")
+    group.add_argument("--worst", type=count, default=10, metavar="N", help="rows to name (default: 10)")
 
 
-def _parallelism(group: argparse._ArgumentGroup, *, searched: bool) -> None:
-    degrees = [("dp", "data-parallel replicas"), ("tp", "tensor parallel"), ("pp", "pipeline stages")]
-    if not searched:
-        degrees += [("cp", "context parallel"), ("ep", "expert parallel")]
-    for name, meaning in degrees:
-        default = None if searched or name == "dp" else 1
-        group.add_argument(f"--{name}", type=_positive_int, default=default, metavar="N", help=meaning)
-    if not searched:
-        sharding = "replicas among which ZeRO shards (default: all)"
-        group.add_argument("--dp-shard", type=_positive_int, metavar="N", help=sharding)
-        group.add_argument(
-            "--sequence-parallel",
-            action=argparse.BooleanOptionalAction,
-            help="split the sequence between the products of a tensor axis (default: on)",
-        )
-    zero = None if searched else 0
-    group.add_argument("--zero-stage", type=int, choices=range(4), default=zero, help="what ZeRO shards")
-    batch = None if searched else 1
+def _parallelism(group: argparse._ArgumentGroup) -> None:
+    degrees = {
+        "dp": "data-parallel replicas",
+        "tp": "tensor parallel",
+        "pp": "pipeline stages",
+        "cp": "context parallel",
+        "ep": "expert parallel",
+    }
+    for name, meaning in degrees.items():
+        default = None if name == "dp" else 1
+        group.add_argument(f"--{name}", type=positive_int, default=default, metavar="N", help=meaning)
+    sharding = "replicas among which ZeRO shards (default: all)"
+    group.add_argument("--dp-shard", type=positive_int, metavar="N", help=sharding)
     group.add_argument(
-        "--microbatch-size", type=_positive_int, default=batch, metavar="N", help="samples of a replica"
+        "--sequence-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="split the sequence between the products of a tensor axis (default: on)",
     )
-    recompute = ("none", "selective", "full") if searched else get_args(Recompute)
-    group.add_argument("--recompute", choices=recompute, default=None if searched else "none")
-    planned = f"; {', '.join(PLANNED_SCHEDULES)} can be planned" if searched else ""
-    group.add_argument("--schedule", choices=SCHEDULES, help=f"of the pipeline{planned}")
-    group.add_argument("--num-virtual-stages", type=_positive_int, metavar="N", help="on each pipeline rank")
+    group.add_argument("--zero-stage", type=int, choices=range(4), default=0, help="what ZeRO shards")
+    group.add_argument(
+        "--microbatch-size", type=positive_int, default=1, metavar="N", help="samples of a replica"
+    )
+    group.add_argument("--recompute", choices=get_args(RecomputeMode), default="none")
+    group.add_argument("--schedule", choices=SCHEDULES, help="of the pipeline")
+    group.add_argument("--num-virtual-stages", type=positive_int, metavar="N", help="on each pipeline rank")
 
 
 def _report(command: argparse.ArgumentParser, json_help: str) -> None:
     command.add_argument(
-        "--tokens", type=_positive_float, metavar="N", help="a budget, to tell the training time"
+        "--tokens", type=positive_float, metavar="N", help="a budget, to tell the training time"
     )
     _format(command, json_help)
 
@@ -356,31 +360,3 @@ def _force(command: argparse.ArgumentParser) -> None:
 
 def _quiet(command: argparse.ArgumentParser) -> None:
     command.add_argument("-q", "--quiet", action="store_true", help="no log and no progress on stderr")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else _positive_int(text)
-
-
-def _positive_int(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number such as 1e12, got {text!r}") from None
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value

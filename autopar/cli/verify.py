@@ -84,13 +84,15 @@ def _reduced(degrees: Parallelism, num_ranks: int) -> Parallelism:
         kept[axis] = min(2, getattr(degrees, axis), left)
         left //= kept[axis]
     virtual = min(2, degrees.num_virtual_stages) if kept["pp"] > 1 else 1
-    return Parallelism(
-        **kept,
-        zero_stage=degrees.zero_stage if kept["dp_shard"] > 1 else 0,
-        sequence_parallel=degrees.sequence_parallel,
-        microbatch_size=2,
-        num_microbatches=2 * kept["pp"],
-        num_virtual_stages=virtual,
-        schedule=degrees.schedule if virtual > 1 or degrees.schedule != "Interleaved1F1B" else "1F1B",
-        recompute=degrees.recompute,
+    return Parallelism.model_validate(
+        {
+            **kept,
+            "zero_stage": degrees.zero_stage if kept["dp_shard"] > 1 else 0,
+            "sequence_parallel": degrees.sequence_parallel,
+            "microbatch_size": 2,
+            "num_microbatches": 2 * kept["pp"],
+            "num_virtual_stages": virtual,
+            "schedule": degrees.schedule if virtual > 1 or degrees.schedule != "Interleaved1F1B" else "1F1B",
+            "recompute": "selective" if degrees.recompute == "mixed" else degrees.recompute,
+        }
     )

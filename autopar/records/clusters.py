@@ -123,6 +123,9 @@ def _shaped(node: Node, facts: ClusterFacts, cards: int) -> Node:
     scale_up = node.scale_up.model_copy(update={"domain_cards": _fact(_domain(node, facts, cards))})
     own = node.scale_out.model_copy(update={"num_nics": node.scale_out.num_nics.scaled(share, note)})
     scale_out = _network_cards(own, facts, cards)
+    host_memory = node.host_memory.model_copy(
+        update={"bytes_per_s": node.host_memory.bytes_per_s.scaled(share, note)}
+    )
     return node.model_copy(
         update={
             "id": _id(node.id, own, scale_out),
@@ -131,6 +134,7 @@ def _shaped(node: Node, facts: ClusterFacts, cards: int) -> Node:
             "scale_up": scale_up,
             "scale_out": scale_out,
             "host_memory_bytes": node.host_memory_bytes.scaled(share, note),
+            "host_memory": host_memory,
         }
     )
 

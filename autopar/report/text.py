@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from textwrap import wrap
 
 from autopar.report import units
 from autopar.report.table import INDENT, table
-from autopar.report.view import Report, RunnerUp, Search, Stage, Training, Verdict
+from autopar.report.view import PinPrice, Recomputed, Report, RunnerUp, Search, Stage, Training, Verdict
 
 WIDTH = 100
 
@@ -20,11 +21,13 @@ def render(report: Report) -> str:
         _training(report.training),
         _mesh(report),
         _stages(report.stages),
+        _recomputation(report.recomputation),
         _placements(report),
         _operations(report),
         _costs(report),
         _memory(report),
         _runners_up(report.runners_up),
+        _pins(report.pins),
         _search(report.search, report.verdict),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
@@ -100,7 +103,19 @@ def _mesh(report: Report) -> list[str]:
     titles = ("mesh: one rank", f"mesh: {report.num_devices} ranks")
     title = f"mesh: {product} = {report.num_devices} ranks, outermost axis first"
     title = titles[len(axes)] if len(axes) < len(titles) else title
-    return [title, *table(axes), *table(report.settings)]
+    return [title, *table(axes), *table(report.settings), *_ranks(report)]
+
+
+def _ranks(report: Report) -> list[str]:
+    """Who communicates along each axis; lines, as there may be many levels of links."""
+    lines = (
+        f"{each.axis}: {each.num_groups} groups, ranks {each.first} on {each.links}" for each in report.ranks
+    )
+    return [
+        wrapped
+        for line in lines
+        for wrapped in wrap(line, WIDTH, initial_indent=INDENT, subsequent_indent=2 * INDENT)
+    ]
 
 
 def _stages(stages: Sequence[Stage]) -> list[str]:
@@ -115,6 +130,16 @@ def _stages(stages: Sequence[Stage]) -> list[str]:
         )
         rows += [("", "", "", "", "", line) for line in rest]
     return ["stages (times per microbatch)", *table(rows)]
+
+
+def _recomputation(recomputation: Sequence[Recomputed]) -> list[str]:
+    if not recomputation:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for each in recomputation:
+        blocks, what = wrap(", ".join(each.blocks), 30), wrap(each.what, 60)
+        rows += zip_longest(blocks, what, fillvalue="")
+    return ["computed again in the backward (blocks not listed keep all)", *table(rows)]
 
 
 def _placements(report: Report) -> list[str]:
@@ -181,6 +206,18 @@ def _runners_up(runners_up: Sequence[RunnerUp]) -> list[str]:
     for line, other in zip(table(rows, right=(1, 2)), runners_up, strict=True):
         lines += [line, *wrap(other.reason, WIDTH, initial_indent=2 * INDENT, subsequent_indent=2 * INDENT)]
     return ["runners-up, and why they lost", *lines]
+
+
+def _pins(pins: Sequence[PinPrice]) -> list[str]:
+    if not pins:
+        return []
+    rows = [("pin", "without it", "costs")]
+    for each in pins:
+        costs = units.seconds(each.cost_s) if each.cost_s > 0 else "nothing"
+        first, *rest = wrap(each.pin, 60)
+        rows.append((first, units.seconds(each.step_s), costs))
+        rows += [(line, "", "") for line in rest]
+    return ["what each pin costs a step, the others kept", *table(rows, right=(1, 2))]
 
 
 def _search(search: Search, verdict: Verdict) -> list[str]:

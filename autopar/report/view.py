@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autopar.errors import AutoparError
-from autopar.plan import Parallelism, Plan
+from autopar.module_paths import module_ranges
+from autopar.plan import Parallelism, Plan, Recomputation
 from costmodel import end_to_end_training_s, scale_factor, stage_ranks
 
 COMPUTING = frozenset({"compute", "recompute", "pipeline_bubble", "optimizer"})
@@ -55,6 +56,22 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Who communicates along an axis, and on which links. A group is a start plus every sum of multiples of
+    the strides of `members`, (count, stride) innermost first, and the starts are such sums of `starts`;
+    `first` shows two groups."""
+
+    axis: str
+    size: int
+    stride: int
+    num_groups: int
+    members: tuple[tuple[int, int], ...]
+    starts: tuple[tuple[int, int], ...]
+    first: str
+    links: str
+
+
+@dataclass(frozen=True)
 class Placement:
     """How one parameter (or the like-named parameters of all instances of a block) lies on the mesh."""
 
@@ -93,6 +110,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Recomputed:
+    """Blocks, ranges abbreviated, whose backward computes again what `what` says."""
+
+    blocks: tuple[str, ...]
+    what: str
+
+
+@dataclass(frozen=True)
 class Term:
     """Part of the step time; the terms add up to it."""
 
@@ -110,6 +135,15 @@ class RunnerUp:
     step_s: float | None
     peak_memory_bytes: float | None
     reason: str
+
+
+@dataclass(frozen=True)
+class PinPrice:
+    """What one of the user's pins costs: a step without it, and how much longer it is for the pin."""
+
+    pin: str
+    step_s: float
+    cost_s: float
 
 
 @dataclass(frozen=True)
@@ -136,12 +170,15 @@ class Report:
     verdict: Verdict
     training: Training | None
     axes: tuple[Axis, ...]
+    ranks: tuple[Ranks, ...]
     settings: tuple[tuple[str, str], ...]
     blocks: tuple[Block, ...]
     operations: tuple[Operation, ...]
     stages: tuple[Stage, ...]
+    recomputation: tuple[Recomputed, ...]
     terms: tuple[Term, ...]
     runners_up: tuple[RunnerUp, ...]
+    pins: tuple[PinPrice, ...]
     search: Search
     warnings: tuple[str, ...]
 
@@ -162,15 +199,20 @@ def view(plan: Plan, token_budget: float | None = None) -> Report:
         verdict=_verdict(plan),
         training=None if token_budget is None else _training(plan, token_budget),
         axes=_axes(plan),
+        ranks=_ranks(plan),
         settings=_settings(plan.parallelism, plan.prediction.software),
         blocks=group_placements(getattr(plan, "placements", {})),
         operations=_operations(plan),
         stages=_stages(plan),
+        recomputation=tuple(
+            Recomputed(module_ranges(each.blocks), _computed_again(each)) for each in plan.recomputation
+        ),
         terms=_terms(plan),
         runners_up=tuple(
             RunnerUp(a.label, str(a.parallelism), a.step_s, a.peak_memory_bytes, a.reason)
             for a in plan.alternatives
         ),
+        pins=tuple(PinPrice(each.pin, each.step_s, each.cost_s) for each in plan.pin_costs),
         search=Search(
             plan.certificate.num_candidates,
             plan.certificate.num_solved,
@@ -179,6 +221,18 @@ def view(plan: Plan, token_budget: float | None = None) -> Report:
         ),
         warnings=plan.warnings,
     )
+
+
+def _computed_again(each: Recomputation) -> str:
+    """What blocks compute again, in words."""
+    if each.mode == "kept":
+        return f"all but {', '.join(each.labels)}"
+    return {
+        "attention": "the probabilities of attention",
+        "alternate": "all but attention, what was received and every second matrix product",
+        "selective": "all but matrix products, attention and what was received",
+        "full": "all",
+    }[each.mode]
 
 
 def _verdict(plan: Plan) -> Verdict:
@@ -251,6 +305,22 @@ def _axes(plan: Plan) -> tuple[Axis, ...]:
         stride //= size
         found.append(Axis(name, size, stride, stride * size <= plan.cluster.devices_per_node, meanings[name]))
     return tuple(found)
+
+
+def _ranks(plan: Plan) -> tuple[Ranks, ...]:
+    return tuple(
+        Ranks(
+            each.axis,
+            each.size,
+            each.stride,
+            each.num_groups,
+            each.members,
+            each.starts,
+            each.first,
+            each.met_on,
+        )
+        for each in plan.rank_groups
+    )
 
 
 def _settings(p: Parallelism, software: str) -> tuple[tuple[str, str], ...]:

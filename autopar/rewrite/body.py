@@ -17,12 +17,6 @@ from graphs.ir import Op, Ref
 AXIS_ARGUMENTS = ("axis", "vocab_axis", "row_axis", "class_axis")
 """Keyword arguments of the ops of a localized graph that name a mesh axis."""
 
-CHECKPOINT_OPTIONS = {
-    "full": "use_reentrant=False",
-    "selective": "use_reentrant=False, context_fn=keep_matmuls",
-}
-"""How a block is called whose activations are computed again, by recompute mode."""
-
 WEIGHTS = {**dict.fromkeys(("transpose", "unsqueeze", "to", "slice", "neg"), 0), "batch_norm": 3}
 """How much of a reader's attention an op takes, if not 1."""
 
@@ -140,13 +134,23 @@ class Body:
         return Statement(
             targets=self.calls[run[-1].path].outputs,
             reads=self._reads(self.calls[run[0].path]),
-            render=self._calling("layer", run[0]),
+            render=self._calling("layer", run[0], container=run[0].container),
             base=("x",),
             foldable=False,
             absorbs=False,
-            loop=f"for layer in {self._container(run[0])}.values():",
+            loop=self._loop_head(run),
             carried=self.loops.carried(run),
         )
+
+    def _loop_head(self, run: Sequence[Node]) -> str:
+        container = self._container(run[0])
+        if self._is_looked_up(run[0]):
+            return f"for number, layer in {container}.items():"
+        return f"for layer in {container}.values():"
+
+    def _is_looked_up(self, item: Node) -> bool:
+        """Whether a block in a loop has its own way to keep."""
+        return self.context.recomputing.is_mixed and item.path in self.context.block_paths
 
     def _reads(self, call: Call) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name in call.inputs if name not in self.constants))
@@ -161,17 +165,17 @@ class Body:
             return (given or ("x" if item.attribute.isdigit() else item.attribute),)
         return tuple(self.names.of(name) for name in call.outputs)
 
-    def _calling(self, module: str, item: Node) -> Render:
-        """The call of a child, under `checkpoint` where it is a block whose activations are computed
-        again."""
+    def _calling(self, module: str, item: Node, container: str | None = None) -> Render:
+        """The call of a child, under `checkpoint` where it is a block that computes something again; in a
+        loop over a `container` of blocks that differ, as the table says."""
         call = self.calls[item.path]
-        recompute = self.context.recompute if item.path in self.context.block_paths else "none"
 
         def render(values: Values) -> Expression:
             arguments = ", ".join(values[name].text for name in call.inputs)
-            if recompute == "none":
-                return Expression(f"{module}({arguments})")
-            return Expression(f"checkpoint({module}, {arguments}, {CHECKPOINT_OPTIONS[recompute]})")
+            if container is not None and self._is_looked_up(item):
+                kept = f'KEPT.get(f"{container}.{{number}}")'
+                return Expression(f"checkpointed({module}, {kept}, {arguments})")
+            return Expression(self.context.recomputing.call(module, item.path, arguments))
 
         return render
 

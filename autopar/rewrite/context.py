@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from autopar.placements import Shard, State
+from autopar.rewrite.recompute import Recomputing
 from graphs.ir import OpGraph
 
 
@@ -18,7 +19,8 @@ class ProgramContext:
     `states` are the states of all tensors by mesh axis; `batch_coefficient` says, for a tensor, how many rows
     each of its dimensions has per sample (0 where it does not depend on the batch); `axis_names` gives the
     mesh axis behind the axis names of the local graph, and `axis_sizes` its ranks; `batch` is the samples of
-    one rank in a microbatch.
+    one rank in a microbatch; `block_paths` are the repeated blocks, and `recomputing` says how they are
+    called.
     """
 
     graph: OpGraph
@@ -27,8 +29,8 @@ class ProgramContext:
     axis_names: Mapping[str, str]
     axis_sizes: Mapping[str, int]
     batch: int
-    recompute: str
     block_paths: frozenset[str]
+    recomputing: Recomputing
 
     def sizes(self, tensor: str) -> list[str]:
         """The local shape of a tensor as text, with the batch and the axis sizes by name."""

@@ -20,9 +20,9 @@ from autopar.rewrite.tree import build_tree, call_leaves
 from graphs.ir import OpGraph
 
 _RUNTIME_NAMES = """
-Parameters Placements Split all_gather all_gather_replicated all_reduce all_reduce_partial all_to_all copy
-cross_entropy embedding first_grad first_only grouped_mm keep_matmuls reduce_scatter saved_buffer shard
-shard_partial
+Parameters Placements Split all_gather all_gather_replicated all_reduce all_reduce_partial all_to_all
+checkpointed copy cross_entropy embedding first_grad first_only grouped_mm keep keep_matmuls keep_nothing
+reduce_scatter saved_buffer shard shard_partial
 """
 RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
 """What `model.py` may need of the runtime, in the order of its import."""
@@ -60,7 +60,8 @@ def emit_model(
         ops = call_leaves(stage.ops, context.graph)
         root = build_tree(ops, context.graph, context.block_paths)
         roots.append(printer.stage(root, stage, f"{name}{stage.kind}"))
-    code = "\n\n".join([*printer.sources(), *_tables(context, stages, roots)])
+    kept = ["\n".join(context.recomputing.lines)] if context.recomputing.lines else []
+    code = "\n\n".join([*kept, *printer.sources(), *_tables(context, stages, roots)])
     used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
     parts = [
         '"""' + "\n".join(header) + '\n"""',

@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterable, Mapping
 from graphs.ir import Op, OpGraph
 
 _RESERVED = """
-    self mesh torch nn F layer layers batch checkpoint functools Tensor DeviceMesh Parameters Placements Split
-    BATCH TP DP all_gather all_gather_replicated all_reduce all_reduce_partial all_to_all copy cross_entropy
-    embedding first_grad first_only grouped_mm keep_matmuls reduce_scatter saved_buffer shard shard_partial
+    self mesh torch nn F layer layers number batch checkpoint checkpointed functools KEPT Tensor DeviceMesh
+    Parameters Placements Split BATCH TP DP all_gather all_gather_replicated all_reduce all_reduce_partial
+    all_to_all copy cross_entropy embedding first_grad first_only grouped_mm keep keep_matmuls keep_nothing
+    reduce_scatter saved_buffer shard shard_partial
 """
 RESERVED = frozenset(_RESERVED.split())
 """Names that the source of a `forward` may need for what they stand for."""

@@ -122,7 +122,7 @@ from torch import Tensor
 
 from autopar_runtime import gather
 from model import PLACEMENTS
-from train import build, forward_backward, replica_part, start
+from train import OPTIMIZER, build, forward_backward, replica_part, start
 
 # Relative, by the least precise dtype of the parameters. Models cast to single precision inside, so that even
 # in double precision sums in another order differ; AdamW divides small gradients by themselves and enlarges
@@ -147,7 +147,7 @@ def main() -> None:
     reference = torch.load(arguments.reference, weights_only=True)
     rank = build(device, reference["weights"])
     named = rank.parameters()
-    optimizer = torch.optim.AdamW(dict.fromkeys(named.values()), **reference["optimizer"])
+    optimizer = OPTIMIZER(dict.fromkeys(named.values()), **reference["optimizer"])
     batch = replica_part(reference["batch"], rank, device)
     worst: dict[str, tuple[float, str]] = {"loss": (0.0, "")}
     for step, wanted in enumerate(reference["losses"]):

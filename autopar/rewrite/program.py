@@ -13,10 +13,10 @@ from autopar.errors import RewriteError
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import RR, Partial, State
 from autopar.plan import PLANNED_SCHEDULES, Plan
-from autopar.rewrite.body import CHECKPOINT_OPTIONS
 from autopar.rewrite.context import ProgramContext
 from autopar.rewrite.emit import block_patterns, emit_model, format_source, parameter_tables
 from autopar.rewrite.parity import PARITY
+from autopar.rewrite.recompute import check_recomputation, recomputing
 from autopar.rewrite.stages import Stage, cut
 from autopar.rewrite.training import TrainingFacts, emit_training
 from autopar.rewrite.tree import is_leaf
@@ -152,7 +152,13 @@ def _check(graph: OpGraph, plan: Plan) -> None:
             f"ZeRO stage {parallelism.zero_stage} cannot split the parameter {scalars[0]}: it is a scalar, "
             "which fully_shard does not take; give it one dimension of size 1, or use zero_stage=0"
         )
-    _check_recompute(plan)
+    check_recomputation(plan.recomputation)
+    axes = list(parallelism.mesh)
+    if {"dp_replicate", "dp_shard"} <= set(axes) and axes.index("dp_shard") < axes.index("dp_replicate"):
+        raise RewriteError(
+            f"axis_order ({', '.join(parallelism.axis_order)}) has dp_replicate inside dp_shard, but "
+            "fully_shard takes the replicas of shards outside of them; put dp_replicate before dp_shard"
+        )
     if parallelism.schedule not in PLANNED_SCHEDULES:
         raise RewriteError(
             f"schedule={parallelism.schedule!r} can be evaluated but not yet emitted; use one of "
@@ -163,21 +169,6 @@ def _check(graph: OpGraph, plan: Plan) -> None:
             raise RewriteError(
                 f"{axis}={size}: {what} parallelism can be evaluated but not yet emitted; use {axis}=1"
             )
-
-
-def _check_recompute(plan: Plan) -> None:
-    mode = plan.parallelism.recompute
-    if mode == "none" or mode in CHECKPOINT_OPTIONS:
-        return
-    why = {
-        "attention": "torch's attention keeps no probabilities that could be computed again, so 'none' keeps "
-        "as much",
-        "alternate": "checkpoints keep all matrix products or none",
-    }[mode]
-    known = ", ".join(("none", *CHECKPOINT_OPTIONS))
-    raise RewriteError(
-        f"recompute={mode!r} can be evaluated but not emitted: {why}; plan with one of {known}"
-    )
 
 
 def _start(local: Localized, first_op: str) -> str:
@@ -198,6 +189,9 @@ def _start(local: Localized, first_op: str) -> str:
 def _context(capture: Capture, plan: Plan, local: Localized) -> ProgramContext:
     parallelism = plan.parallelism
     data_axis = _data_axis(plan)
+    block_paths = frozenset(
+        block.path for block in capture.graph.blocks if not is_leaf(capture.graph, block.path)
+    )
     return ProgramContext(
         graph=local.graph,
         states=local.states,
@@ -207,10 +201,8 @@ def _context(capture: Capture, plan: Plan, local: Localized) -> ProgramContext:
             axis: size for axis, size in (("dp", parallelism.dp), ("tp", parallelism.tp)) if size > 1
         },
         batch=parallelism.microbatch_size,
-        recompute=parallelism.recompute,
-        block_paths=frozenset(
-            block.path for block in capture.graph.blocks if not is_leaf(capture.graph, block.path)
-        ),
+        block_paths=block_paths,
+        recomputing=recomputing(plan.recomputation, local.graph, block_paths),
     )
 
 

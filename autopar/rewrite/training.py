@@ -53,6 +53,7 @@ def emit_training(facts: TrainingFacts) -> str:
 
 RUNTIME_NAMES = (
     *(
+        "HostAdamW",
         "PipelineSchedule",
         "allocate",
         "initialize",
@@ -92,6 +93,10 @@ def _tables(facts: TrainingFacts) -> Iterator[str]:
     yield f"MICROBATCH = {plan.microbatch_size}  # samples of one replica in one microbatch"
     yield f"NUM_MICROBATCHES = {plan.num_microbatches}"
     yield "GLOBAL_BATCH = REPLICAS * MICROBATCH * NUM_MICROBATCHES"
+    if plan.offload == "optimizer":
+        yield "OPTIMIZER = HostAdamW  # its states and the master copies are in the host's memory"
+    else:
+        yield "OPTIMIZER = torch.optim.AdamW"
     if plan.pp > 1:
         ranks = [index % plan.pp for index in range(plan.pp * plan.num_virtual_stages)]
         yield f"RANKS_OF_STAGES = {ranks}  # along pp"
@@ -300,7 +305,7 @@ def main() -> None:
     data = torch.load(arguments.data, mmap=True, weights_only=True) if arguments.data else None
     rank = build(device, weights)
     torch.manual_seed(replica(rank))  # of dropout: the same on ranks that share samples
-    optimizer = torch.optim.AdamW(dict.fromkeys(rank.parameters().values()), lr=arguments.learning_rate)
+    optimizer = OPTIMIZER(dict.fromkeys(rank.parameters().values()), lr=arguments.learning_rate)
     for step in range(arguments.steps):
         began = time.perf_counter()
         if data is None:

@@ -24,9 +24,11 @@ from __future__ import annotations
 import difflib
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 from torch.distributed.pipelining.schedules import _PipelineSchedule as PipelineSchedule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Sections = tuple[int, ...] | None
 
@@ -376,6 +378,66 @@ def matching(model: nn.Module, patterns: Iterable[str]) -> list[nn.Parameter]:
     ]
 
 
+# --- an optimizer in the host's memory ----------------------------------------------------------------------
+
+
+class HostAdamW:
+    """AdamW on copies of the parameters in the host's memory, where its states are too (ZeRO-Offload,
+    arXiv:2101.06840). Copies have single precision at least: of narrower parameters they are master copies.
+
+    A step fetches all gradients, then updates one parameter after the other, each of which goes back to its
+    device while the host works on the next.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], **settings: float) -> None:
+        self._hosted = [_Hosted.of(parameter, settings) for parameter in parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the parameters that have a gradient."""
+        fetched = [(each, each.fetch()) for each in self._hosted if each.parameter.grad is not None]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for each, gradient in fetched:
+            each.copy.grad = gradient.to(each.copy.dtype)
+            each.optimizer.step()
+            each.copy.grad = None
+            each.buffer.copy_(each.copy)
+            _local(each.parameter).copy_(each.buffer, non_blocking=True)
+
+    def zero_grad(self) -> None:
+        for each in self._hosted:
+            each.parameter.grad = None
+
+
+@dataclass(frozen=True)
+class _Hosted:
+    """A parameter, its copy in the host's memory with an optimizer of its own, and the buffer through which
+    both its gradient and what becomes of it travel."""
+
+    parameter: nn.Parameter
+    copy: Tensor
+    buffer: Tensor
+    optimizer: torch.optim.AdamW
+
+    @staticmethod
+    def of(parameter: nn.Parameter, settings: Mapping[str, Any]) -> _Hosted:
+        local = _local(parameter.detach())
+        wide = torch.promote_types(local.dtype, torch.float32)
+        copy = local.to("cpu", wide, copy=True)
+        buffer = torch.empty_like(local, device="cpu", pin_memory=torch.cuda.is_available())
+        return _Hosted(parameter, copy, buffer, torch.optim.AdamW([copy], **settings))
+
+    def fetch(self) -> Tensor:
+        """The gradient in the host's memory, as soon as the device is through with it."""
+        assert self.parameter.grad is not None
+        return self.buffer.copy_(_local(self.parameter.grad), non_blocking=True)
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 # --- building and running a program -------------------------------------------------------------------------
 
 
@@ -452,7 +514,71 @@ def _contiguous(module: nn.Module, args: object, sent: Tensor | tuple[Tensor, ..
     return sent.contiguous() if isinstance(sent, Tensor) else tuple(each.contiguous() for each in sent)
 
 
-def keep_matmuls() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+"""Around a forward under `checkpoint`, and around the one that computes it again."""
+
+KINDS = {
+    "products": r"aten::(mm|addmm|convolution|_grouped_mm)",
+    "batched_products": r"aten::(bmm|baddbmm)",
+    "attention": r"aten::_scaled_dot_product\w*",
+    "collectives": r"_c10d_functional::(all|reduce)_\w+",
+    "received": r"_c10d_functional::\w+",  # what waits for the collective before it, and goes with it
+}
+"""The ops whose results may be kept; the first pattern that fits counts."""
+
+
+def checkpointed(block: nn.Module, contexts: Callable[[], Contexts] | None, *args: Tensor) -> Any:
+    """What a block makes of `args`; with `contexts` it computes again in the backward what these do not
+    keep."""
+    if contexts is None:
+        return block(*args)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+
+
+def keep_nothing() -> Contexts:
+    """Recomputation of everything."""
+    return nullcontext(), nullcontext()
+
+
+def keep(**numbers: Sequence[int]) -> Callable[[], Contexts]:
+    """Recomputation of all but some results: of each of `KINDS` the ops with these numbers, counted from 0 as
+    a block runs them."""
+
+    def contexts() -> Contexts:
+        forward, recomputation = create_selective_checkpoint_contexts(_Kept(numbers))
+        return forward, recomputation
+
+    return contexts
+
+
+class _Kept:
+    """Counts the ops of one run of a block."""
+
+    def __init__(self, numbers: Mapping[str, Sequence[int]]) -> None:
+        self.numbers = numbers
+        self.counts: Counter[tuple[bool, str | None]] = Counter()
+        self.is_received = False
+
+    def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kind = _kind(op)
+        if kind == "received":
+            is_kept = self.is_received
+        else:
+            at = (context.is_recompute, kind)
+            is_kept = kind is not None and self.counts[at] in self.numbers.get(kind, ())
+            self.counts[at] += 1
+            if kind == "collectives":
+                self.is_received = is_kept
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@cache
+def _kind(op: Any) -> str | None:
+    name = op.name().split(".")[0] if hasattr(op, "name") else str(op)
+    return next((kind for kind, names in KINDS.items() if re.fullmatch(names, name)), None)
+
+
+def keep_matmuls() -> Contexts:
     """Selective recomputation: keep the results of matrix products, attention and collectives, compute the
     rest again."""
     forward, recomputation = create_selective_checkpoint_contexts(_keep_matmul)
@@ -460,16 +586,7 @@ def keep_matmuls() -> tuple[AbstractContextManager[Any], AbstractContextManager[
 
 
 def _keep_matmul(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = op.name() if hasattr(op, "name") else str(op)
-    keep = name.startswith(("_c10d_functional::", "aten::_scaled_dot_product", "aten::convolution"))
-    keep = keep or name.split(".")[0] in {
-        "aten::mm",
-        "aten::addmm",
-        "aten::bmm",
-        "aten::baddbmm",
-        "aten::_grouped_mm",
-    }
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.PREFER_RECOMPUTE if _kind(op) is None else CheckpointPolicy.MUST_SAVE
 
 
 def tied_parameters(

@@ -14,7 +14,7 @@ from typing import Protocol
 from autopar.localize import Assignment, Localized, localize
 from autopar.op_kinds import kind_of
 from autopar.placements import PR, RP, RR, Shard, State
-from autopar.pricing import Pricer, total
+from autopar.pricing import OpCost, Pricer, total
 from autopar.strategies import Conversion, Strategy, conversion, natural_sections, strategies
 from autopar.traffic import Traffic
 from graphs.ir import Op, OpGraph
@@ -83,11 +83,17 @@ class ClusterPrices:
 
     def op_s(self, local: OpGraph, traffic: Traffic) -> float:
         inside = traffic | self.traffic(local)
-        return total(self.pricer.op(part, local.tensors, inside) for part in local.ops).total_s
+        return self._seconds(total(self.pricer.op(part, local.tensors, inside) for part in local.ops))
 
     def conversion_s(self, how: Conversion, num_bytes: float) -> float:
         backward = how.backward is not None
-        return self.pricer.conversion(how.name, num_bytes, self.axis, backward=backward).total_s
+        return self._seconds(self.pricer.conversion(how.name, num_bytes, self.axis, backward=backward))
+
+    def _seconds(self, cost: OpCost) -> float:
+        """What the software does not hide behind other work."""
+        exposed = 1 - self.pricer.era.tensor_parallel_overlap
+        communication_s = cost.forward_communication_s + cost.backward_communication_s
+        return cost.forward_s + cost.backward_s + exposed * communication_s
 
     def reduction_s(self, num_bytes: float) -> float:
         return self.pricer.bucketed_s("all_reduce", num_bytes, self.pricer.groups[self.axis])
@@ -103,6 +109,27 @@ class Custom(Protocol):
     def admits_conversion(self, how: Conversion) -> bool:
         """Whether a change of placement may be used."""
         ...
+
+
+@dataclass(frozen=True)
+class All:
+    """Several decisions at once."""
+
+    customs: tuple[Custom, ...]
+
+    @staticmethod
+    def of(*customs: Custom | None) -> Custom | None:
+        """Those of the decisions that there are; None for none."""
+        made = tuple(custom for custom in customs if custom is not None)
+        return made[0] if len(made) == 1 else All(made) if made else None
+
+    def admitted(self, op: Op, offered: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
+        for custom in self.customs:
+            offered = custom.admitted(op, offered)
+        return offered
+
+    def admits_conversion(self, how: Conversion) -> bool:
+        return all(custom.admits_conversion(how) for custom in self.customs)
 
 
 class AxisProblem:

@@ -28,7 +28,7 @@ but for tensors with several consumers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
@@ -36,7 +36,7 @@ from autopar.errors import SearchTimeoutError
 from autopar.localize import Assignment
 from autopar.placements import RP, RR, Partial, Shard, State
 from autopar.search.axis_problem import AxisProblem, Reader, TensorClass
-from autopar.search.solver import LinearModel, Term, solve
+from autopar.search.solver import LinearModel, Size, Term, solve
 from autopar.strategies import stored_state
 
 MANY_MICROBATCHES = 1 << 30
@@ -56,7 +56,8 @@ class AxisSolution:
     """The best assignment found.
 
     `time_s` is its price for one microbatch, parameter reductions spread over the microbatches included;
-    `objective_s` adds what memory was priced at, and nothing can cost less than `bound_s`.
+    `objective_s` adds what memory was priced at, and nothing can cost less than `bound_s`. `size` is that of
+    the program, `cpu_s` the processor time of solving it.
     """
 
     assignment: Assignment
@@ -64,6 +65,8 @@ class AxisSolution:
     objective_s: float
     bound_s: float
     status: Literal["optimal", "feasible"]
+    size: Size
+    cpu_s: float = field(compare=False)
 
 
 class BlockIlp:
@@ -168,13 +171,8 @@ class BlockIlp:
             for strategy, variable in zip(self.problem.offered[reader.op], self.x[reader.op], strict=True)
         )
 
-    def solve(
-        self,
-        num_microbatches: float = 1,
-        price: MemoryPrice = MemoryPrice(),
-        time_limit_s: float | None = None,
-    ) -> AxisSolution:
-        """The cheapest assignment; raises SearchTimeoutError when the limit passes before there is any."""
+    def priced(self, num_microbatches: float = 1, price: MemoryPrice = MemoryPrice()) -> LinearModel:
+        """The program with a microbatch's share of the reductions and the price of memory in its costs."""
         added_s = [
             *((variable, seconds / num_microbatches) for variable, seconds in self.reductions_s.items()),
             *(
@@ -189,7 +187,16 @@ class BlockIlp:
         costs = list(self.model.costs)
         for variable, seconds in added_s:
             costs[variable] += seconds
-        solution = solve(replace(self.model, costs=costs), time_limit_s=time_limit_s)
+        return replace(self.model, costs=costs)
+
+    def solve(
+        self,
+        num_microbatches: float = 1,
+        price: MemoryPrice = MemoryPrice(),
+        time_limit_s: float | None = None,
+    ) -> AxisSolution:
+        """The cheapest assignment; raises SearchTimeoutError when the limit passes before there is any."""
+        solution = solve(self.priced(num_microbatches, price), time_limit_s=time_limit_s)
         if not solution.values:
             raise SearchTimeoutError(
                 f"no strategies for axis {self.problem.axis!r} were found within {time_limit_s} s; "
@@ -205,6 +212,8 @@ class BlockIlp:
             solution.objective,
             solution.bound,
             "optimal" if solution.status == "optimal" else "feasible",
+            solution.size,
+            solution.cpu_s,
         )
 
     def _assignment(self, values: Sequence[float]) -> Assignment:

@@ -1,18 +1,16 @@
-"""What no candidate of a kind can beat: floors on step time and memory, from the whole graph alone.
+"""What no candidate of a kind can beat: floors on step time and memory, before its stages are known.
 
-Per sample, the arithmetic of all matrix products and attention at the rate the device reaches takes
+A microbatch takes T seconds on one rank of all stages together (`autopar.search.floors` knows how little). A
+candidate with m microbatches on p stages cannot be faster than the pipeline of stages cut as well as
+possible. With T_r the time of stage r and S_r the sum of T up to r, rank r ends no earlier than
+S_r + (m - 1) T_r; making all of these equal gives
 
-    floor = Σ flops / rate,
+    step ≥ T / (1 - (1 - 1/m)^p)      T = Σ T_r
 
-forward and backward, over however many devices; nothing else is counted. A candidate with m microbatches on p
-stages cannot be faster than the pipeline of stages cut as well as possible. With T_r the time of stage r and
-S_r the sum of T up to r, rank r ends no earlier than S_r + (m - 1) T_r; making all of these equal gives
-
-    step ≥ total / (1 - (1 - 1/m)^p)      total = Σ T_r
-
-for one stage a rank, and m · total / p for several. Memory: a rank with n of the B repeated blocks and k
-microbatches in flight holds at least n (a + k s), a being a block's model states and s its saved activations,
-both split as far as the ranks allow; so however the blocks are dealt out, some rank holds
+for one stage a rank, and m T / p for several, or where gradients of weights fill the gaps. Memory: a rank
+with n of the B repeated blocks and k microbatches in flight holds at least n (a + k s), a being a block's
+model states and s its saved activations, both split as far as the ranks allow; so however the blocks are
+dealt out, some rank holds
 
     memory ≥ B / Σ_r 1 / (a + k_r s).
 
@@ -25,17 +23,17 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import compress
 
-from autopar.op_kinds import dtype_name, is_causal, kind_of
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import DEFAULT_SOFTWARE, Pricer
 from autopar.search.data_axes import data_groups
 from autopar.search.saved import MODES, Saved, SavedActivations
+from autopar.search.stages import StageTable, state_bytes
 from autopar.search.units import unit_starts
-from costmodel import OptimizerPolicy, Software, model_state_ledger, peak_in_flight, software
+from costmodel import OptimizerPolicy, Software, peak_in_flight, software
+from costmodel.orders import SPLIT_BACKWARD_SCHEDULES
 from graphs import Capture
-from graphs.ir import Op, OpGraph
+from graphs.ir import OpGraph
 from hardware_db import Cluster
 
 
@@ -53,27 +51,6 @@ class Bounds:
         self.batch = 2  # the reference batch of a capture
 
     @cached_property
-    def forward_s(self) -> float:
-        """Arithmetic of one sample's forward."""
-        return sum(self._forward_s(op) for op in self.graph.ops) / self.batch
-
-    @cached_property
-    def backward_s(self) -> float:
-        return sum(self._backward_s(op) for op in self.graph.ops) / self.batch
-
-    @cached_property
-    def block_forward_s(self) -> float:
-        """Arithmetic that full recomputation repeats."""
-        counts = Counter(block.block_class for block in self.graph.blocks)
-        repeated_s = 0.0
-        for block in self.graph.blocks:
-            if count := counts.pop(block.block_class, 0):
-                again, _ = self._activations.unit(block.start, block.stop, is_block=True)
-                ops = compress(self.graph.ops[block.start : block.stop], again["full"])
-                repeated_s += count * sum(map(self._forward_s, ops))
-        return repeated_s / self.batch
-
-    @cached_property
     def saved_bytes(self) -> dict[Recompute, float]:
         """At least this much is kept of one sample."""
         return {
@@ -87,7 +64,7 @@ class Bounds:
         return {mode: min((self._own(saved[mode]) for saved in blocks), default=0.0) for mode in MODES}
 
     @cached_property
-    def _units(self) -> list[tuple[int, bool, Mapping[Recompute, Saved]]]:
+    def _units(self) -> list[tuple[int, bool, Mapping[str, Saved]]]:
         """What the units of the whole model keep: how many there are of a kind, and whether they are
         blocks."""
         graph = self.graph
@@ -145,23 +122,41 @@ class Bounds:
         """What the last unit holds beside what it keeps of one sample: all else is still kept then."""
         return min(saved.working_bytes for saved in self._units[-1][2].values()) / self.batch
 
-    def step_s(self, p: Parallelism, sample_s: float | None = None) -> float:
-        """No step with this parallelism takes less.
-
-        `sample_s` is what one sample is known to cost on one rank of all stages together, where that is
-        known.
-        """
-        if sample_s is None:
-            sample_s = (self.forward_s + self.backward_s) / p.tp
-        if p.recompute == "full":
-            sample_s += self.block_forward_s / p.tp
+    def step_s(self, p: Parallelism, microbatch_s: float, device: StageTable) -> float:
+        """No step with this parallelism takes less, if a microbatch takes `microbatch_s` on one rank of all
+        stages together; `device` has the sums of the same microbatch on one device."""
+        microbatch_s += self._again_s(p, device)
         moved_s, sync_s = self._data_traffic_s(p)
-        total_s = max(p.microbatch_size * sample_s, moved_s)
-        m = p.num_microbatches
-        pipeline_s = m * total_s / p.pp
-        if p.num_virtual_stages == 1:
-            pipeline_s = total_s / (1 - (1 - 1 / m) ** p.pp)
-        return pipeline_s + max(0.0, sync_s - total_s) / p.pp + self.update_s(p)
+        # What moves behind computing slows it down; what does not fit behind it comes on top.
+        contention = self.software.contention
+        total_s = microbatch_s + max(contention * moved_s, moved_s - microbatch_s)
+        pipeline_s = max(pipeline_floor_s(p, total_s), microbatch_s - device.weight_s / (p.tp * p.cp))
+        return pipeline_s + max(contention * sync_s, sync_s - total_s) / p.pp + self.update_s(p)
+
+    def layout_s(self, p: Parallelism, microbatch_s: float, device: StageTable) -> float:
+        """The same for every way to run the layout of `p`, the one that keeps least: nothing but its
+        microbatches without a bubble, and the way of one of them through all stages."""
+        microbatch_s += self._again_s(p, device)
+        through_s = microbatch_s - device.weight_s / (p.tp * p.cp)
+        return max(p.num_microbatches * microbatch_s / p.pp, through_s)
+
+    def _again_s(self, p: Parallelism, device: StageTable) -> float:
+        """What must at least be computed again for a microbatch, on all stages together.
+
+        However activations are split, a rank r with k_r microbatches in flight keeps no more of each than
+        what is left of its memory, divided by k_r; what the sum over all ranks leaves over is freed at the
+        least seconds a byte.
+        """
+        inner = p.tp * p.cp
+        states = state_bytes(p, self.policy, data_groups(p)[0].size) * self.num_parameters / (inner * p.ep)
+        device_bytes = self.cluster.device.memory_bytes
+        reserved = self.cluster.device.efficiency.reserved_memory_bytes
+        flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
+        # States are somewhere: taken off where they cost the least room.
+        room = (device_bytes - reserved) * sum(p.num_virtual_stages / flight for flight in flights)
+        room -= states * p.cp * p.num_virtual_stages / max(flights)
+        kept = room * inner / (1 + self.software.fragmentation)
+        return device.least_relief_s(device.all_saved_bytes - kept) / inner
 
     def _data_traffic_s(self, p: Parallelism) -> tuple[float, float]:
         """Bandwidth time of the data axes, over all stages: with every microbatch, and once a step.
@@ -169,13 +164,13 @@ class Bounds:
         What moves with a microbatch can at best hide all of its computing, and the other way round; what
         moves once a step can hide behind one microbatch.
         """
-        parameter_bytes = self.policy.parameter_bytes * self.num_parameters / p.tp
-        gradient_bytes = self.policy.gradient_bytes * self.num_parameters / p.tp
+        parameter_bytes = self.policy.gathered_bytes * self.num_parameters / (p.tp * p.ep)
+        gradient_bytes = self.policy.gradient_bytes * self.num_parameters / (p.tp * p.ep)
         shard, replicate = data_groups(p)
         move_s = self._pricer.bucketed_s
         gather_s = move_s("all_gather", parameter_bytes, shard)
         scatter_s = move_s("reduce_scatter", gradient_bytes, shard)
-        replicas_s = move_s("all_reduce", gradient_bytes / p.dp_shard, replicate)
+        replicas_s = move_s("all_reduce", gradient_bytes / shard.size, replicate)
         if p.zero_stage <= 1:
             return 0.0, scatter_s + gather_s + replicas_s
         earlier_s = scatter_s * (p.num_microbatches - 1) / p.num_microbatches
@@ -189,21 +184,24 @@ class Bounds:
 
     def memory_bytes(self, p: Parallelism) -> float:
         """Whatever the program and the cuts, some rank holds this much."""
-        per_element = model_state_ledger(1.0, self.policy, p.zero_stage, data_groups(p)[0].size).total_bytes
-        samples = p.microbatch_size / p.tp
+        per_element = state_bytes(p, self.policy, data_groups(p)[0].size)
+        samples = p.microbatch_size / (p.tp * p.cp)
+        mode: Recompute = "full" if p.recompute == "mixed" else p.recompute
         states = per_element * self.num_parameters / (p.pp * p.tp)
-        held = states + samples * self.saved_bytes[p.recompute] / p.pp
+        held = states + samples * self.saved_bytes[mode] / p.pp
         if p.pp == 1:
             held += samples * self.working_bytes
         else:
-            held = max(held, samples * self.working_bytes, self._blocks_bytes(p, per_element / p.tp, samples))
+            held = max(
+                held, samples * self.working_bytes, self._blocks_bytes(p, mode, per_element / p.tp, samples)
+            )
         return held + self.cluster.device.efficiency.reserved_memory_bytes
 
-    def _blocks_bytes(self, p: Parallelism, per_element: float, samples: float) -> float:
+    def _blocks_bytes(self, p: Parallelism, mode: Recompute, per_element: float, samples: float) -> float:
         """What the repeated blocks alone take of the fullest rank; virtual stages of a rank are thought
         equal."""
         state = per_element * self.block_parameters
-        saved = samples * self.block_saved_bytes[p.recompute] / p.num_virtual_stages
+        saved = samples * self.block_saved_bytes[mode] / p.num_virtual_stages
         if not state:
             return 0.0
         flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
@@ -211,22 +209,15 @@ class Bounds:
 
     def update_s(self, p: Parallelism) -> float:
         """The optimizer's traffic at the device's full bandwidth."""
-        share = self.num_parameters / (p.pp * p.tp * (p.dp_shard if p.zero_stage else 1))
+        if p.offload != "none":
+            return 0.0
+        share = self.num_parameters / (p.pp * p.tp * p.ep * (p.dp_shard * p.cp if p.zero_stage else 1))
         return self.policy.update_bytes * share / self.cluster.device.memory_bandwidth_bytes_per_s
 
-    def _forward_s(self, op: Op) -> float:
-        kind = kind_of(op, self.graph.tensors)
-        if kind not in ("matmul", "attention"):
-            return 0.0
-        efficiency = self.cluster.device.efficiency
-        share = efficiency.matmul if kind == "matmul" else efficiency.attention
-        peak = self.cluster.device.peak_flops_per_s(dtype_name(self.graph.tensors[op.outputs[0]].dtype))
-        return (op.flops / 2 if kind == "attention" and is_causal(op) else op.flops) / (peak * share)
 
-    def _backward_s(self, op: Op) -> float:
-        tensors = self.graph.tensors
-        if not any(tensors[name].requires_grad for name in op.outputs):
-            return 0.0
-        if kind_of(op, tensors) == "attention":
-            return 2.5 * self._forward_s(op)
-        return self._forward_s(op) * sum(tensors[name].requires_grad for name in dict.fromkeys(op.inputs))
+def pipeline_floor_s(p: Parallelism, total_s: float) -> float:
+    """No pipeline takes less whose stages take `total_s` for a microbatch together."""
+    m = p.num_microbatches
+    if p.num_virtual_stages > 1 or p.schedule in SPLIT_BACKWARD_SCHEDULES:
+        return m * total_s / p.pp
+    return total_s / (1 - (1 - 1 / m) ** p.pp)

@@ -10,46 +10,84 @@ Communication follows `fully_shard`:
 
 Ranks of a context axis compute gradients of the same parameters from other tokens, so they are replicas too,
 and ZeRO shards over them as well (as Megatron-LM's distributed optimizer and torchtitan's FSDP do). Experts
-that are dealt out over `ep` ranks live on the data axes that are left.
+are dealt out over `ep` neighbours of `dp_shard`, then of `dp_replicate` and, where that does not suffice, of
+`cp` and `tp` (as Megatron-LM folds them); what is left of these axes shards and replicates each expert.
+
+Groups are where `Parallelism.axis_order` puts them. With offloaded states the update is the host's
+(`costmodel.offload`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from math import gcd
+from math import gcd, inf
 from operator import add
+
+import torch
 
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer
 from autopar.search.pieces import Bucket, Elements
-from costmodel import Group, Ledger, OptimizerPolicy, model_state_ledger
+from costmodel import (
+    Group,
+    Ledger,
+    OptimizerPolicy,
+    check_host,
+    host_bytes_per_parameter,
+    model_state_ledger,
+    offloaded_update,
+    on_device,
+)
+from hardware_db import Cluster
+
+EXPERT_AXES = ("dp_shard", "dp_replicate", "cp", "tp")
+"""Axes whose ranks divide experts among them, in the order in which they are taken."""
+
+
+def strides(p: Parallelism) -> dict[str, int]:
+    """How far neighbours along each mesh axis lie apart: row-major in `axis_order`."""
+    found, stride = {}, 1
+    for axis in reversed(p.axis_order):
+        found[axis] = stride
+        stride *= getattr(p, axis)
+    return found
 
 
 def mesh_groups(p: Parallelism) -> dict[str, Group]:
-    """Where the ranks of each mesh axis lie: row-major over `(pp, dp_replicate, dp_shard, cp, tp)`."""
-    groups: dict[str, Group] = {}
-    stride = 1
-    sizes = {"tp": p.tp, "cp": p.cp, "dp_shard": p.dp_shard, "dp_replicate": p.dp_replicate, "pp": p.pp}
-    for axis, size in sizes.items():
-        groups[axis] = Group(size, stride)
-        stride *= size
-    return groups | {"ep": Group(p.ep, p.tp * p.cp)}
+    """Where the ranks of each mesh axis lie, those of both data axes together (`dp`), and those that divide
+    the experts among them (`ep`)."""
+    steps = strides(p)
+    groups = {axis: Group.of((getattr(p, axis), stride)) for axis, stride in steps.items()}
+    both = Group.of(*((getattr(p, axis), steps[axis]) for axis in ("dp_shard", "dp_replicate")))
+    experts = Group.of(*((share, steps[axis]) for axis, share in expert_shares(p).items()))
+    return groups | {"dp": both, "ep": experts}
+
+
+def expert_shares(p: Parallelism) -> dict[str, int]:
+    """How many neighbours along each axis divide the experts among them; the product is `ep`."""
+    shares, rest = {}, p.ep
+    for axis in EXPERT_AXES:
+        shares[axis] = gcd(getattr(p, axis), rest)
+        rest //= shares[axis]
+    return shares
 
 
 def data_groups(p: Parallelism, *, experts: bool = False) -> tuple[Group, Group]:
     """The ranks that shard a parameter under ZeRO, and those that have the same shard."""
-    sharding = p.dp_shard * p.cp if p.zero_stage else 1
-    replicas = p.dp * p.cp // sharding
-    inside = gcd(sharding, p.ep) if experts else 1
-    outside = max(1, p.ep // inside) if experts else 1
-    shard = Group(sharding // inside, p.tp * inside)
-    return shard, Group(max(1, replicas // outside), p.tp * sharding * outside)
+    steps, shares = strides(p), expert_shares(p) if experts else {}
+    left = {
+        axis: (getattr(p, axis) // shares.get(axis, 1), steps[axis] * shares.get(axis, 1))
+        for axis in ("dp_replicate", "dp_shard", "cp")
+    }
+    sharding = [left.pop("dp_shard"), left.pop("cp")] if p.zero_stage else []
+    return Group.of(*sharding), Group.of(*left.values())
 
 
 def held_states(elements: Elements, p: Parallelism, policy: OptimizerPolicy) -> Ledger:
-    """Parameters, gradients and optimizer states of one rank."""
+    """Parameters, gradients and optimizer states of one rank, on its device."""
+    policy = on_device(policy) if p.offload == "optimizer" else policy
     ledgers = [
         model_state_ledger(num_elements, policy, p.zero_stage, data_groups(p, experts=experts)[0].size)
         for experts, num_elements in elements.items()
@@ -57,12 +95,43 @@ def held_states(elements: Elements, p: Parallelism, policy: OptimizerPolicy) -> 
     return reduce(add, ledgers)
 
 
+def host_excess_bytes(
+    ranks: Iterable[Elements], p: Parallelism, policy: OptimizerPolicy, cluster: Cluster
+) -> float:
+    """By how much offloaded states of the fullest of the `ranks` exceed a device's part of its host's memory;
+    minus infinity where nothing is offloaded.
+
+    Raises CostModelError where nothing is known of the host.
+    """
+    if p.offload == "none":
+        return -inf
+    per_parameter = host_bytes_per_parameter(policy)
+    held_bytes = max(per_parameter * updated_elements(elements, p) for elements in ranks)
+    return held_bytes - check_host(cluster).memory_bytes
+
+
 def updated_elements(elements: Elements, p: Parallelism) -> float:
-    """How many parameters one rank's optimizer updates."""
+    """How many parameters one rank updates."""
     return sum(
         num_elements / (data_groups(p, experts=experts)[0].size if p.zero_stage else 1)
         for experts, num_elements in elements.items()
     )
+
+
+def optimizer_s(
+    elements: Elements, p: Parallelism, policy: OptimizerPolicy, pricer: Pricer, backward_s: float
+) -> float:
+    """Seconds that a rank's update takes at the end of a step.
+
+    Offloaded, gradients go to the host behind the last microbatch's backward, which takes `backward_s`, as
+    far as the software hides gradient synchronisation there. Raises CostModelError where nothing is known of
+    the host.
+    """
+    num_updated = updated_elements(elements, p)
+    if p.offload == "none":
+        return pricer.work_s(0, policy.update_bytes * num_updated, torch.float32)
+    update = offloaded_update(num_updated, policy, pricer.cluster)
+    return update.exposed_s(pricer.era.gradient_sync_overlap * backward_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
 
-from autopar.op_kinds import dtype_name
+from autopar.module_paths import module_ranges
+from autopar.op_kinds import dtype_name, kind_of
 from autopar.placements import RR
 from autopar.plan import (
     Alternative,
@@ -19,11 +20,14 @@ from autopar.plan import (
     Parallelism,
     Plan,
     Prediction,
+    Recomputation,
     StagePlan,
 )
 from autopar.search.evaluate import Evaluated
 from autopar.search.outcome import Solved
+from autopar.search.placement import rank_groups
 from autopar.search.planner import Planner
+from autopar.search.saved import MODES
 from costmodel import OptimizerPolicy, model_flops_utilization, optimizer_policy
 from costmodel.orders import stage_ranks
 from graphs import Capture, CaptureError, rules
@@ -58,9 +62,11 @@ def build_plan(
         model=model_summary(planner.capture),
         cluster=cluster_summary(planner.cluster, planner.capture),
         parallelism=Parallelism.model_validate(evaluated.parallelism.model_dump()),
+        rank_groups=rank_groups(evaluated.parallelism, planner.cluster),
         strategies=solved.program.strategies,
         placements=parameter_placements(planner.capture.graph, solved),
         stages=tuple(_stage_plan(evaluated, index) for index in range(len(evaluated.stages))),
+        recomputation=recomputation(planner.capture.graph, evaluated),
         prediction=_prediction(planner, evaluated),
         certificate=certificate,
         alternatives=tuple(alternatives),
@@ -177,25 +183,42 @@ def _stage_plan(evaluated: Evaluated, index: int) -> StagePlan:
     )
 
 
-def module_ranges(paths: Iterable[str]) -> tuple[str, ...]:
-    """Paths with runs of consecutive numbers written as ranges: `model.layers.0-15`. The root's own ops go
-    unnamed."""
-    found: list[tuple[str, int, int, str]] = []
-    for path in dict.fromkeys(paths):
-        match = re.fullmatch(r"(.*?)(\d+)", path)
-        if match is None:
-            if path:
-                found.append((path, -1, -1, ""))
+def recomputation(graph: OpGraph, evaluated: Evaluated) -> tuple[Recomputation, ...]:
+    """What blocks compute again, those together that do the same; `graph` is the captured one."""
+    classes = {block.path: block.block_class for block in graph.blocks}
+    groups: dict[tuple[object, ...], tuple[list[str], tuple[str, ...]]] = {}
+    for unit, choice in zip(evaluated.chain.units, evaluated.choices, strict=True):
+        if not unit.is_block or choice == "none":
             continue
-        prefix, number = match[1], int(match[2])
-        if found and found[-1][0] == prefix and found[-1][2] == number - 1:
-            found[-1] = (prefix, found[-1][1], number, "")
-        else:
-            found.append((prefix, number, number, ""))
+        (path,) = unit.modules
+        if choice in MODES:
+            groups.setdefault((choice,), ([], ()))[0].append(path)
+            continue
+        kept = unit.kept[choice]
+        places = tuple(place for place, result in enumerate(unit.results) if result.name in kept)
+        key = ("kept", classes[path], len(unit.results), places)
+        groups.setdefault(key, ([], kept))[0].append(path)
     return tuple(
-        prefix if first < 0 else f"{prefix}{first}" if first == last else f"{prefix}{first}-{last}"
-        for prefix, first, last, _ in found
+        Recomputation.model_validate(
+            {
+                "blocks": paths,
+                "mode": mode,
+                "kept": kept,
+                "labels": [_result_label(graph, name, paths[0]) for name in kept],
+            }
+        )
+        for (mode, *_), (paths, kept) in groups.items()
     )
+
+
+def _result_label(graph: OpGraph, name: str, block: str) -> str:
+    """What a result of a block is called in a report; what was inserted to move it counts as received."""
+    made, _, inserted = name.partition("__")
+    if made not in graph.producer:
+        return name
+    op = graph.ops[graph.producer[made]]
+    label = "attention" if kind_of(op, graph.tensors) == "attention" else op.module.removeprefix(f"{block}.")
+    return f"{label}, received" if inserted else label
 
 
 def _prediction(planner: Planner, evaluated: Evaluated) -> Prediction:
@@ -266,6 +289,8 @@ def _why_worse(evaluated: Evaluated, best: Evaluated) -> str:
 
 def memory_excess(evaluated: Evaluated) -> str:
     """By how much a candidate exceeds memory, and its largest entries."""
+    if evaluated.excess_bytes == evaluated.host_excess_bytes:
+        return f"out of the host's memory by {size(evaluated.excess_bytes)}: offloaded optimizer states"
     fullest = max(evaluated.ledgers, key=lambda ledger: ledger.total_bytes)
     entries = sorted(fullest.entries.items(), key=lambda entry: -entry[1])
     largest = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in entries[:2])
@@ -294,7 +319,7 @@ def rule_warnings(graph: OpGraph) -> tuple[str, ...]:
 
 
 def _gather_warnings(planner: Planner, p: Parallelism) -> tuple[str, ...]:
-    if p.dp == 1 or p.ep > 1:
+    if p.dp == 1 or planner.programs.routes_itself:
         return ()
     gathered = planner.programs.replica(p.microbatch_size, 2).gathered
     modules = {op.name: op.module or "the root" for op in planner.capture.graph.ops}

@@ -7,32 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
+from autopar.errors import InvalidParallelismError
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer
-from autopar.search.data_axes import data_traffic, mesh_groups, updated_elements
+from autopar.search.data_axes import data_groups, data_traffic, host_excess_bytes, mesh_groups, optimizer_s
 from autopar.search.ledger import rank_ledgers
-from autopar.search.pieces import Piece, Pieces
+from autopar.search.pieces import Choices, Piece, Pieces
+from autopar.search.saved import MODES
 from autopar.search.units import Chain, Unit
 from costmodel import Ledger, OptimizerPolicy, Overlap, Software, StageWork, StepCost, step_cost
+from costmodel.orders import rank_stages
 from hardware_db import Cluster
 
 
 @dataclass(frozen=True)
 class Evaluated:
     """A candidate with its price. `cuts` are the numbers of the units of the chain that begin the (virtual)
-    stages, 0 first, and `stages` what those cost; `ledgers` has one entry per pipeline rank; `excess_bytes`
-    is above zero where the fullest rank does not fit."""
+    stages, 0 first, `choices` the name of what each unit keeps, and `stages` what they cost; `ledgers` has
+    one entry per pipeline rank; `excess_bytes` is above zero where the fullest rank does not fit, its device
+    or, with offloaded states, its part of the host's memory (`host_excess_bytes`)."""
 
     parallelism: Parallelism
     chain: Chain
     cuts: tuple[int, ...]
+    choices: tuple[str, ...]
     stages: tuple[StageWork, ...]
     step: StepCost
     ledgers: tuple[Ledger, ...]
     memory_bytes: float
+    host_excess_bytes: float = -inf
 
     @property
     def step_s(self) -> float:
@@ -44,7 +51,7 @@ class Evaluated:
 
     @property
     def excess_bytes(self) -> float:
-        return self.peak_memory_bytes - self.memory_bytes
+        return max(self.peak_memory_bytes - self.memory_bytes, self.host_excess_bytes)
 
     @property
     def fits(self) -> bool:
@@ -88,19 +95,43 @@ class Evaluator:
             self._priced[key] = chain, chain.priced(pricer)
         return self._priced[key][1]
 
-    def evaluate(self, chain: Chain, p: Parallelism, cuts: Sequence[int]) -> Evaluated:
-        """The candidate's price. The `chain` has prices; `cuts` as in `Evaluated`."""
+    def evaluate(
+        self, chain: Chain, p: Parallelism, cuts: Sequence[int], choices: Sequence[str] | None = None
+    ) -> Evaluated:
+        """The candidate's price. The `chain` has prices; `cuts` and `choices` as in `Evaluated`.
+
+        Without `choices` all blocks follow the parallelism's mode, and with them that is set to what they
+        come to. Raises InvalidParallelismError for "mixed" without choices.
+        """
         cuts = tuple(cuts)
         pricer = self.placed(p)
         pieces = self._pieces.get(id(chain))
         if pieces is None:
             pieces = self._pieces[id(chain)] = Pieces(chain)
+        p, chosen = _chosen(pieces, p, choices)
         cut = pieces.cut(cuts)
-        works = {id(piece): self._work(piece, p, pricer) for piece in dict.fromkeys(cut)}
-        stages = tuple(works[id(piece)] for piece in cut)
+        parts = tuple(zip(cut, pieces.choices(cuts, chosen), strict=True))
+        works = {part: self._work(*part, p, pricer) for part in dict.fromkeys(parts)}
+        stages = tuple(works[part] for part in parts)
+        step = self.step(stages, chain, p, cuts)
+        device = self.cluster.device
+        ledgers = rank_ledgers(pieces, cuts, p, self.policy, device, chosen)
+        names = pieces.names(chosen)
+        states = (
+            pieces.parameters(cuts, rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages)).elements
+            for rank in range(p.pp)
+        )
+        excess_bytes = host_excess_bytes(states, p, self.policy, self.cluster)
+        return Evaluated(p, chain, cuts, names, stages, step, ledgers, device.memory_bytes, excess_bytes)
+
+    def step(
+        self, stages: Sequence[StageWork], chain: Chain, p: Parallelism, cuts: Sequence[int]
+    ) -> StepCost:
+        """The cost of a step over stages of a chain, with the messages between them."""
+        pricer = self.placed(p)
         received = [chain.units[first].received_bytes for first in cuts[1:]]
         messages_s = {num_bytes: self._message_s(num_bytes, p, pricer) for num_bytes in set(received)}
-        step = step_cost(
+        return step_cost(
             stages,
             p.num_microbatches,
             p.schedule,
@@ -110,9 +141,6 @@ class Evaluator:
             blocking_sends=self.era.blocking_sends,
             overhead_s=self.era.step_overhead_s,
         )
-        device = self.cluster.device
-        ledgers = rank_ledgers(pieces, cuts, p, self.policy, device)
-        return Evaluated(p, chain, cuts, stages, step, ledgers, device.memory_bytes)
 
     def _message_s(self, num_bytes: float, p: Parallelism, pricer: Pricer) -> float:
         """What passes from a stage to the next; without sequence parallelism all of a tensor axis have it."""
@@ -121,29 +149,29 @@ class Evaluator:
         part_s = pricer.collective_s("send_recv", num_bytes / p.tp, pricer.groups["pp"])
         return part_s + pricer.collective_s("all_gather", num_bytes, pricer.groups["tp"])
 
-    def _work(self, piece: Piece, p: Parallelism, pricer: Pricer) -> StageWork:
+    def _work(self, piece: Piece, choices: Choices, p: Parallelism, pricer: Pricer) -> StageWork:
         own_microbatches = p.num_microbatches if p.zero_stage >= 2 else p.num_microbatches > 1
-        mesh = (p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate, p.zero_stage)
-        key = (id(piece), p.recompute, own_microbatches, mesh)
+        mesh = (pricer.groups["tp"], data_groups(p), data_groups(p, experts=True))
+        key = (id(piece), choices, own_microbatches, mesh, p.zero_stage, p.offload)
         if key not in self._works:
-            self._works[key] = piece, self._priced_work(piece, p, pricer)
+            self._works[key] = piece, self._priced_work(piece, choices, p, pricer)
         return self._works[key][1]
 
-    def _priced_work(self, piece: Piece, p: Parallelism, pricer: Pricer) -> StageWork:
+    def _priced_work(self, piece: Piece, choices: Choices, p: Parallelism, pricer: Pricer) -> StageWork:
         traffic = data_traffic(piece.buckets, p, pricer, self.policy)
-        updated_bytes = self.policy.update_bytes * updated_elements(piece.elements, p)
         cost, exposed = piece.cost, 1 - self.era.tensor_parallel_overlap
+        backward_s = cost.backward_s + self._accumulation_s(piece, p, pricer)
         return StageWork(
             forward_s=cost.forward_s,
-            backward_s=cost.backward_s + self._accumulation_s(piece, p, pricer),
-            recompute_s=piece.recompute_s[p.recompute],
+            backward_s=backward_s,
+            recompute_s=piece.recompute_s(choices),
             forward_communication_s=exposed * cost.forward_communication_s,
             backward_communication_s=exposed * cost.backward_communication_s,
             forward_gather_s=traffic.forward_s,
             backward_gather_s=traffic.backward_s,
             gradient_sync_s=traffic.step_s,
             partial_sum_s=pricer.bucketed_s("all_reduce", piece.partial_bytes, pricer.groups["tp"]),
-            optimizer_s=pricer.work_s(0, updated_bytes, torch.float32),
+            optimizer_s=optimizer_s(piece.elements, p, self.policy, pricer, backward_s),
             num_units=piece.num_sharding_units,
             weight_s=cost.weight_s,
         )
@@ -155,3 +183,17 @@ class Evaluator:
         held = sum(piece.elements.values()) / (p.dp_shard if p.zero_stage >= 2 else 1)
         per_element = self.policy.parameter_bytes + 2 * self.policy.gradient_bytes
         return pricer.work_s(0, per_element * held, torch.float32)
+
+
+def _chosen(pieces: Pieces, p: Parallelism, choices: Sequence[str] | None) -> tuple[Parallelism, Choices]:
+    """What units keep, and the parallelism with the mode that this comes to."""
+    if choices is not None:
+        found = pieces.shortest(tuple(choices))
+        mode = found if isinstance(found, str) else "mixed"
+        return p if p.recompute == mode else p.model_copy(update={"recompute": mode}), found
+    if p.recompute == "mixed":
+        raise InvalidParallelismError(
+            "recompute='mixed' does not say what each block keeps; give one mode for all blocks: "
+            f"{', '.join(MODES)}"
+        )
+    return p, p.recompute

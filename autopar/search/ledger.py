@@ -14,21 +14,28 @@ from dataclasses import replace
 
 from autopar.plan import Parallelism
 from autopar.search.data_axes import data_groups, held_states
-from autopar.search.pieces import Held, Pieces, RankParameters
+from autopar.search.pieces import Choices, Held, Pieces, RankParameters
 from costmodel import Ledger, OptimizerPolicy, Software, peak_activation_bytes
 from costmodel.orders import rank_stages
 from hardware_db import Accelerator
 
 
 def rank_ledgers(
-    pieces: Pieces, cuts: tuple[int, ...], p: Parallelism, policy: OptimizerPolicy, device: Accelerator
+    pieces: Pieces,
+    cuts: tuple[int, ...],
+    p: Parallelism,
+    policy: OptimizerPolicy,
+    device: Accelerator,
+    choices: Choices | None = None,
 ) -> tuple[Ledger, ...]:
     """The ledger of each pipeline rank.
 
-    `cuts` are the numbers of the units that begin the (virtual) stages, 0 first.
+    `cuts` are the numbers of the units that begin the (virtual) stages, 0 first; `choices` say what units
+    keep, or else the mode of the parallelism does.
     """
     era, reserved_bytes = pieces.chain.era, device.efficiency.reserved_memory_bytes
-    held = [piece.held(p.recompute) for piece in pieces.cut(cuts)]
+    chosen = pieces.choices(cuts, choices or p.recompute)
+    held = [piece.held(names) for piece, names in zip(pieces.cut(cuts), chosen, strict=True)]
     activations = peak_activation_bytes(
         p.schedule, p.pp, p.num_microbatches, [stage.saved_bytes for stage in held], p.num_virtual_stages
     )

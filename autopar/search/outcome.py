@@ -8,16 +8,15 @@ from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated
 from autopar.search.programs import Program
 
-NUM_RUNNERS_UP = 4
-
 
 @dataclass(frozen=True)
 class Solved:
-    """A candidate with its program, made at one of the memory prices, and its cost."""
+    """A candidate with its program and its cost; with other cuts, or other things computed again, it takes no
+    less than `bound_s`."""
 
     evaluated: Evaluated
     program: Program
-    price_level: int
+    bound_s: float
 
     @property
     def parallelism(self) -> Parallelism:
@@ -25,7 +24,10 @@ class Solved:
 
 
 class Outcome:
-    """The best so far, what came next on other meshes, and the floor under what did not fit."""
+    """The best so far, the best of every other mesh, and the floor under what was solved.
+
+    `pruned` counts candidates by why they were dropped.
+    """
 
     def __init__(self) -> None:
         self.best: Solved | None = None
@@ -38,26 +40,30 @@ class Outcome:
     def best_s(self) -> float:
         return float("inf") if self.best is None else self.best.evaluated.step_s
 
-    def leave(self, floor_s: float = float("inf")) -> None:
-        """Note a candidate that does not fit with any program tried; another might take `floor_s`."""
-        self.pruned["out of memory"] += 1
-        self.floor_s = min(self.floor_s, floor_s)
+    def gap(self, floor_s: float) -> float:
+        """How much of the best is not proven necessary when all that is left takes `floor_s` or more."""
+        if self.best is None:
+            return 1.0
+        return max(0.0, 1 - min(floor_s, self.floor_s) / self.best_s)
 
-    def add(self, solved: Solved, floor_s: float) -> None:
-        """Note a candidate that was priced; its fastest program, fitting or not, takes at least `floor_s`."""
-        self.num_priced += 1
-        self.floor_s = min(self.floor_s, floor_s)
+    def add(self, solved: Solved) -> bool:
+        """Note a candidate that was priced; whether it is the best so far."""
         if not solved.evaluated.fits:
-            self.leave()
-            return
-        self.best = better(self.best, solved)
+            self.pruned["out of memory"] += 1
+            return False
+        self.num_priced += 1
+        self.floor_s = min(self.floor_s, solved.bound_s)
         p = solved.parallelism
-        mesh = (p.pp, p.tp, p.dp_shard, p.dp_replicate)
+        mesh = (p.pp, p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate)
         self._by_mesh[mesh] = better(self._by_mesh.get(mesh), solved)
+        before = self.best
+        self.best = better(before, solved)
+        return self.best is not before
 
-    def runners_up(self) -> tuple[Solved, ...]:
+    def runners_up(self, number: int) -> tuple[Solved, ...]:
+        """The best of other meshes, in order."""
         rest = (solved for solved in self._by_mesh.values() if solved is not self.best)
-        return tuple(sorted(rest, key=rank)[:NUM_RUNNERS_UP])
+        return tuple(sorted(rest, key=rank)[:number])
 
 
 def rank(solved: Solved) -> tuple[object, ...]:
@@ -68,6 +74,7 @@ def rank(solved: Solved) -> tuple[object, ...]:
     simplicity = (
         p.pp,
         p.tp,
+        p.cp,
         p.zero_stage,
         p.num_virtual_stages,
         p.recompute != "none",
@@ -78,4 +85,5 @@ def rank(solved: Solved) -> tuple[object, ...]:
 
 
 def better(old: Solved | None, new: Solved) -> Solved:
+    """The better of two."""
     return new if old is None or rank(new) < rank(old) else old

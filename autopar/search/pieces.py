@@ -8,15 +8,17 @@ for the three or four that differ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import compress, pairwise, repeat
 from typing import NamedTuple
 
-from autopar.plan import Recompute
 from autopar.pricing import OpCost, total
+from autopar.search.saved import MODES, Phase
 from autopar.search.units import Chain, ParameterShard, Unit
 
+Choices = str | tuple[str, ...]
+"""What the units of a stage keep: a recompute mode, or a name for every unit (`Unit.frontier`)."""
 Elements = Mapping[bool, int]
 """Elements of dense parameters (False) and of experts (True)."""
 
@@ -45,17 +47,12 @@ class Piece:
     def __init__(self, units: Sequence[Unit], shards: Mapping[str, ParameterShard]) -> None:
         self.units = tuple(units)
         self.parameters = {name: shards[name] for unit in units for name in unit.parameters}
-        self._held: dict[Recompute, Held] = {}
+        self._held: dict[Choices, Held] = {}
+        self._recompute_s: dict[Choices, float] = {}
 
     @cached_property
     def cost(self) -> OpCost:
         return total(unit.cost for unit in self.units)
-
-    @cached_property
-    def recompute_s(self) -> Mapping[Recompute, float]:
-        """What the backward runs again under each mode."""
-        modes = self.units[0].recompute_s
-        return {mode: sum(unit.recompute_s[mode] for unit in self.units) for mode in modes}
 
     @cached_property
     def elements(self) -> Elements:
@@ -86,26 +83,37 @@ class Piece:
                     found[Bucket(*sizes, experts)] += 1
         return found
 
-    def held(self, recompute: Recompute) -> Held:
-        """What it keeps and holds under a recompute mode."""
-        if recompute not in self._held:
-            self._held[recompute] = self._fullest(recompute)
-        return self._held[recompute]
+    def recompute_s(self, choices: Choices) -> float:
+        """What the backward runs again."""
+        if choices not in self._recompute_s:
+            seconds = (unit.recompute_s[choice] for unit, choice in self._chosen(choices))
+            self._recompute_s[choices] = sum(seconds)
+        return self._recompute_s[choices]
 
-    def _fullest(self, recompute: Recompute) -> Held:
+    def held(self, choices: Choices) -> Held:
+        """What it keeps and holds."""
+        if choices not in self._held:
+            self._held[choices] = self._fullest(choices)
+        return self._held[choices]
+
+    def _chosen(self, choices: Choices) -> Iterator[tuple[Unit, str]]:
+        names = repeat(choices, len(self.units)) if isinstance(choices, str) else choices
+        return zip(self.units, names, strict=True)
+
+    def _fullest(self, choices: Choices) -> Held:
         seen: set[str] = set()
         before = fullest = 0
         at = self.units[0]
-        for unit in self.units:
-            saved = unit.saved[recompute]
+        phase: Phase = "backward"
+        for unit, choice in self._chosen(choices):
+            saved = unit.saved[choice]
             if before + saved.peak_bytes > fullest:
-                fullest, at = before + saved.peak_bytes, unit
+                fullest, at, phase = before + saved.peak_bytes, unit, saved.phase
             before += sum(size for name, size in saved.storages.items() if name not in seen)
             before += saved.internal_bytes
             seen.update(saved.storages)
         name = next((module for module in at.modules if module), at.first_op)
-        moment = f"{at.saved[recompute].phase} of {name}"
-        return Held(before, max(0, fullest - before), at, moment)
+        return Held(before, max(0, fullest - before), at, f"{phase} of {name}")
 
 
 class RankParameters(NamedTuple):
@@ -125,6 +133,8 @@ class Pieces:
         self.chain = chain
         self._pieces: dict[tuple[int, ...], Piece] = {}
         self._cut: dict[tuple[int, ...], tuple[Piece, ...]] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
+        self._is_block = tuple(unit.is_block for unit in chain.units)
         self._parameters: dict[tuple[int, ...], RankParameters] = {}
 
     def cut(self, cuts: tuple[int, ...]) -> tuple[Piece, ...]:
@@ -133,6 +143,25 @@ class Pieces:
             bounds = pairwise((*cuts, len(self.chain.units)))
             self._cut[cuts] = tuple(self._piece(self.chain.units[a:b]) for a, b in bounds)
         return self._cut[cuts]
+
+    def choices(self, cuts: tuple[int, ...], given: Choices) -> tuple[Choices, ...]:
+        """What the units of each stage keep, if all of the chain keep what is `given`."""
+        if isinstance(given, str):
+            return (given,) * len(cuts)
+        return tuple(given[a:b] for a, b in pairwise((*cuts, len(given))))
+
+    def shortest(self, names: tuple[str, ...]) -> Choices:
+        """The mode that these names of all units come to, if there is one."""
+        kinds = set(compress(names, self._is_block)) or {"none"}
+        return names if len(kinds) > 1 or kinds.isdisjoint(MODES) else kinds.pop()
+
+    def names(self, choices: Choices) -> tuple[str, ...]:
+        """The name for every unit; what is no block computes nothing again."""
+        if not isinstance(choices, str):
+            return choices
+        if choices not in self._names:
+            self._names[choices] = tuple(choices if is_block else "none" for is_block in self._is_block)
+        return self._names[choices]
 
     def _piece(self, units: tuple[Unit, ...]) -> Piece:
         # The units stay alive in the chain, so no other kernels can take their identity.

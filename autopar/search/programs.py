@@ -10,25 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import Shard
-from autopar.plan import Parallelism, Recompute
+from autopar.plan import Parallelism
 from autopar.pricing import Pricer
-from autopar.search.axis_problem import AxisProblem, ClusterPrices
+from autopar.search.axis_problem import All, AxisProblem, ClusterPrices, Custom
 from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp, MemoryPrice
-from autopar.search.experts import deal_out_experts
+from autopar.search.experts import deal_out_experts, num_experts
 from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
 from autopar.search.replicas import Replica, make_replica, strategy_keys
 from autopar.search.shallow import Shallow, local_counts, shallow
-from autopar.search.stages import StageTable
 from autopar.search.units import Chain, build_chain
 from costmodel import Group, Software
 from graphs import Capture
-from graphs.ir import OpGraph
+from graphs.ir import Op, OpGraph
 from hardware_db import Cluster
 
 MEMORY_PRICES = (0.0, 1.0, 10.0)
@@ -43,35 +41,12 @@ STATE_BYTES_PER_PARAMETER_BYTE = 8
 """
 
 
-@dataclass(frozen=True)
-class Program:
-    """A local program with its price.
+class Rules(Protocol):
+    """What pins say of the strategies on an axis."""
 
-    `strategies` maps the axes to the strategy key of every representative op; `solution` is None without a
-    tensor axis.
-    """
-
-    chain: Chain
-    solution: AxisSolution | None
-    strategies: Mapping[str, Mapping[str, str]]
-
-    def sample_s(self, p: Parallelism) -> float:
-        """What a sample costs, all stages together."""
-        return self.microbatch_s / p.microbatch_size
-
-    @cached_property
-    def microbatch_s(self) -> float:
-        return sum(unit.cost.total_s for unit in self.chain.units)
-
-    @cached_property
-    def tables(self) -> dict[Recompute, StageTable]:
-        return {}
-
-    def table(self, recompute: Recompute) -> StageTable:
-        """Stage sums under one recompute mode."""
-        if recompute not in self.tables:
-            self.tables[recompute] = StageTable(self.chain, recompute)
-        return self.tables[recompute]
+    def rule(self, graph: OpGraph, axis: str) -> Custom | None:
+        """What narrows the choice there; None where nothing does."""
+        ...
 
 
 class ProgramKey(NamedTuple):
@@ -87,6 +62,20 @@ class ProgramKey(NamedTuple):
     price_level: int
 
 
+@dataclass(frozen=True)
+class Program:
+    """A local program with its price.
+
+    `strategies` maps the axes to the strategy key of every representative op; `solution` is None without a
+    tensor axis.
+    """
+
+    key: ProgramKey
+    chain: Chain
+    solution: AxisSolution | None
+    strategies: Mapping[str, Mapping[str, str]]
+
+
 class Programs:
     """Makes the programs of one model on one cluster, each once.
 
@@ -100,7 +89,7 @@ class Programs:
         cluster: Cluster,
         era: Software | None = None,
         *,
-        time_limit_s: float | None = None,
+        rules: Rules | None = None,
         shorten: bool = True,
     ) -> None:
         self.capture = capture
@@ -108,11 +97,12 @@ class Programs:
         self.cluster = cluster
         self.era = era
         self.pinned = PinnedStrategies(self.shallow.counts)
-        self.time_limit_s = time_limit_s
-        self.num_solved = 0
+        self.rules = rules
+        self.routes_itself = num_experts(capture.graph) > 0
         self._replicas: dict[tuple[int, int, int], Replica] = {}
         self._ilps: dict[ProgramKey, BlockIlp] = {}
         self._programs: dict[ProgramKey, Program] = {}
+        self._context_floors_s: dict[tuple[int, int, int], float] = {}
         self._propagated: Assignment | None = None
 
     def given(self, p: Parallelism) -> Program:
@@ -127,19 +117,11 @@ class Programs:
             self._programs[key] = self._make(key)
         return self._programs[key]
 
-    def lightest(self, p: Parallelism) -> Program:
-        """The program of two replicas in place of `p.dp`: where samples meet, more of them have only more to
-        do."""
-        if p.dp <= 2:
-            return self.program(p)
-        return self.program(p.model_copy(update={"dp_replicate": 2, "dp_shard": 1}))
-
-    def finished(self, p: Parallelism, price_level: int = 0) -> Program:
+    def finished(self, program: Program) -> Program:
         """The same program at full depth."""
-        program = self.program(p, price_level)
         if not self.shallow.repeats:
             return program
-        key = self._key(p, price_level)
+        key = program.key
         whole = self.capture.at(key.microbatch_size * key.data_size)
         short = self.replica(key.microbatch_size, key.data_size, key.cp)
         dp = short.assignments.get("dp")
@@ -149,19 +131,29 @@ class Programs:
             assignment = deepened(solution.assignment, short.local.graph, local.graph)
             solution = replace(solution, assignment=assignment)
             local = localize(local, assignment)
-        return Program(self._chain(whole, local, key, {}), solution, program.strategies)
+        return Program(key, self._chain(whole, local, key, {}), solution, program.strategies)
 
     def floor_s(self, microbatch_size: int, tp: int) -> float:
-        """No program of this tensor-parallel degree takes less for a microbatch, whatever memory costs.
+        """No program of a tensor axis of `tp` ranks takes less for a microbatch, whatever memory costs.
 
         Also per sample for every smaller microbatch: each price is the larger of constants and terms linear
         in the batch, so half the batch costs at least half as much.
         """
-        if tp == 1:
-            return self.program(Parallelism(microbatch_size=microbatch_size)).microbatch_s
-        ilp = self._ilp(ProgramKey(microbatch_size, 1, 1, 1, tp, None, 1, 0))
-        self.num_solved += 1
-        return ilp.solve(MANY_MICROBATCHES).bound_s
+        return (
+            self._ilp(ProgramKey(microbatch_size, 1, 1, 1, tp, None, 1, 0)).solve(MANY_MICROBATCHES).bound_s
+        )
+
+    def context_floor_s(self, microbatch_size: int, tp: int, cp: int) -> float:
+        """No context axis of `cp` ranks adds less to a microbatch, beside a tensor axis of `tp`."""
+        key = (microbatch_size, tp, cp)
+        if key not in self._context_floors_s:
+            graph = self.shallow.capture.at(microbatch_size)
+            pricer = Pricer(self.cluster, self._groups(1, cp, 1, tp), self.era)
+            counts = self.shallow.counts
+            found_s = (counts[op.name] * _exchange_s(op, graph, pricer, tp) for op in graph.ops)
+            exposed = 1 - pricer.era.tensor_parallel_overlap
+            self._context_floors_s[key] = exposed * sum(found_s)
+        return self._context_floors_s[key]
 
     def replica(self, microbatch_size: int, data_size: int, cp: int = 1) -> Replica:
         """The program of one data-parallel replica, or of one context-parallel rank of it."""
@@ -184,9 +176,9 @@ class Programs:
 
     def _data_size(self, p: Parallelism) -> int:
         """How many replicas stand for `p.dp`: local shapes are the same for any number, so two do, unless
-        samples meet in the forward and what is gathered grows with their number. Under expert parallelism
-        every replica routes its own tokens."""
-        if p.dp == 1 or p.ep > 1:
+        samples meet in the forward and what is gathered grows with their number. Replicas of a model with
+        experts route their own tokens."""
+        if p.dp == 1 or self.routes_itself:
             return 1
         return p.dp if self.replica(p.microbatch_size, 2).gathered else 2
 
@@ -207,10 +199,9 @@ class Programs:
         local, solution = replica.local, None
         if key.tp > 1:
             solution = self._solution(key)
-            self.num_solved += 1
             keys["tp"] = strategy_keys(local.graph, solution.assignment)
             local = localize(local, solution.assignment)
-        return Program(self._chain(replica.whole, local, key, self.shallow.repeats), solution, keys)
+        return Program(key, self._chain(replica.whole, local, key, self.shallow.repeats), solution, keys)
 
     def _chain(self, whole: OpGraph, local: Localized, key: ProgramKey, repeats: Mapping[str, int]) -> Chain:
         pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, key.ep, key.tp), self.era)
@@ -228,8 +219,10 @@ class Programs:
             counts = local_counts(graph.ops, self.shallow.counts)
             pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, 1, key.tp), self.era)
             split = key.sequence_parallel
-            rule = None if split is None else RegionRule(graph, sequence_parallel=split)
-            problem = AxisProblem(graph, "tp", key.tp, ClusterPrices(pricer, "tp"), counts, rule)
+            region = None if split is None else RegionRule(graph, sequence_parallel=split)
+            rule = self.rules.rule(graph, "tp") if self.rules is not None else None
+            custom = All.of(region, rule)
+            problem = AxisProblem(graph, "tp", key.tp, ClusterPrices(pricer, "tp"), counts, custom)
             self._ilps[key] = BlockIlp(problem)
         return self._ilps[key]
 
@@ -240,7 +233,7 @@ class Programs:
             graph = self.replica(degrees.batch, key.data_size, key.cp).local.graph
             return self.pinned.solution(graph, degrees)
         ilp = self._ilp(key)
-        return ilp.solve(key.num_microbatches, self._price(ilp.problem, key.price_level), self.time_limit_s)
+        return ilp.solve(key.num_microbatches, self._price(ilp.problem, key.price_level))
 
     def _price(self, problem: AxisProblem, level: int) -> MemoryPrice:
         """Memory's worth: at price 1, all of a device's costs as much as the microbatch's arithmetic."""
@@ -258,6 +251,36 @@ class Programs:
             "ep": Group(ep, tp * cp),
             "dp": Group(max(1, widest), tp * cp),
         }
+
+
+def _exchange_s(op: Op, graph: OpGraph, pricer: Pricer, tp: int) -> float:
+    """The cheaper of gathering an attention's keys and values, and of exchanging positions for heads."""
+    if "scaled_dot_product" not in op.target:
+        return 0.0
+    group = pricer.groups["cp"]
+    keys, values = (_narrowest_bytes(name, graph) / tp for name in op.inputs[1:3])
+    query = graph.tensors[op.inputs[0]].num_bytes / tp
+    requires_grad = graph.tensors[op.outputs[0]].requires_grad
+    gathered_s = exchanged_s = 0.0
+    for num_bytes in (keys, values):
+        gathered_s += pricer.collective_s("all_gather", num_bytes, group)
+        if requires_grad:
+            gathered_s += pricer.collective_s("reduce_scatter", num_bytes, group)
+    for num_bytes in (query, keys, values, query):
+        exchanged_s += (1 + requires_grad) * pricer.collective_s("all_to_all", num_bytes / group.size, group)
+    return min(gathered_s, exchanged_s)
+
+
+def _narrowest_bytes(name: str, graph: OpGraph) -> int:
+    """Bytes of a value where it was smallest: before heads were repeated."""
+    least = graph.tensors[name].num_bytes
+    while name in graph.producer:
+        op = graph.ops[graph.producer[name]]
+        if op.flops or len(op.inputs) != 1:
+            break
+        name = op.inputs[0]
+        least = min(least, graph.tensors[name].num_bytes)
+    return least
 
 
 def deepened(assignment: Assignment, graph: OpGraph, full: OpGraph) -> Assignment:

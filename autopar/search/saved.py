@@ -10,19 +10,19 @@ whatever is kept, and every gradient lives from one op to another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from autopar.plan import Recompute
+from autopar.plan import RecomputeMode
 from autopar.search.cut import cheapest_cut
 from autopar.search.needs import Needs, is_loss
 from costmodel import Software
 from graphs.ir import Op, OpGraph
 
-MODES: tuple[Recompute, ...] = get_args(Recompute)
+MODES: tuple[RecomputeMode, ...] = get_args(RecomputeMode)
 
-Again = Mapping[Recompute, tuple[bool, ...]]
+Again = Mapping[str, tuple[bool, ...]]
 """Which ops of a run the backward runs again under each mode."""
 
 Phase = Literal["forward", "backward"]
@@ -61,12 +61,13 @@ class SavedActivations:
     def __init__(self, graph: OpGraph, software: Software, is_low: Callable[[Op], bool] = _never) -> None:
         self.needs = Needs(graph, software, is_low)
 
-    def unit(self, start: int, stop: int, *, is_block: bool) -> tuple[Again, Mapping[Recompute, Saved]]:
+    def unit(self, start: int, stop: int, *, is_block: bool) -> tuple[Again, Mapping[str, Saved]]:
         """What ops `[start, stop)` run again and what they keep under each mode; only blocks recompute."""
         run = _Run(self.needs, start, stop)
         if not is_block:
-            return dict.fromkeys(MODES, (False,) * (stop - start)), dict.fromkeys(MODES, run.everything())
-        again = {mode: run.again(mode) for mode in MODES}
+            modes: Sequence[str] = MODES
+            return dict.fromkeys(modes, (False,) * (stop - start)), dict.fromkeys(modes, run.everything())
+        again: Again = {mode: run.again(mode) for mode in MODES}
         return again, run.by_mode(again)
 
 
@@ -178,11 +179,11 @@ class _Run:
         """What is kept when nothing is computed again."""
         return Saved(self._sizes(self.needed_by), self.internal_bytes, *self._peak())
 
-    def by_mode(self, again: Again) -> dict[Recompute, Saved]:
+    def by_mode(self, again: Again) -> dict[str, Saved]:
         """What a block keeps under each mode. Before its backward all the rest is computed again at once."""
         none = self.everything()
         entering = self._sizes(self._entering())
-        found: dict[Recompute, Saved] = {"none": none}
+        found: dict[str, Saved] = {"none": none}
         for mode in MODES[1:]:
             kept = [index for index, twice in enumerate(again[mode]) if not twice]
             internal_bytes = sum(
@@ -200,7 +201,7 @@ class _Run:
             found[mode] = Saved(storages, internal_bytes, none.peak_bytes + beside)
         return found
 
-    def again(self, mode: Recompute) -> tuple[bool, ...]:
+    def again(self, mode: RecomputeMode) -> tuple[bool, ...]:
         """For each op whether it runs again under a mode."""
         if mode == "full" and self.all.software.recompute_stops_early:
             return self._wanted()

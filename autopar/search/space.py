@@ -1,93 +1,114 @@
-"""The candidates: every parallelism that fits the devices and the batch, and agrees with what the user
-pinned."""
+"""The space: every layout of devices and batch, and every way to run it, that agrees with the user's pins.
+
+A `Layout` is what the local program depends on: the degrees of tensor, context, expert and pipeline
+parallelism and the microbatch size. The ways to run it differ in schedule, virtual stages, and in what the
+data axes shard. What blocks compute again, and where stages begin, is decided for each way by the stage
+layer (`autopar.search.stages`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import product
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-from autopar.errors import PinConflictError
-from autopar.plan import PLANNED_SCHEDULES, Parallelism, Recompute, ScheduleName
-from autopar.search.units import RECOMPUTE_MODES
+from autopar.plan import Parallelism, ScheduleName
+from autopar.search.pins import Pins
 from costmodel import SCHEDULES, CostModelError
 from costmodel.orders import check_schedule
 from hardware_db import Cluster
 
 ZeroStage = Literal[0, 1, 2, 3]
-VIRTUAL_STAGES = (2, 4)
+
+VIRTUAL_STAGES: Mapping[ScheduleName, tuple[int, ...]] = {
+    "1F1B": (1,),
+    "Interleaved1F1B": (2, 3, 4, 5, 6, 8),
+    "InterleavedZeroBubble": (2, 4),
+    "ZBVZeroBubble": (2,),
+    "DualPipeV": (2,),
+}
+"""The schedules that are searched, with the stages of a rank. GPipe is never faster than 1F1B and holds more,
+LoopedBFS likewise: they are for those who pin them."""
+
+SHORTEST_CONTEXT = 512
+"""The fewest positions that a context axis leaves a rank."""
 
 
-@dataclass(frozen=True)
-class Pins:
-    """Settings that the user has decided; None leaves them to the search."""
+class Layout(NamedTuple):
+    """Degrees and microbatch size; data parallelism takes the devices that are left."""
 
-    microbatch_size: int | None = None
-    tp: int | None = None
-    pp: int | None = None
-    dp: int | None = None
-    zero_stage: int | None = None
-    recompute: Recompute | None = None
-    schedule: ScheduleName | None = None
-    num_virtual_stages: int | None = None
+    microbatch_size: int
+    tp: int
+    cp: int
+    ep: int
+    pp: int
+    dp: int
+    num_microbatches: int
 
-    def __post_init__(self) -> None:
-        for name in ("microbatch_size", "tp", "pp", "dp", "num_virtual_stages"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PinConflictError(
-                    f"{name}={value} is not a count; give 1 or more, or leave it to the search"
-                )
-        _check_choice("zero_stage", self.zero_stage, get_args(ZeroStage))
-        _check_choice("recompute", self.recompute, RECOMPUTE_MODES)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        if self.schedule not in (None, *PLANNED_SCHEDULES):
-            raise PinConflictError(
-                f"schedule={self.schedule!r} can be evaluated but not planned yet; "
-                f"choose one of {', '.join(PLANNED_SCHEDULES)}, or leave it to the search"
-            )
-
-    def __str__(self) -> str:
-        given = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return ", ".join(f"{name}={value}" for name, value in given if value is not None) or "nothing pinned"
+    @property
+    def degrees(self) -> dict[str, int]:
+        """The settings of a parallelism that a layout decides."""
+        names = ("microbatch_size", "num_microbatches", "tp", "cp", "ep", "pp")
+        return {name: getattr(self, name) for name in names}
 
 
-def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
-    if value is not None and value not in known:
-        raise PinConflictError(f"{name}={value!r} is unknown; choose one of {', '.join(map(str, known))}")
+class Degrees(NamedTuple):
+    """What suits a model: degrees of tensor, context and expert parallelism, most stages, schedules."""
+
+    tp: tuple[int, ...]
+    cp: tuple[int, ...]
+    ep: tuple[int, ...]
+    num_units: int
+    schedules: tuple[ScheduleName, ...] = tuple(VIRTUAL_STAGES)
 
 
-def candidates(
-    cluster: Cluster, global_batch: int, tensor_degrees: tuple[int, ...], num_units: int, pins: Pins
-) -> Iterator[Parallelism]:
-    """All candidates, in a fixed order. `tensor_degrees` are the degrees by which the model can be split,
-    `num_units` the most stages that it can be cut into."""
+def layouts(cluster: Cluster, global_batch: int, degrees: Degrees, pins: Pins) -> Iterator[Layout]:
+    """All layouts, in a fixed order."""
     num_devices = cluster.num_devices
-    for tp in (pins.tp,) if pins.tp else tensor_degrees:
-        for pp in (pins.pp,) if pins.pp else divisors(num_devices):
-            if num_devices % (tp * pp) or pp > num_units:
+    for tp, cp in product(pins.values("tp", degrees.tp), pins.values("cp", degrees.cp)):
+        for pp in pins.values("pp", divisors(num_devices)):
+            if num_devices % (tp * cp * pp) or pp > degrees.num_units:
                 continue
-            dp = num_devices // (tp * pp)
-            if global_batch % dp or (pins.dp or dp) != dp:
+            dp = num_devices // (tp * cp * pp)
+            if global_batch % dp or dp not in pins.values("dp", (dp,)):
                 continue
-            for shards, size in product(_shardings(cluster, dp, tp, pins), _sizes(global_batch // dp, pins)):
-                for schedule, virtual in _schedules(pp, global_batch // dp // size, num_units, pins):
-                    for recompute in (pins.recompute,) if pins.recompute else RECOMPUTE_MODES:
-                        yield _parallelism(
-                            tp=tp, pp=pp, microbatch_size=size, num_microbatches=global_batch // dp // size,
-                            schedule=schedule, num_virtual_stages=virtual, recompute=recompute, **shards,
-                        )  # fmt: skip
+            for ep in pins.values("ep", degrees.ep):
+                if dp % ep:
+                    continue
+                for size in _sizes(global_batch // dp, pins):
+                    yield Layout(size, tp, cp, ep, pp, dp, global_batch // dp // size)
 
 
-def _parallelism(**settings: object) -> Parallelism:
-    # The settings are valid by construction, and there are thousands of them.
-    defaults = {name: field.default for name, field in Parallelism.model_fields.items()}
-    return Parallelism.model_construct(**{**defaults, **settings})
+def ways(layout: Layout, cluster: Cluster, degrees: Degrees, pins: Pins) -> Iterator[Parallelism]:
+    """Every way to run a layout, in a fixed order; what is computed again is left open."""
+    for schedule, virtual in _schedules(layout.pp, layout.num_microbatches, degrees, pins):
+        for replicate, shard, zero_stage in _shardings(cluster, layout, pins):
+            p = parallelism(
+                **layout.degrees, dp_replicate=replicate, dp_shard=shard, zero_stage=zero_stage,
+                schedule=schedule, num_virtual_stages=virtual,
+                sequence_parallel=pins.sequence_parallel if layout.tp > 1 else None,
+                recompute=pins.recompute or "none", offload=pins.offload or "none",
+            )  # fmt: skip
+            if pins.admits(p):
+                yield p
 
 
+def parallelism(**settings: object) -> Parallelism:
+    """A parallelism that is valid by construction: there are thousands of them."""
+    return Parallelism.model_construct(None, **{**_defaults(), **settings})
+
+
+@cache
+def _defaults() -> Mapping[str, object]:
+    return {name: field.default for name, field in Parallelism.model_fields.items()}
+
+
+@cache
 def divisors(number: int) -> tuple[int, ...]:
-    return tuple(n for n in range(1, number + 1) if number % n == 0)
+    """All divisors, in ascending order."""
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return tuple(sorted({*small, *(number // n for n in small)}))
 
 
 def scale_up_size(cluster: Cluster) -> int:
@@ -95,54 +116,52 @@ def scale_up_size(cluster: Cluster) -> int:
     return max(cluster.levels[0].num_devices, cluster.devices_per_node)
 
 
-def _shardings(cluster: Cluster, dp: int, tp: int, pins: Pins) -> Iterator[dict[str, int]]:
-    """ZeRO stages with the data axes they shard over: all replicas, or those of one node."""
-    if dp == 1:
-        if not pins.zero_stage:
-            yield {"dp_replicate": 1, "dp_shard": 1, "zero_stage": 0}
-        return
-    stages = (pins.zero_stage,) if pins.zero_stage is not None else get_args(ZeroStage)
-    inside = scale_up_size(cluster) // tp
-    for zero_stage in stages:
+def _shardings(cluster: Cluster, layout: Layout, pins: Pins) -> Iterator[tuple[int, int, int]]:
+    """`(dp_replicate, dp_shard, zero_stage)`: ZeRO shards over all replicas, or over those of a part of the
+    cluster: a node, or more of them up to all."""
+    dp = layout.dp
+    inside = max(1, scale_up_size(cluster) // (layout.tp * layout.cp))
+    usual = tuple(
+        n for n in divisors(dp) if n == dp or (n > 1 and n % inside == 0 and _is_power(n // inside))
+    )
+    for zero_stage in pins.values("zero_stage", get_args(ZeroStage)):
         if zero_stage == 0:
-            yield {"dp_replicate": dp, "dp_shard": 1, "zero_stage": 0}
+            if (pins.dp_shard or 1) == 1:
+                yield dp, 1, 0
             continue
-        yield {"dp_replicate": 1, "dp_shard": dp, "zero_stage": zero_stage}
-        if 1 < inside < dp and dp % inside == 0:
-            yield {"dp_replicate": dp // inside, "dp_shard": inside, "zero_stage": zero_stage}
+        for shard in pins.values("dp_shard", usual):
+            if dp % shard == 0 and dp * layout.cp > 1:
+                yield dp // shard, shard, zero_stage
 
 
-def _sizes(per_replica: int, pins: Pins) -> Iterator[int]:
+def _is_power(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def _sizes(per_replica: int, pins: Pins) -> tuple[int, ...]:
     """Microbatch sizes: powers of two that divide a replica's part of the batch."""
-    if pins.microbatch_size is not None:
-        if per_replica % pins.microbatch_size == 0:
-            yield pins.microbatch_size
-        return
-    size = 1
-    while per_replica % size == 0:
-        yield size
-        size *= 2
+    usual = tuple(n for n in divisors(per_replica) if _is_power(n))
+    return tuple(size for size in pins.values("microbatch_size", usual) if per_replica % size == 0)
 
 
 def _schedules(
-    pp: int, num_microbatches: int, num_units: int, pins: Pins
+    pp: int, num_microbatches: int, degrees: Degrees, pins: Pins
 ) -> Iterator[tuple[ScheduleName, int]]:
-    """Schedules with their virtual stages. GPipe is never faster than 1F1B and holds more: only if it is
-    asked for."""
+    """Schedules with their virtual stages."""
     if pp == 1:
-        if (pins.num_virtual_stages or 1) == 1:
+        if 1 in pins.values("num_virtual_stages", (1,)):
             yield pins.schedule if pins.schedule == "GPipe" else "1F1B", 1
         return
-    if pins.schedule in (None, "1F1B", "GPipe") and (pins.num_virtual_stages or 1) == 1:
-        yield pins.schedule or "1F1B", 1
-    if pins.schedule in (None, "Interleaved1F1B"):
-        for virtual in (pins.num_virtual_stages,) if pins.num_virtual_stages else VIRTUAL_STAGES:
-            if virtual * pp <= num_units and runs("Interleaved1F1B", pp, num_microbatches, virtual):
-                yield "Interleaved1F1B", virtual
+    for schedule in pins.values("schedule", degrees.schedules):
+        for virtual in pins.values("num_virtual_stages", VIRTUAL_STAGES.get(schedule, (1, 2))):
+            if virtual * pp <= degrees.num_units and runs(schedule, pp, num_microbatches, virtual):
+                yield schedule, virtual
 
 
+@cache
 def runs(schedule: str, pp: int, num_microbatches: int, num_virtual_stages: int) -> bool:
     """Whether torch's schedule accepts these sizes."""
+    assert schedule in SCHEDULES
     try:
         check_schedule(schedule, pp, num_microbatches, num_virtual_stages)
     except CostModelError:

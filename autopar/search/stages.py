@@ -1,226 +1,455 @@
-"""Stages: where to cut a chain of units so that the slowest stage is as fast as memory allows.
+"""The stage layer: where to cut a chain of units, and what its blocks compute again, so that memory holds.
 
-With T_ij the time that units [i, j) take for one microbatch, and M_sij what they hold as stage s, which has
-as many microbatches in flight as the schedule gives it,
+A stage s that takes units [i, j) computes T_ij seconds a microbatch, has O_ij to do once a step, and holds
+R_ij bytes whatever is in flight and A_ij for each of its k_s microbatches in flight. With D the bytes that do
+not fit, each microbatch must keep D / k_s less, and
 
-    best_1(j) = T_0j                                     where M_10j ≤ memory
-    best_s(j) = min over i < j of max(best_{s-1}(i), T_ij)   where M_sij ≤ memory
+    E(i, j, D) = min Σ e_uv x_uv    Σ (a_u0 - a_uv) x_uv ≥ D / k_s,   Σ_v x_uv = 1,   0 ≤ x_uv ≤ 1
 
-and best_p(n) is the answer: exact, since the units are a chain, and quick, since there are few of them. The
-slowest stage decides because a step takes (m - 1) max T + Σ T and the sum does not depend on the cuts (Mist,
-arXiv:2503.19050). With several virtual stages on a rank each gets an equal share of the memory, which is
-sufficient, not necessary.
+is what computing again costs: unit u uses variant v, which keeps a_uv and repeats e_uv seconds. Variants lie
+on a convex frontier, so the linear program is solved by taking the cheapest seconds a byte first, for all
+(i, j) at once (`relief_s`). A stage cannot end before its first microbatch has come through earlier stages,
+of P_i seconds, and m microbatches are done, so
+
+    best_1(j) = V_0j        best_s(j) = min over i < j of max(best_{s-1}(i), V_ij)
+    V_ij = P_i + m (T_ij + E_ij) + what of O_ij the earlier stages do not outlast
+
+is the least that any cuts and any variants take (`cut`): exact for the relaxation, since units are a chain,
+and a proven bound for the step. With several stages on a rank the cuts are as even as the units allow
+(`even`), and V_r of the ranks is the bound (`even_bound_s`). The whole numbers of `autopar.search.variants`
+come after it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from autopar.plan import Parallelism, Recompute
-from autopar.search.data_axes import data_groups
-from autopar.search.pieces import num_weights
+from autopar.plan import Parallelism
+from autopar.pricing import Pricer
+from autopar.search.data_axes import data_groups, data_traffic, updated_elements
+from autopar.search.pieces import Bucket, num_weights
+from autopar.search.runs import AllRuns, Array, GivenRuns, Runs
 from autopar.search.units import Chain
 from costmodel import (
     OptimizerPolicy,
+    Overlap,
     model_state_ledger,
     peak_activation_bytes,
     peak_in_flight,
     pipeline_lower_bound_s,
 )
-from costmodel.orders import rank_stages, stage_ranks
+from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, stage_ranks
 
-Matrix = NDArray[np.float64]
+Options = tuple[tuple[str, ...], ...]
+"""For each unit the variants it may use, from the fastest to the smallest."""
 
-
-class Shares(NamedTuple):
-    """To what share parameters and saved activations are thought to shrink; 1 leaves them as they are."""
-
-    parameters: float
-    saved: float
+Where = NDArray[np.bool_] | None
+"""The units at which a stage may begin; None for all."""
 
 
-WHOLE = Shares(1.0, 1.0)
+class Machine(NamedTuple):
+    """What stages run on: prices on the mesh, the optimizer's policy, what overlaps, and the memory that
+    there is for them."""
+
+    pricer: Pricer
+    policy: OptimizerPolicy
+    overlap: Overlap
+    memory_bytes: float
+
+
+class Cut(NamedTuple):
+    """Where stages begin, 0 first, and the least that any step takes."""
+
+    cuts: tuple[int, ...]
+    bound_s: float
+
+
+class Once(NamedTuple):
+    """What data axes and optimizer add to each unit: seconds with every forward and every backward, and of
+    synchronisation and of the optimizer once a step."""
+
+    forward_gather_s: Array
+    backward_gather_s: Array
+    sync_s: Array
+    optimizer_s: Array
+
+
+class Segment(NamedTuple):
+    """A step along the frontier of like units: seconds a byte, bytes freed, and which units can take it."""
+
+    rate: float
+    freed_bytes: float
+    members: Array
+
+
+class RunSums:
+    """The sums of a chain that no parallelism changes, over some runs of its units."""
+
+    def __init__(self, table: StageTable, runs: Runs) -> None:
+        self.runs = runs
+        self.forward_s = runs.sums(table.unit_forward_s)
+        self.backward_s = runs.sums(table.unit_backward_s)
+        self.arrival_s = runs.before(table.unit_forward_s)
+        self.return_s = runs.before(table.unit_backward_s)
+        self.num_sharding_units = np.maximum(1.0, runs.sums(table.unit_has_parameters))
+        self.elements = tuple(runs.sums(elements) for elements in table.unit_elements)
+        self.largest_elements = runs.largest([sum(both) for both in zip(*table.unit_elements, strict=True)])
+        self.largest_weights = runs.largest(table.unit_weights)
+        self.saved_bytes = runs.sums(table.unit_saved_bytes)
+        self.working_bytes = runs.last(table.unit_working_bytes)
+        self.segments = [(s.rate, s.freed_bytes, runs.sums(s.members)) for s in table.segments]
 
 
 class StageTable:
-    """T and the parts of M for all pairs (i, j) of one chain under one recompute mode."""
+    """All stages that one chain can be cut into; `options` narrows what units may compute again."""
 
-    def __init__(self, chain: Chain, recompute: Recompute) -> None:
+    def __init__(self, chain: Chain, options: Options | None = None) -> None:
         self.chain = chain
-        self.recompute = recompute
+        self.options = options or tuple(unit.frontier for unit in chain.units)
         self.num_units = len(chain.units)
+        self._even: dict[int, tuple[int, ...] | None] = {}
+        self._even_sums: dict[tuple[int, ...], RunSums] = {}
+        self._schedule_floors_s: dict[tuple[object, ...], float] = {}
+
+    # --- units ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def times_s(self) -> Matrix:
-        return _sums([unit.cost.total_s + unit.recompute_s[self.recompute] for unit in self.chain.units])
+    def base(self) -> tuple[str, ...]:
+        """Every unit's fastest variant."""
+        return tuple(names[0] for names in self.options)
 
     @cached_property
-    def forward_s(self) -> Matrix:
-        """The forward's part of T."""
-        return _sums([unit.cost.forward_total_s for unit in self.chain.units])
+    def unit_forward_s(self) -> Array:
+        """The forward of each unit, with the communication that nothing hides."""
+        return np.array(
+            [u.cost.forward_s + self._exposed * u.cost.forward_communication_s for u in self.chain.units]
+        )
 
     @cached_property
-    def parameters(self) -> Matrix:
-        """Elements of parameters; one that several units share counts for each of them."""
-        return _sums(self._unit_elements())
+    def unit_backward_s(self) -> Array:
+        """The backward of each unit, with what its fastest variant computes again."""
+        return np.array(
+            [
+                u.cost.backward_s + self._exposed * u.cost.backward_communication_s + u.recompute_s[name]
+                for u, name in zip(self.chain.units, self.base, strict=True)
+            ]
+        )
+
+    @property
+    def _exposed(self) -> float:
+        return 1 - self.chain.era.tensor_parallel_overlap
 
     @cached_property
-    def parameters_once(self) -> Matrix:
-        """Elements of parameters, each for the first unit that has it: right on a single rank."""
+    def unit_has_parameters(self) -> list[float]:
+        """1 for units that are gathered and reduced by themselves."""
+        return [float(bool(unit.parameters)) for unit in self.chain.units]
+
+    @cached_property
+    def unit_elements(self) -> tuple[list[float], list[float]]:
+        """Elements of dense parameters and of experts, each for the first unit that has it."""
+        seen: set[str] = set()
+        sizes: tuple[list[float], list[float]] = ([], [])
+        for unit in self.chain.units:
+            fresh = [self.chain.parameters[name] for name in unit.parameters if name not in seen]
+            seen.update(unit.parameters)
+            for is_expert, found in enumerate(sizes):
+                found.append(float(sum(s.num_elements for s in fresh if s.is_expert is bool(is_expert))))
+        return sizes
+
+    @cached_property
+    def _element_bytes(self) -> list[float]:
+        """Bytes of an element of each unit's parameters."""
+        found = []
+        for unit in self.chain.units:
+            shards = [self.chain.parameters[name] for name in unit.parameters]
+            elements = sum(shard.num_elements for shard in shards)
+            found.append(sum(shard.num_bytes for shard in shards) / elements if elements else 0.0)
+        return found
+
+    @cached_property
+    def unit_weights(self) -> list[float]:
+        """Elements of a block's weights, one matrix of every stack."""
+        return [num_weights(unit, self.chain.parameters) for unit in self.chain.units]
+
+    @cached_property
+    def unit_saved_bytes(self) -> list[float]:
+        """What each unit keeps that none before it does, with its fastest variant."""
         seen: set[str] = set()
         sizes = []
-        for unit in self.chain.units:
-            fresh = [name for name in unit.parameters if name not in seen]
-            seen.update(fresh)
-            sizes.append(float(sum(self.chain.parameters[name].num_elements for name in fresh)))
-        return _sums(sizes)
-
-    @cached_property
-    def root_parameters(self) -> Matrix:
-        """Elements of the parameters outside of blocks."""
-        pairs = zip(self.chain.units, self._unit_elements(), strict=True)
-        return _sums([0.0 if unit.is_block else size for unit, size in pairs])
-
-    @cached_property
-    def largest_unit(self) -> Matrix:
-        return _running_max(self._unit_elements())
-
-    @cached_property
-    def saved_bytes(self) -> Matrix:
-        return _sums(self._fresh_bytes())
-
-    def _fresh_bytes(self) -> list[float]:
-        """What each unit keeps that none before it does."""
-        seen: set[str] = set()
-        sizes = []
-        for unit in self.chain.units:
-            saved = unit.saved[self.recompute]
+        for unit, name in zip(self.chain.units, self.base, strict=True):
+            saved = unit.saved[name]
             fresh = sum(size for storage, size in saved.storages.items() if storage not in seen)
             seen.update(saved.storages)
             sizes.append(float(fresh + saved.internal_bytes))
         return sizes
 
     @cached_property
-    def working_bytes(self) -> Matrix:
-        """What is held at most beside all that is saved: while a unit works, later ones save nothing yet."""
-        before = np.concatenate([[0.0], np.cumsum(self._fresh_bytes())])
-        peaks = [unit.saved[self.recompute].peak_bytes for unit in self.chain.units]
-        fullest = _running_max([before[index] + peak for index, peak in enumerate(peaks)])
-        working: Matrix = np.maximum(0.0, fullest - before[None, :])
-        return working
+    def unit_working_bytes(self) -> list[float]:
+        """What each unit holds beside what it keeps."""
+        pairs = zip(self.chain.units, self.base, strict=True)
+        return [float(unit.saved[name].working_bytes) for unit, name in pairs]
 
     @cached_property
-    def largest_weights(self) -> Matrix:
-        return _running_max([num_weights(unit, self.chain.parameters) for unit in self.chain.units])
+    def segments(self) -> list[Segment]:
+        """What units can free, the cheapest first."""
+        kinds: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for index, (unit, names) in enumerate(zip(self.chain.units, self.options, strict=True)):
+            kinds.setdefault((id(unit.recompute_s), names), []).append(index)
+        found = []
+        for (_, names), indices in kinds.items():
+            unit = self.chain.units[indices[0]]
+            members = np.zeros(self.num_units)
+            members[indices] = 1
+            for one, other in pairwise(names):
+                freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
+                if freed > 0:
+                    seconds = unit.recompute_s[other] - unit.recompute_s[one]
+                    found.append(Segment(seconds / freed, float(freed), members))
+        return sorted(found, key=lambda segment: segment.rate)
 
-    def _unit_elements(self) -> list[float]:
-        shards = self.chain.parameters
-        return [
-            float(sum(shards[name].num_elements for name in unit.parameters)) for unit in self.chain.units
-        ]
+    # --- all units together ---------------------------------------------------------------------------------
 
-    def _fixed_bytes(self, p: Parallelism, policy: OptimizerPolicy, shares: Shares) -> Matrix:
-        """The part of M that does not depend on what is in flight."""
-        degree = data_groups(p)[0].size
-        per_element = shares.parameters * model_state_ledger(1.0, policy, p.zero_stage, degree).total_bytes
-        parameters = self.parameters_once if p.pp == 1 else self.parameters
-        moving = self.working_bytes
+    @cached_property
+    def microbatch_s(self) -> float:
+        """A microbatch on all stages, nothing computed again that need not be."""
+        return float(self.unit_forward_s.sum() + self.unit_backward_s.sum())
+
+    @cached_property
+    def weight_s(self) -> float:
+        """The gradients of weights among it, which no other stage waits for."""
+        return sum(unit.cost.weight_s for unit in self.chain.units)
+
+    @cached_property
+    def all_saved_bytes(self) -> float:
+        """What all units keep of a microbatch."""
+        return sum(self.unit_saved_bytes)
+
+    def least_relief_s(self, excess_bytes: float) -> float:
+        """E for all units; what all that can be freed costs where that is not enough."""
+        seconds = 0.0
+        for segment in self.segments:
+            if excess_bytes <= 0:
+                break
+            taken = min(excess_bytes, segment.freed_bytes * float(segment.members.sum()))
+            seconds += segment.rate * taken
+            excess_bytes -= taken
+        return seconds
+
+    # --- what a parallelism makes of runs -------------------------------------------------------------------
+
+    def _once(self, p: Parallelism, machine: Machine) -> Once:
+        """What moves for each unit; parameters that units share count for the first."""
+        rate = machine.pricer.work_s(0, 1e12, torch.float32) / 1e12
+        known: dict[tuple[float, ...], tuple[float, ...]] = {}
+        columns = []
+        for unit in zip(*self.unit_elements, self._element_bytes, strict=True):
+            if unit not in known:
+                known[unit] = _unit_once(*unit, p, machine, rate)
+            columns.append(known[unit])
+        return Once(*np.array(columns).T)
+
+    def _held_bytes(self, sums: RunSums, p: Parallelism, policy: OptimizerPolicy) -> Array:
+        """R: model states, what the last unit works on, and what ZeRO gathers for a moment."""
+        held = np.zeros_like(sums.forward_s)
+        for is_expert, elements in zip((False, True), sums.elements, strict=True):
+            degree = data_groups(p, experts=is_expert)[0].size
+            held += state_bytes(p, policy, degree) * elements
+        moving = sums.working_bytes
         if self.chain.era.cached_weight_gradients:
-            moving = moving + shares.parameters * policy.gathered_bytes * self.largest_weights
-        if degree > 1 and p.zero_stage >= 2:
-            gathered = (policy.gathered_bytes + policy.gradient_bytes) * self.largest_unit
-            if p.zero_stage == 3:
-                gathered = gathered + policy.gathered_bytes * (2 * self.largest_unit + self.root_parameters)
-            moving = moving + shares.parameters * gathered
-        return per_element * parameters + self._wasteful * moving
+            moving = moving + policy.gathered_bytes * sums.largest_weights
+        if data_groups(p)[0].size > 1 and p.zero_stage >= 2:
+            copies = 3 if p.zero_stage == 3 else 1
+            moving = moving + (copies * policy.gathered_bytes + policy.gradient_bytes) * sums.largest_elements
+        held_bytes: Array = held + self._wasteful * moving
+        return held_bytes
 
     @property
     def _wasteful(self) -> float:
         """What the allocator holds for a byte that comes and goes."""
         return 1 + self.chain.era.fragmentation
 
-    def peak_bytes(
-        self, p: Parallelism, policy: OptimizerPolicy, cuts: tuple[int, ...], shares: Shares = WHOLE
-    ) -> float:
-        """What the fullest rank holds with these cuts; what several stages' units share counts for each of
-        them."""
-        at = list(cuts), [*cuts[1:], self.num_units]
-        fixed = self._fixed_bytes(p, policy, shares)[at]
-        saved = self._wasteful * shares.saved * self.saved_bytes[at]
-        peaks = peak_activation_bytes(
-            p.schedule, p.pp, p.num_microbatches, saved.tolist(), p.num_virtual_stages
+    def _values_s(self, sums: RunSums, once: Once, p: Parallelism, overlap: Overlap, again_s: Array) -> Array:
+        """V of runs that compute `again_s` seconds again."""
+        backward_s = sums.backward_s + again_s
+        gather_s, back_s, sync_s, optimizer_s = map(sums.runs.sums, once)
+        units = sums.num_sharding_units
+        forward_gather_s = _exposed(gather_s, overlap.parameter_gather * sums.forward_s, units)
+        back_gather_s = _exposed(back_s, overlap.parameter_gather * backward_s, units)
+        taken_s = back_s - back_gather_s
+        exposed_s = _exposed(sync_s, np.maximum(0.0, overlap.gradient_sync * backward_s - taken_s), units)
+        last_s = _costly(sync_s, exposed_s, overlap) + optimizer_s
+        busy_s = (
+            sums.forward_s
+            + backward_s
+            + _costly(gather_s, forward_gather_s, overlap)
+            + _costly(back_s, back_gather_s, overlap)
         )
-        mine = [[*rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages)] for rank in range(p.pp)]
-        return max(float(fixed[own].sum()) + peak for own, peak in zip(mine, peaks, strict=True))
+        if p.num_virtual_stages > 1:
+            ranks = np.array(stage_ranks(p.schedule, p.pp, p.num_virtual_stages))
+            busy_s, last_s = _by_rank(ranks, busy_s), _by_rank(ranks, last_s)
+            # A rank's first stage is its earliest: what comes before that it must wait for.
+            arrival_s, return_s = sums.arrival_s[: p.pp], sums.return_s[: p.pp]
+        else:
+            arrival_s, return_s = sums.arrival_s, sums.return_s
+        if p.schedule in SPLIT_BACKWARD_SCHEDULES:
+            return_s = np.zeros_like(return_s)
+        values_s: Array = arrival_s + p.num_microbatches * busy_s + np.maximum(return_s, last_s)
+        return values_s
 
-    def floor_s(self, p: Parallelism) -> float:
-        """What the pipeline takes at least with the cuts that are best when memory is no matter."""
-        cuts = self._cheapest([np.ones_like(self.times_s, dtype=bool)] * (p.pp * p.num_virtual_stages))
-        assert cuts is not None
-        at = list(cuts), [*cuts[1:], self.num_units]
-        forward_s, both_s = self.forward_s[at], self.times_s[at]
-        return pipeline_lower_bound_s(
-            p.pp,
-            p.num_microbatches,
-            forward_s.tolist(),
-            (both_s - forward_s).tolist(),
-            num_virtual=p.num_virtual_stages,
-        )
+    # --- one stage a rank -----------------------------------------------------------------------------------
 
-    def partition(
-        self, p: Parallelism, policy: OptimizerPolicy, memory_bytes: float, shares: Shares = WHOLE
-    ) -> tuple[int, ...] | None:
-        """The first units of the best stages, 0 first. Where memory fits no cuts at all, the best that ignore
-        it; None when there are fewer units than stages."""
-        num_stages = p.pp * p.num_virtual_stages
+    @cached_property
+    def _all(self) -> RunSums:
+        return RunSums(self, AllRuns(self.num_units))
+
+    def cut(
+        self, p: Parallelism, machine: Machine, where: Where = None, *, fitting: bool = True
+    ) -> Cut | None:
+        """The best cuts into one stage a rank; without `fitting` memory is no matter. None where memory, or
+        the number of units, allows no cuts at all."""
+        if p.pp > self.num_units:
+            return None
+        once, sums = self._once(p, machine), self._all
+        room = machine.memory_bytes - self._held_bytes(sums, p, machine.policy)
+        known: dict[int, Array] = {}
+        values = []
+        for flight in peak_in_flight(p.schedule, p.pp, p.num_microbatches, 1):
+            if flight not in known:
+                again_s = np.zeros_like(room)
+                if fitting:
+                    again_s = relief_s(sums.segments, sums.saved_bytes - room / (self._wasteful * flight))
+                found = self._values_s(sums, once, p, machine.overlap, again_s)
+                known[flight] = _legal(found, where)
+            values.append(known[flight])
+        return _cheapest(values)
+
+    # --- several stages a rank, or one for all --------------------------------------------------------------
+
+    def even(self, num_stages: int, where: Where = None) -> tuple[int, ...] | None:
+        """The cuts whose longest stage is shortest; None for fewer units than stages."""
         if num_stages > self.num_units:
             return None
-        if num_stages == 1:
-            return (0,)
-        flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
-        budget = memory_bytes / p.num_virtual_stages
-        fixed = self._fixed_bytes(p, policy, shares)
-        saved = self._wasteful * shares.saved / p.num_virtual_stages * self.saved_bytes
-        held = [fixed + flights[rank] * saved <= budget for rank in range(p.pp)]
-        ranks = stage_ranks(p.schedule, p.pp, p.num_virtual_stages)
-        return self._cheapest([held[rank] for rank in ranks]) or self._cheapest(
-            [np.ones_like(self.times_s, dtype=bool)] * num_stages
+        if num_stages not in self._even:
+            values = _legal(self._all.forward_s + self._all.backward_s, where)
+            found = _cheapest([values] * num_stages)
+            self._even[num_stages] = None if found is None else found.cuts
+        return self._even[num_stages]
+
+    def even_bound_s(self, p: Parallelism, machine: Machine, cuts: tuple[int, ...]) -> float:
+        """What a step with these cuts takes at least; infinite where memory does not allow them."""
+        sums = self._sums(cuts)
+        ranks = np.array(stage_ranks(p.schedule, p.pp, p.num_virtual_stages))
+        peaks = peak_activation_bytes(
+            p.schedule, p.pp, p.num_microbatches, sums.saved_bytes.tolist(), p.num_virtual_stages
         )
+        flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
+        states = self._held_bytes(sums, p, machine.policy) - self._wasteful * sums.working_bytes
+        held = _by_rank(ranks, states) + self._wasteful * np.array(peaks) - machine.memory_bytes
+        excess = held * p.num_virtual_stages / (self._wasteful * np.array(flights))
+        segments = [(rate, freed, _by_rank(ranks, number)) for rate, freed, number in sums.segments]
+        again_s = relief_s(segments, excess)
+        if np.isinf(again_s).any():
+            return float("inf")
+        work_s = sums.forward_s + sums.backward_s
+        shares = work_s / _by_rank(ranks, work_s)[ranks]
+        values_s = self._values_s(sums, self._once(p, machine), p, machine.overlap, shares * again_s[ranks])
+        return float(values_s.max())
 
-    def _cheapest(self, allowed: list[NDArray[np.bool_]]) -> tuple[int, ...] | None:
-        best = np.where(allowed[0][0], self.times_s[0], np.inf)
-        best[0] = np.inf
-        came_from = []
-        for fits in allowed[1:]:
-            through = np.where(fits, np.maximum(best[:, None], self.times_s), np.inf)
-            came_from.append(through.argmin(axis=0))
-            best = through.min(axis=0)
-        if not np.isfinite(best[-1]):
-            return None
-        cuts = [self.num_units]
-        for previous in reversed(came_from):
-            cuts.append(int(previous[cuts[-1]]))
-        return (0, *reversed(cuts[1:]))
+    def schedule_floor_s(self, p: Parallelism, cuts: tuple[int, ...]) -> float:
+        """What the schedule takes at least with these cuts, were there nothing else."""
+        key = (p.schedule, p.pp, p.num_microbatches, cuts)
+        if key not in self._schedule_floors_s:
+            sums = self._sums(cuts)
+            weight_s = None
+            if p.schedule in SPLIT_BACKWARD_SCHEDULES:
+                weight_s = sums.runs.sums([unit.cost.weight_s for unit in self.chain.units]).tolist()
+            self._schedule_floors_s[key] = pipeline_lower_bound_s(
+                p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
+                num_virtual=p.num_virtual_stages, schedule_name=p.schedule, weight_s=weight_s,
+            )  # fmt: skip
+        return self._schedule_floors_s[key]
+
+    def _sums(self, cuts: tuple[int, ...]) -> RunSums:
+        if cuts not in self._even_sums:
+            self._even_sums[cuts] = RunSums(self, GivenRuns(cuts, self.num_units))
+        return self._even_sums[cuts]
 
 
-def _sums(values: list[float]) -> Matrix:
-    """Entry (i, j) is the sum of values [i, j), infinite where j ≤ i."""
-    prefix = np.concatenate([[0.0], np.cumsum(values)])
-    return _upper(prefix[None, :] - prefix[:, None])
+def _by_rank(ranks: NDArray[np.int_], values: Array) -> Array:
+    """Sums of the stages of each rank."""
+    return np.bincount(ranks, values).astype(np.float64)
 
 
-def _running_max(values: list[float] | list[int]) -> Matrix:
-    """Entry (i, j) is the largest of values [i, j), infinite where j ≤ i."""
-    size = len(values) + 1
-    table = np.full((size, size), np.inf)
-    for i in range(len(values)):
-        table[i, i + 1 :] = np.maximum.accumulate(np.asarray(values[i:], dtype=np.float64))
-    return table
+def relief_s(segments: Sequence[tuple[float, float, Array]], excess_bytes: Array) -> Array:
+    """E: the least time in which units free so many bytes of a microbatch; infinite where they cannot."""
+    left = np.maximum(0.0, excess_bytes)
+    seconds = np.zeros_like(left)
+    if not left.any():
+        return seconds
+    for rate, freed, number in segments:
+        taken = np.minimum(left, freed * number)
+        seconds += rate * taken
+        left -= taken
+    seconds[left > 1e-6 * np.maximum(1.0, excess_bytes)] = np.inf
+    return seconds
 
 
-def _upper(table: Matrix) -> Matrix:
-    return np.where(np.triu(np.ones_like(table, dtype=bool), 1), table, np.inf)
+def state_bytes(p: Parallelism, policy: OptimizerPolicy, degree: int) -> float:
+    """Bytes of a parameter's model states on a rank, sharded over `degree` of them."""
+    ledger = model_state_ledger(1.0, policy, p.zero_stage, degree)
+    return ledger.total_bytes - (ledger.optimizer_bytes if p.offload == "optimizer" else 0.0)
+
+
+def _unit_once(
+    dense: float, experts: float, element_bytes: float, p: Parallelism, machine: Machine, rate: float
+) -> tuple[float, ...]:
+    """What moves for one unit; `rate` are the seconds of updating a byte."""
+    buckets = {
+        Bucket(int(number), int(number * element_bytes), is_expert): 1
+        for number, is_expert in ((dense, False), (experts, True))
+        if number
+    }
+    traffic = data_traffic(buckets, p, machine.pricer, machine.policy)
+    updated = updated_elements({False: int(dense), True: int(experts)}, p)
+    optimizer_s = rate * machine.policy.update_bytes * updated if p.offload == "none" else 0.0
+    return traffic.forward_s, traffic.backward_s, traffic.step_s, optimizer_s
+
+
+def _exposed(communication_s: Array, hiding_s: Array, units: Array) -> Array:
+    found: Array = np.maximum(communication_s - hiding_s, communication_s / units)
+    return found
+
+
+def _costly(communication_s: Array, exposed_s: Array, overlap: Overlap) -> Array:
+    return exposed_s + overlap.contention * (communication_s - exposed_s)
+
+
+def _legal(values: Array, where: Where) -> Array:
+    """The values, infinite where there is no run, or none that may begin there."""
+    values[~np.triu(np.ones_like(values, dtype=bool), 1)] = np.inf
+    if where is not None:
+        values[~where, :] = np.inf
+    return values
+
+
+def _cheapest(values: Sequence[Array]) -> Cut | None:
+    """The cuts whose largest value is smallest."""
+    best = values[0][0]
+    came_from = []
+    for stage in values[1:]:
+        through = np.maximum(best[:, None], stage)
+        came_from.append(through.argmin(axis=0))
+        best = through.min(axis=0)
+    if not np.isfinite(best[-1]):
+        return None
+    cuts = [len(best) - 1]
+    for previous in reversed(came_from):
+        cuts.append(int(previous[cuts[-1]]))
+    return Cut((0, *reversed(cuts[1:])), float(best[-1]))

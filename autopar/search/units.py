@@ -15,54 +15,111 @@ from autopar.kernels import KernelMaker, Kernels
 from autopar.localize import Localized
 from autopar.op_kinds import is_conversion, kind_of
 from autopar.placements import RP
-from autopar.plan import Recompute
+from autopar.plan import RecomputeMode
 from autopar.pricing import OpCost, Pricer
+from autopar.search.keep_sets import Choice, Result, frontier, keep_sets, results, saved_with
 from autopar.search.saved import Saved, SavedActivations
 from costmodel import Software
 from graphs.ir import Block, Op, OpGraph
 
 NO_COST = OpCost()
 
-RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
-"""The modes that the search tries."""
+RECOMPUTE_MODES: tuple[RecomputeMode, ...] = ("none", "selective", "full")
+"""The modes that the search tries for all blocks alike."""
 
 
 @dataclass(frozen=True)
 class Unit:
     """One unit, for one microbatch on one rank.
 
+    What it may do to keep less has names: the recompute modes, and for blocks with a price `keep-1`,
+    `keep-2`, ..., which compute all again but the results in `kept`. Blocks that share their kernels share
+    these names and what they stand for.
+
     Attributes:
         first_op: name of its first op, conversions that were inserted for it apart.
         modules: the modules its ops belong to; of a block, the block alone.
         is_block: whether it is a repeated block, so whether it may be recomputed.
         kernels: what each of its ops makes a rank do.
-        again: which of them the backward runs again under each recompute mode.
-        saved: what it keeps under each recompute mode, and the most that it holds.
+        again: which of them the backward runs again under each name.
+        saved: what it keeps under each name, and the most that it holds.
+        results: what it may keep where all else is computed again.
         parameters: names of the parameter tensors that it reads.
         received_bytes: activations that enter it from earlier units, so what a cut before it sends.
         cost: of all its ops, once `Chain.priced` says so.
-        recompute_s: what its backward runs again under each recompute mode, likewise.
+        recompute_s: what its backward runs again under each name, likewise.
+        frontier: the names that are worth a choice, from the fastest to the one that keeps least, likewise.
+        kept: the ops whose results are kept under "selective" and every `keep-` name, likewise.
     """
 
     first_op: str
     modules: tuple[str, ...]
     is_block: bool
-    saved: Mapping[Recompute, Saved]
+    saved: Mapping[str, Saved]
     parameters: tuple[str, ...]
     received_bytes: int
     kernels: tuple[Kernels, ...] = ()
-    again: Mapping[Recompute, tuple[bool, ...]] = field(default_factory=dict)
+    again: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    results: tuple[Result, ...] = ()
     cost: OpCost = NO_COST
-    recompute_s: Mapping[Recompute, float] = field(default_factory=dict)
+    recompute_s: Mapping[str, float] = field(default_factory=dict)
+    frontier: tuple[str, ...] = ("none",)
+    kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def priced(self, pricer: Pricer) -> Unit:
-        """The unit with its cost."""
+        """The unit with its cost, and what it may keep under that."""
         costs = [pricer.priced(kernels) for kernels in self.kernels]
-        recompute_s = {
-            mode: pricer.unit(list(compress(costs, flags))).forward_total_s
-            for mode, flags in self.again.items()
+
+        def again_s(flags: Sequence[bool]) -> float:
+            return pricer.unit(list(compress(costs, flags))).forward_total_s
+
+        recompute_s = {mode: again_s(flags) for mode, flags in self.again.items()}
+        unit = replace(self, cost=pricer.unit(costs), recompute_s=recompute_s)
+        if not self.is_block:
+            return unit
+        choices = [
+            Choice(mode, self.again[mode], recompute_s[mode], self.saved[mode].num_bytes)
+            for mode in RECOMPUTE_MODES
+        ]
+        least_bytes = self.saved["full"].num_bytes
+        for numbers, flags in keep_sets(self.results, self.again, costs):
+            num_bytes = least_bytes + sum(self.results[number].num_bytes for number in numbers)
+            choices.append(Choice(numbers, flags, again_s(flags), num_bytes))
+        return unit._choosing(frontier(choices))
+
+    def _choosing(self, choices: Sequence[Choice]) -> Unit:
+        """The unit with these ways to keep, by name."""
+        again, recompute_s, saved = dict(self.again), dict(self.recompute_s), dict(self.saved)
+        kept = {"selective": tuple(result.name for result in self.results)}
+        names = []
+        for choice in choices:
+            name = choice.kept if isinstance(choice.kept, str) else f"keep-{len(kept)}"
+            names.append(name)
+            if not isinstance(choice.kept, str):
+                found = [self.results[number] for number in sorted(choice.kept)]
+                kept[name] = tuple(result.name for result in found)
+                again[name], recompute_s[name] = choice.again, choice.extra_s
+                saved[name] = saved_with(found, self.saved)
+        return replace(
+            self, again=again, recompute_s=recompute_s, saved=saved, frontier=tuple(names), kept=kept
+        )
+
+    def alike(self, other: Unit) -> Unit:
+        """The unit with the cost and the choices of one that shares its kernels and has them."""
+        fresh = {
+            name: saved_with([each for each in self.results if each.name in kept], self.saved)
+            for name, kept in other.kept.items()
+            if name not in self.saved
         }
-        return replace(self, cost=pricer.unit(costs), recompute_s=recompute_s)
+        return replace(
+            self,
+            cost=other.cost,
+            again=other.again,
+            recompute_s=other.recompute_s,
+            frontier=other.frontier,
+            kept=other.kept,
+            saved={**self.saved, **fresh},
+        )
 
 
 @dataclass(frozen=True)
@@ -95,8 +152,8 @@ class Chain:
         for unit in self.units:
             like = known.get(id(unit.kernels))
             if like is None:
-                like = known[id(unit.kernels)] = unit.priced(pricer)
-            units.append(replace(unit, cost=like.cost, recompute_s=like.recompute_s))
+                known[id(unit.kernels)] = unit.priced(pricer)
+            units.append(known[id(unit.kernels)] if like is None else unit.alike(like))
         return replace(self, units=tuple(units))
 
 
@@ -226,6 +283,7 @@ class _Builder:
             kernels=self.kernels[start:stop],
             again=again,
             saved=saved,
+            results=results(self.activations.needs, start, stop) if block is not None else (),
             parameters=tuple(
                 dict.fromkeys(
                     name for op in ops for name in op.inputs if name in self.graph.parameter_tensors
@@ -237,15 +295,15 @@ class _Builder:
     def copy(self, unit: Unit, number: int) -> Unit:
         """The same block once more: what blocks make and own is its own, what they share is shared."""
 
-        def own(saved: Saved) -> Saved:
-            storages = {
+        def own(storages: Mapping[str, int]) -> dict[str, int]:
+            return {
                 f"{name}#{number}" if name in self.made_in_blocks else name: size
-                for name, size in saved.storages.items()
+                for name, size in storages.items()
             }
-            return replace(saved, storages=storages)
 
         return replace(
             unit,
-            saved={mode: own(saved) for mode, saved in unit.saved.items()},
+            saved={mode: replace(saved, storages=own(saved.storages)) for mode, saved in unit.saved.items()},
+            results=tuple(result._replace(storages=own(result.storages)) for result in unit.results),
             parameters=tuple(f"{name}#{number}" for name in unit.parameters),
         )

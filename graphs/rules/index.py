@@ -104,7 +104,8 @@ def index_add(op: Op, operands: Tensors, results: Tensors) -> Rule:
     dims = numbered(len(operands[0].shape))
     kept = without(dims, [arguments(op)["dim"] % len(dims)], keep=True)
     slices = [kept if len(tensor.shape) == len(dims) else [] for tensor in operands[2:]]
-    linear = ((0, 2),) if op.target.startswith(("aten.index_add", "aten.index_copy")) else ()
+    placed = ("aten.index_add", "aten.index_copy", "aten.index_fill.int_Tensor")
+    linear = ((0, 2),) if op.target.startswith(placed) else ()
     return make_rule(
         operands, results, [kept, [WHOLE] * len(operands[1].shape), *slices], [kept], linear=linear
     )

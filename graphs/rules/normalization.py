@@ -76,7 +76,7 @@ def weight_norm(op: Op, operands: Tensors, results: Tensors) -> Rule:
     return make_rule(operands, results, [dims, dims], [dims], linear=((1,),))
 
 
-@register("aten.local_response_norm", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle")
+@register("aten.local_response_norm", "aten.channel_shuffle")
 def samples_only(op: Op, operands: Tensors, results: Tensors) -> Rule:
     """Samples are independent, nothing is said of the rest."""
 

@@ -48,9 +48,11 @@ def first_shape(op: Op, operands: Tensors, results: Tensors) -> Rule:
     """`type_as` reads only the dtype of its second operand, `copy` only the shape of its first."""
     dims = numbered(len(results[0].shape))
     second: list[Dim] = [WHOLE] * len(operands[1].shape)
+    read = 0
     if op.target.startswith("aten.copy"):
-        second = aligned(dims, len(operands[1].shape))
-    return make_rule(operands, results, [dims, second], [dims])
+        second, read = aligned(dims, len(operands[1].shape)), 1
+    inexact = all(t.dtype.is_floating_point or t.dtype.is_complex for t in (operands[read], results[0]))
+    return make_rule(operands, results, [dims, second], [dims], linear=((read,),) if inexact else ())
 
 
 @register("aten.feature_dropout", "aten.feature_alpha_dropout")
@@ -131,7 +133,11 @@ _LINEAR: Mapping[str, Callable[[Arguments], LinearSets]] = {
     **dict.fromkeys(("mul", "multiply"), _product),
     **dict.fromkeys(("div", "divide", "true_divide"), _quotient),
     **dict.fromkeys(
-        ("neg", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "real", "imag"), _only
+        (
+            *("neg", "positive", "clone", "contiguous", "detach", "alias", "to", "_to_copy"),
+            *("real", "imag", "conj", "conj_physical", "resolve_conj", "resolve_neg"),
+        ),
+        _only,
     ),
     "where": _where,
     "masked_fill": _masked_fill,

@@ -65,10 +65,15 @@ def along(op: Op, operands: Tensors, results: Tensors) -> Rule:
     else:
         dims = without(numbered(rank), rows, keep=True)
         unsplittable = frozenset()
-    linear = ((0,),) if op.target.startswith("aten.cumsum") and results[0].dtype.is_floating_point else ()
+    linear = ((0,),) if _is_linear_along(op, operands, results) else ()
     return make_rule(
         operands, results, [dims], [dims] * len(results), unsplittable=unsplittable, linear=linear
     )
+
+
+def _is_linear_along(op: Op, operands: Tensors, results: Tensors) -> bool:
+    inexact = all(t.dtype.is_floating_point or t.dtype.is_complex for t in (*operands, *results))
+    return inexact and op.target.startswith(("aten.cumsum", "aten.fft_"))
 
 
 def _reduced(op: Op, operands: Tensors) -> tuple[list[Dim], Sequence[int], list[Dim]]:

@@ -182,3 +182,20 @@ def triangle(op: Op, operands: Tensors, results: Tensors) -> Rule:
     rank = len(operands[0].shape)
     dims = [*numbered(rank - 2), WHOLE, WHOLE]
     return _moved(operands, results, dims, dims)
+
+
+@register("aten.pixel_shuffle", "aten.pixel_unshuffle")
+def pixel_shuffle(op: Op, operands: Tensors, results: Tensors) -> Rule:
+    """`[..., (c, p, q), h, w] -> [..., c, (h, p), (w, q)]`, and back: p and q are numbers in the call."""
+    args = arguments(op)
+    back = op.target.startswith("aten.pixel_unshuffle")
+    fine, coarse = (operands[0], results[0]) if back else (results[0], operands[0])
+    factor = args["downscale_factor" if back else "upscale_factor"]
+    leading = numbered(len(fine.shape) - 3)
+    images: list[Dim] = [*leading, ("c",), ("h", "p"), ("w", "q")]
+    stacks: list[Dim] = [*leading, ("c", "p", "q"), ("h",), ("w",)]
+    before, after = (images, stacks) if back else (stacks, images)
+    sizes = {"c": fine.shape[-3], "h": coarse.shape[-2], "w": coarse.shape[-1], "p": factor, "q": factor}
+    return make_rule(
+        operands, results, [before], [after], sizes=sizes, unsplittable=("p", "q"), linear=((0,),)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
+import hardware_db
 from autopar.data_parallel import data_parallel
 from autopar.localize import Localized, localize
 from autopar.placements import RR, Partial, State
@@ -15,8 +16,10 @@ from autopar.plan import (
     Parallelism,
     Plan,
     Prediction,
+    Recomputation,
     StagePlan,
 )
+from autopar.search.programs import Programs
 from autopar.strategies import Strategy, conversion, natural_sections, strategies
 from graphs import Capture, OpGraph
 
@@ -64,6 +67,32 @@ def _reachable(
     )
 
 
+def with_mixed_recomputation(model: Capture, plan: Plan, seed: int) -> Plan:
+    """The plan with a choice for every block: random results by name for the first, then in turn nothing,
+    everything, all products, other results."""
+    rng = random.Random(seed)
+    machine = hardware_db.cluster(f"local-cpu*{plan.parallelism.world_size}")
+    units = Programs(model, machine, shorten=False).given(plan.parallelism).chain.units
+    found = []
+    for number, unit in enumerate(unit for unit in units if unit.is_block):
+        mode = ("kept", "full", "none", "selective", "kept")[number % 5]
+        names = [result.name for result in unit.results]
+        kept = [name for name in names if rng.random() < 0.5] or names[:1]
+        if mode != "none":
+            entry = {"blocks": unit.modules, "mode": mode, "kept": kept if mode == "kept" else ()}
+            found.append(Recomputation.model_validate({**entry, "labels": entry["kept"]}))
+    parallelism = plan.parallelism.model_copy(update={"recompute": "mixed"})
+    return plan.model_copy(update={"parallelism": parallelism, "recomputation": tuple(found)})
+
+
+def uniform_recomputation(graph: OpGraph, parallelism: Parallelism) -> tuple[Recomputation, ...]:
+    """What all blocks compute again under the parallelism's mode."""
+    if parallelism.recompute == "none":
+        return ()
+    blocks = [block.path for block in graph.blocks]
+    return (Recomputation.model_validate({"blocks": blocks, "mode": parallelism.recompute}),)
+
+
 def plan_of(graph: OpGraph, parallelism: Parallelism, strategies: Mapping[str, Mapping[str, str]]) -> Plan:
     """A plan that says what to do, and nothing about what it costs; stages hold equal numbers of blocks."""
     num_stages = parallelism.pp * parallelism.num_virtual_stages
@@ -103,6 +132,7 @@ def plan_of(graph: OpGraph, parallelism: Parallelism, strategies: Mapping[str, M
         parallelism=parallelism,
         strategies=strategies,
         stages=stages,
+        recomputation=uniform_recomputation(graph, parallelism),
         prediction=Prediction(
             software="torch-eager",
             step_s=1.0,

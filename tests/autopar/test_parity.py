@@ -22,7 +22,7 @@ import autopar
 from autopar.plan import Parallelism
 from autopar.rewrite.program import Program, rewrite
 from graphs import Capture, capture
-from tests.autopar.random_plans import random_plan
+from tests.autopar.random_plans import random_plan, with_mixed_recomputation
 from tests.models import case
 
 pytestmark = pytest.mark.distributed
@@ -36,7 +36,7 @@ DRIVER = Path(__file__).with_name("run_programs.py")
 @dataclass(frozen=True)
 class Trial:
     """A model and a plan for it; with a seed, the strategies on the tensor axis are random instead of
-    pinned."""
+    pinned, and with mixed recomputation the results that blocks keep are."""
 
     model: str
     parallelism: Parallelism
@@ -54,6 +54,7 @@ def _trial(
     return Trial(model, Parallelism.model_validate({"microbatch_size": 2, **degrees}), seed, dtype)
 
 
+TP_OUTERMOST = ("tp", "dp_replicate", "dp_shard", "cp", "pp")
 TRIALS = {
     2: (
         _trial("mlp", dp_replicate=2, num_microbatches=2),
@@ -64,6 +65,9 @@ TRIALS = {
         _trial("llama", pp=2, num_microbatches=4),
         _trial("bert", tp=2, recompute="selective"),
         _trial("bert", pp=2, schedule="GPipe", num_microbatches=2),
+        _trial("llama", tp=2, recompute="mixed", num_microbatches=2),
+        _trial("bert", 1, tp=2, recompute="mixed", sequence_parallel=False),
+        _trial("gpt2", 2, pp=2, recompute="mixed", num_microbatches=4),
         _trial("t5", tp=2),
         _trial("llama", dtype=torch.bfloat16, dp_shard=2, zero_stage=3, num_microbatches=2),
         _trial("bert", dtype=torch.bfloat16, tp=2),
@@ -77,9 +81,12 @@ TRIALS = {
         _trial("gpt2", tp=2, pp=2, num_microbatches=2),
         _trial("gpt2", dp_replicate=2, dp_shard=2, zero_stage=3),
         _trial("bert", dp_shard=2, tp=2, zero_stage=3, recompute="full"),
+        _trial("llama", 3, dp_shard=2, tp=2, zero_stage=3, recompute="mixed", num_microbatches=2),
         _trial("bert", dp_shard=2, pp=2, zero_stage=2, num_microbatches=2),
         _trial("mlp", tp=4),
         _trial("llama", 5, dp_replicate=2, tp=2),
+        _trial("gpt2", 3, tp=2, pp=2, num_microbatches=2, axis_order=TP_OUTERMOST),
+        _trial("gpt2", 2, dp_shard=2, pp=2, zero_stage=1, num_microbatches=2, offload="optimizer"),
     ),
     8: (
         _trial("llama", dp_replicate=2, tp=2, pp=2, num_microbatches=2),
@@ -131,6 +138,10 @@ def _prepare(trial: Trial, directory: Path) -> Path:
 
 def _program(model: Capture, trial: Trial) -> Program:
     degrees = trial.parallelism
+    if degrees.recompute == "mixed":
+        keeping_all = degrees.model_copy(update={"recompute": "none"})
+        plan = autopar.evaluate(model, f"local-cpu*{degrees.world_size}", parallelism=keeping_all)
+        return autopar.compile(model, with_mixed_recomputation(model, plan, trial.seed or 0))
     if trial.seed is not None:
         return rewrite(model, random_plan(model, degrees, trial.seed))
     plan = autopar.evaluate(model, f"local-cpu*{degrees.world_size}", parallelism=degrees)

@@ -8,10 +8,13 @@ import pytest
 
 from autopar import api
 from autopar.errors import InvalidParallelismError, PinConflictError, SearchTimeoutError
+from autopar.module_paths import module_ranges
 from autopar.plan import Parallelism, Plan
-from autopar.search.describe import module_ranges, training_policy
-from autopar.search.planner import Planner
-from autopar.search.space import Pins, candidates
+from autopar.search.describe import training_policy
+from autopar.search.pins import Pins
+from autopar.search.planner import TOLERANCE, Planner
+from autopar.search.space import Degrees, layouts, ways
+from hardware_db import Cluster
 from tests.autopar.small_models import cluster, tower
 
 
@@ -19,33 +22,39 @@ def planned(num_devices: int = 4, memory_bytes: float = 16e9, **settings: Any) -
     return api.plan(tower(), cluster(num_devices, memory_bytes), **{"global_batch": 16, **settings})
 
 
-def exhaustive(planner: Planner, global_batch: int) -> float:
+def planner_of(machine: Cluster) -> Planner:
+    return Planner(tower(), machine, training_policy(tower().graph), global_batch=16)
+
+
+def exhaustive(planner: Planner) -> float:
     """The best step time when every candidate is priced and nothing is pruned."""
-    solved = [planner.solve(p) for p in planner.candidates(global_batch, Pins())]
+    solved = [planner.solve(p) for p in planner.candidates()]
     return min(s.evaluated.step_s for s in solved if s.evaluated.fits)
 
 
 @pytest.mark.parametrize("memory_bytes", [16e9, 330e6, 200e6, 120e6])
-def test_equals_pricing_every_candidate(memory_bytes: float) -> None:
+def test_comes_within_the_tolerance_of_pricing_every_candidate(memory_bytes: float) -> None:
     machine = cluster(4, memory_bytes)
-    planner = Planner(tower(), machine, training_policy(tower().graph))
-    result = planner.search(16, Pins())
+    result = planner_of(machine).search()
     assert result.best is not None
-    best_s = exhaustive(Planner(tower(), machine, training_policy(tower().graph)), 16)
-    assert result.best.evaluated.step_s == pytest.approx(best_s, rel=1e-9)
+    best_s = exhaustive(planner_of(machine))
+    assert result.best.evaluated.step_s <= best_s * (1 + TOLERANCE)
     assert result.bound_s <= best_s * (1 + 1e-9)
     assert result.best.evaluated.peak_memory_bytes <= memory_bytes
 
 
 @pytest.mark.parametrize("memory_bytes", [16e9, 200e6])
 def test_floors_lie_below_every_price(memory_bytes: float) -> None:
-    planner = Planner(tower(), cluster(8, memory_bytes), training_policy(tower().graph))
-    for p in planner.candidates(16, Pins()):
-        evaluated = planner.solve(p).evaluated
-        assert planner.bounds.step_s(p) <= evaluated.step_s * (1 + 1e-9), str(p)
-        sample_s = planner.programs.floor_s(8, p.tp) / 8
-        assert planner.bounds.step_s(p, sample_s) <= evaluated.step_s * (1 + 1e-9), str(p)
-        assert planner.bounds.memory_bytes(p) <= evaluated.peak_memory_bytes * (1 + 1e-9), str(p)
+    planner = planner_of(cluster(8, memory_bytes))
+    for p in planner.candidates():
+        solved = planner.solve(p)
+        step_s = solved.evaluated.step_s * (1 + 1e-9)
+        device = planner.floors.device(p.microbatch_size, p.ep)
+        microbatch_s = planner.floors.tensor_s(p.microbatch_size, p.tp, p.ep) / p.cp
+        assert planner.bounds.step_s(p, microbatch_s, device) <= step_s or not solved.evaluated.fits, str(p)
+        assert solved.bound_s <= step_s, str(p)
+        light = p.model_copy(update={"recompute": "mixed"})
+        assert planner.bounds.memory_bytes(light) <= solved.evaluated.peak_memory_bytes * (1 + 1e-9), str(p)
 
 
 def test_a_plan_without_tensor_axis_and_pipeline_is_what_evaluate_says_of_it() -> None:
@@ -128,7 +137,7 @@ def test_impossible_pins_say_so(pins: dict[str, Any], message: str) -> None:
 
 
 def test_no_time_is_an_error_that_says_how_far_it_came() -> None:
-    with pytest.raises(SearchTimeoutError, match="no plan within the time limit"):
+    with pytest.raises(SearchTimeoutError, match="no plan yet when the search was stopped \\(time limit\\)"):
         planned(4, time_limit_s=0.0)
 
 
@@ -141,29 +150,30 @@ def test_progress_ends_complete() -> None:
     seen: list[tuple[str, int, int]] = []
     planned(4, progress=lambda *step: seen.append(step))
     assert seen[0][0] == "capture"
-    assert seen[-1][0] == "search"
-    assert seen[-1][1] == seen[-1][2]
-    done = [step[1] for step in seen if step[0] == "search"]
-    assert done == sorted(done)
+    assert seen[-1][0].startswith("search")
+    assert all(0 <= done <= total for _, done, total in seen)
 
 
 def test_a_larger_cluster_is_not_slower() -> None:
     assert planned(8).prediction.step_s <= planned(4).prediction.step_s
 
 
+def all_ways(machine: Cluster, pins: Pins) -> list[Parallelism]:
+    degrees = Degrees((1, 2, 4), (1, 2), (1,), 8)
+    return [p for layout in layouts(machine, 32, degrees, pins) for p in ways(layout, machine, degrees, pins)]
+
+
 def test_candidates_use_all_devices_once() -> None:
-    machine = cluster(16)
-    found = list(candidates(machine, 32, (1, 2, 4), 8, Pins()))
-    assert len({str(p) + str(p.dp_shard) for p in found}) == len(found)
+    found = all_ways(cluster(16), Pins())
+    assert len({p.model_dump_json() for p in found}) == len(found)
     for p in found:
         assert p.world_size == 16
         assert p.global_batch == 32
-        assert p.num_virtual_stages == 1 or p.schedule == "Interleaved1F1B"
         assert Parallelism.model_validate(p.model_dump()) == p
 
 
 def test_node_local_sharding_is_offered() -> None:
-    found = list(candidates(cluster(16), 32, (1, 2, 4), 8, Pins(zero_stage=3)))
+    found = all_ways(cluster(16), Pins(zero_stage=3))
     assert any((p.dp_replicate, p.dp_shard) == (4, 4) for p in found)
     assert any((p.dp_replicate, p.dp_shard, p.tp) == (4, 2, 2) for p in found)
 

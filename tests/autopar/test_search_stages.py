@@ -15,9 +15,9 @@ from autopar.search.data_axes import mesh_groups
 from autopar.search.programs import Programs
 from autopar.search.saved import Saved
 from autopar.search.shallow import shallow
-from autopar.search.stages import StageTable
+from autopar.search.stages import Machine, StageTable
 from autopar.search.units import Chain, ParameterShard, Unit
-from costmodel import optimizer_policy, software
+from costmodel import Overlap, optimizer_policy, peak_in_flight, software
 from tests.autopar.small_models import cluster, tower
 
 POLICY = optimizer_policy("adamw-fp32")
@@ -51,10 +51,30 @@ def all_cuts(num_units: int, num_stages: int) -> Iterator[tuple[int, ...]]:
         yield (0, *inner)
 
 
-def slowest_s(table: StageTable, cuts: tuple[int, ...]) -> float:
+def machine(memory_bytes: float) -> Machine:
+    pricer = Pricer(cluster(), mesh_groups(Parallelism()))
+    return Machine(pricer, POLICY, Overlap(), memory_bytes)
+
+
+def value_s(table: StageTable, p: Parallelism, cuts: tuple[int, ...]) -> float:
+    """What the cuts take at least: each stage after the first microbatch's way to it and back."""
     stops = [*cuts[1:], table.num_units]
+    both_s = table.unit_forward_s + table.unit_backward_s
     return max(
-        sum(unit.cost.total_s for unit in table.chain.units[a:b]) for a, b in zip(cuts, stops, strict=True)
+        float(both_s[:a].sum() + p.num_microbatches * both_s[a:b].sum())
+        for a, b in zip(cuts, stops, strict=True)
+    )
+
+
+def held_bytes(table: StageTable, p: Parallelism, cuts: tuple[int, ...]) -> float:
+    """The most that a stage holds, by its model states and what it keeps in flight."""
+    stops = [*cuts[1:], table.num_units]
+    flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches)
+    wasted = 1 + table.chain.era.fragmentation
+    return max(
+        16.0 * sum(table.unit_elements[0][a:b])
+        + wasted * (flight * sum(table.unit_saved_bytes[a:b]) + table.unit_working_bytes[b - 1])
+        for a, b, flight in zip(cuts, stops, flights, strict=True)
     )
 
 
@@ -62,27 +82,32 @@ def slowest_s(table: StageTable, cuts: tuple[int, ...]) -> float:
 def test_cuts_are_the_best_that_fit(seed: int) -> None:
     rng = random.Random(seed)
     num_stages = rng.randint(2, 4)
-    table = StageTable(random_chain(rng, rng.randint(num_stages, 9)), "none")
+    table = StageTable(random_chain(rng, rng.randint(num_stages, 9)))
     p = Parallelism(pp=num_stages, num_microbatches=8, schedule=rng.choice(["1F1B", "GPipe"]))
-    tries = {cuts: table.peak_bytes(p, POLICY, cuts) for cuts in all_cuts(table.num_units, num_stages)}
+    tries = {cuts: held_bytes(table, p, cuts) for cuts in all_cuts(table.num_units, num_stages)}
     budget = rng.uniform(min(tries.values()), max(tries.values()))
     fitting = [cuts for cuts, peak in tries.items() if peak <= budget]
-    cuts = table.partition(p, POLICY, budget)
-    assert cuts in fitting
-    assert isclose(slowest_s(table, cuts), min(slowest_s(table, other) for other in fitting))
+    cut = table.cut(p, machine(budget))
+    assert cut is not None
+    assert cut.cuts in fitting
+    assert isclose(
+        value_s(table, p, cut.cuts), min(value_s(table, p, other) for other in fitting), rel_tol=1e-3
+    )
 
 
-def test_without_cuts_that_fit_memory_is_ignored() -> None:
-    table = StageTable(random_chain(random.Random(0), 6), "none")
+def test_without_cuts_that_fit_memory_can_be_ignored() -> None:
+    table = StageTable(random_chain(random.Random(0), 6))
     p = Parallelism(pp=3, num_microbatches=4)
-    cuts = table.partition(p, POLICY, 0)
-    assert cuts is not None
-    assert isclose(slowest_s(table, cuts), min(slowest_s(table, other) for other in all_cuts(6, 3)))
+    assert table.cut(p, machine(0.0)) is None
+    cut = table.cut(p, machine(0.0), fitting=False)
+    assert cut is not None
+    best_s = min(value_s(table, p, other) for other in all_cuts(6, 3))
+    assert isclose(value_s(table, p, cut.cuts), best_s, rel_tol=1e-3)
 
 
-def test_more_stages_than_units_is_no_partition() -> None:
-    table = StageTable(random_chain(random.Random(0), 3), "none")
-    assert table.partition(Parallelism(pp=4, num_microbatches=4), POLICY, 1e9) is None
+def test_more_stages_than_units_is_no_cut() -> None:
+    table = StageTable(random_chain(random.Random(0), 3))
+    assert table.cut(Parallelism(pp=4, num_microbatches=4), machine(1e9)) is None
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -92,7 +117,7 @@ def test_the_shallow_model_is_as_long_and_as_dear_as_the_full_one(tp: int, dp: i
     assert len(shallow(capture).capture.graph.ops) < len(capture.graph.ops) / 2
     p = Parallelism(dp_replicate=dp, tp=tp, microbatch_size=2, num_microbatches=4)
     programs = Programs(capture, cluster())
-    short, full = programs.program(p).chain, programs.finished(p).chain
+    short, full = programs.program(p).chain, programs.finished(programs.program(p)).chain
     whole = Programs(capture, cluster(), shorten=False).program(p).chain
     assert len(short.units) == len(full.units) == len(whole.units)
     for one, other, third in zip(short.units, full.units, whole.units, strict=True):
@@ -107,7 +132,8 @@ def test_the_shallow_model_is_as_long_and_as_dear_as_the_full_one(tp: int, dp: i
 
 def test_units_cover_the_model_in_order() -> None:
     capture = tower(depth=6)
-    chain = Programs(capture, cluster()).finished(Parallelism()).chain
+    programs = Programs(capture, cluster())
+    chain = programs.finished(programs.program(Parallelism())).chain
     blocks = [unit.modules[0] for unit in chain.units if unit.is_block]
     assert blocks == [f"layers.{index}" for index in range(6)]
     assert {name for unit in chain.units for name in unit.parameters} == set(capture.graph.parameter_tensors)

@@ -77,6 +77,37 @@ def test_an_open_torus_axis_has_half_its_bandwidth(torus: Cluster) -> None:
     assert line.bandwidth_bytes_per_s == pytest.approx(ring.bandwidth_bytes_per_s / 2)
 
 
+def test_an_interleaved_group_that_goes_all_around_a_ring_shares_it(machine: Callable[..., Cluster]) -> None:
+    ring = machine(Level("x", 8, 90e9, 1e-6, "torus"))
+    (every_second,), (half,) = spans(Group(4, stride=2), ring), spans(Group(4), ring)
+    assert every_second.bandwidth_bytes_per_s == pytest.approx(45e9)  # all around; two groups share the links
+    assert every_second.num_steps == 4  # hops: half way round
+    assert half.bandwidth_bytes_per_s == pytest.approx(45e9)  # there and back on one link
+    (alone,) = spans(Group(4, stride=2), ring, alone=True)
+    assert alone.bandwidth_bytes_per_s == pytest.approx(90e9)
+
+
+def test_a_line_gives_any_neighbours_its_single_link(machine: Callable[..., Cluster]) -> None:
+    line = machine(Level("x", 8, 45e9, 1e-6, "line"), Level("y", 64, 45e9, 1e-6, "line"))
+    for size in (2, 4, 8):
+        (span,) = spans(Group(size), line)
+        assert span.bandwidth_bytes_per_s == span.pair_bandwidth_bytes_per_s == pytest.approx(45e9)
+        assert span.num_steps == size - 1
+    (both,) = spans(Group(64), line)
+    assert both.bandwidth_bytes_per_s == pytest.approx(90e9)
+    (apart,) = spans(Group(4, stride=2), line)
+    assert apart.bandwidth_bytes_per_s == pytest.approx(22.5e9)
+
+
+def test_a_group_in_runs_is_on_the_levels_of_all_its_parts(cluster: Cluster) -> None:
+    """Ranks 0 to 3 and the same on every second node: other axes lie between."""
+    group = Group.of((4, 1), (8, 16))
+    assert (group.size, group.stride, group.outer, group.reach) == (32, 1, ((8, 16),), 116)
+    assert shape(group, cluster) == [("inside", 4, 1), ("across", 8, 4)]
+    assert Group.of((8, 8), (1, 3), (4, 2)) == Group(32, 2)  # axes that nest are one
+    assert Group.of((1, 4)) == Group(1)
+
+
 def test_a_dragonfly_reaches_half_of_its_global_links_wherever_traffic_goes(
     machine: Callable[..., Cluster],
 ) -> None:

@@ -77,7 +77,7 @@ POINTWISE = [
     Case("aten.to.dtype", (x(2, 4), torch.float32), "d0 d1", linear="0"),
     Case("aten.to.dtype", (x(2, 4), torch.int64), "d0 d1"),
     Case("aten.clone.default", (x(2, 4),), "d0 d1", linear="0"),
-    Case("aten.type_as.default", (x(2, 4), x(3)), "d0 d1"),
+    Case("aten.type_as.default", (x(2, 4), x(3)), "d0 d1", linear="0"),
     Case("aten.where.self", (mask(4, 4), x(2, 4, 4), x(4)), "d0 d1 d2", linear="12"),
     Case("aten.where.ScalarOther", (mask(4, 4), x(4, 4), -1.0), "d0 d1"),
     Case("aten.masked_fill.Scalar", (x(2, 4, 4), mask(4, 4), 0), "d0 d1 d2", linear="0"),
@@ -130,6 +130,9 @@ VIEW = [
     Case("aten.constant_pad_nd.default", (x(2, 4, 6), [1, 0]), "d0 d1", linear="0"),
     Case("aten.constant_pad_nd.default", (x(2, 4, 6), [0, 0, 0, 1], 2.0), "d0 d2"),
     Case("aten.tril.default", (x(2, 4, 4),), "d0", linear="0"),
+    Case("aten.pixel_shuffle.default", (x(2, 8, 4, 3), 2), "d0 c h", linear="0"),
+    Case("aten.pixel_shuffle.default", (x(8, 4, 2), 2), "c h w", linear="0"),
+    Case("aten.pixel_unshuffle.default", (x(2, 2, 8, 6), 2), "d0 c h", linear="0"),
     Case("aten.view_as_complex.default", (x(2, 4, 2),), "d0 d1", linear="0"),
     Case("aten.view_as_real.default", (z(2, 4),), "d0 d1", linear="0"),
 ]
@@ -176,7 +179,8 @@ REDUCE = [
     Case("aten.sort.stable", (x(2, 4),), "d0", {"stable": True, "dim": 1}),
     Case("aten.argsort.default", (x(2, 4),), "d0"),
     Case("aten.topk.default", (x(2, 8), 2), "d0"),
-    Case("aten.fft_fft.default", (z(2, 4),), "d0", linear=""),
+    Case("aten.fft_fft.default", (z(2, 4),), "d0", linear="0"),
+    Case("aten.fft_rfft.default", (x(2, 4),), "d0", linear="0"),
     Case("aten.histc.default", (x(8), 4, -3, 3), "+d0"),
     Case("aten.bincount.default", (i(4, 8),), ""),
 ]
@@ -240,7 +244,6 @@ NORMALIZATION = [
     ),
     Case("aten._weight_norm.default", (x(4, 6, 2), x(1, 6, 1), 1), "d1", linear="1"),
     Case("aten.instance_norm.default", (x(4, 6, 8), x(6), x(6), None, None, True, 0.1, 1e-5, False), "n c"),
-    Case("aten.pixel_shuffle.default", (x(2, 8, 3, 3), 2), "n"),
 ]
 
 EMBEDDING_AND_LOSS = [
@@ -315,6 +318,7 @@ INDEX = [
     Case("aten.scatter_add.default", (x(8, 4), 0, i(8, 6, 4), x(6, 4)), "d1", linear="02"),
     Case("aten.index_select.default", (x(8, 4), 0, i(8, 6)), "d0 d1", linear="0"),
     Case("aten.index_add.default", (x(8, 4), 0, i(8, 6), x(6, 4)), "d1", linear="02"),
+    Case("aten.index_fill.int_Tensor", (x(4, 8), 1, i(8, 6), x()), "d0", linear="02"),
     Case("aten.one_hot.default", (i(4, 2, 6), 4), "d0 d1"),
 ]
 

@@ -17,7 +17,7 @@ DEEP = {**TEXT, "num_hidden_layers": 6}
 def whole(model: nn.Module, item: Case, monkeypatch) -> Capture:
     with monkeypatch.context() as patch:
         patch.setattr("graphs.repeats.MIN_RUN", 1000)
-        assert find_runs(model, 3) == ()
+        assert find_runs(model) == ()
         return graphs.capture(model, item.inputs)
 
 
@@ -43,9 +43,9 @@ DEEP_MODELS = [
 @pytest.mark.parametrize("item", DEEP_MODELS, ids=str)
 def test_equals_the_whole_export(item: Case, monkeypatch):
     model = item.build()
-    assert len(find_runs(model, 3)) == 1
+    assert len(find_runs(model)) == 1
     short = graphs.capture(model, item.inputs)
-    assert len(short.graph.blocks) == len(find_runs(model, 3)[0].children)
+    assert len(short.graph.blocks) == len(find_runs(model)[0].children)
     assert short == whole(model, item, monkeypatch)
 
 
@@ -150,7 +150,7 @@ def test_whatever_tells_layers_apart_is_seen(kind, monkeypatch):
 
 def test_runs_are_of_identical_modules():
     def runs(model: nn.Module):
-        return [(run.container, run.children) for run in find_runs(model, 3)]
+        return [(run.container, run.children) for run in find_runs(model)]
 
     assert runs(Stack()) == [("layers", tuple("01234567"))]
     assert runs(Stack(scales=[1.0] * 3 + [2.0] * 5)) == [("layers", tuple("34567"))]

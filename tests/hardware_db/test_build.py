@@ -139,9 +139,9 @@ def test_a_tpu_pod_has_a_level_per_axis_of_the_torus() -> None:
 
 
 def test_a_small_tpu_slice_does_not_close_its_rings() -> None:
-    assert line_rates(hardware_db.cluster("tpu-v4-host*4")) == [45e9, 45e9]  # 4 x 4 is no whole cube
-    assert line_rates(hardware_db.cluster("tpu-v4-host*16")) == [90e9, 90e9, 90e9]  # 4 x 4 x 4 is one
-    assert line_rates(hardware_db.cluster("tpu-v5e-host*16")) == [45e9, 90e9]  # 8 x 16: the 16 closes
+    assert line_rates(hardware_db.cluster("tpu-v4-host*8")) == [45e9] * 3  # 2 x 4 x 4 is no whole cube
+    assert line_rates(hardware_db.cluster("tpu-v4-host*16")) == [90e9] * 3  # 4 x 4 x 4 is one
+    assert shape(hardware_db.cluster("tpu-v5e-host*16")) == [("line", 8), ("torus", 128)]  # the 16 closes
 
 
 def test_pods_are_joined_by_the_data_centre_network() -> None:
@@ -194,6 +194,8 @@ def test_only_unpublished_links_keep_nodes_from_joining(id: str) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
 @pytest.mark.parametrize("id", sorted(set(hardware_db.nodes()) - LINKS_UNPUBLISHED))
 def test_levels_nest_and_shrink_in_bandwidth(id: str, count: int) -> None:
+    if count == 3 and id in ("tpu-v4-host", "tpu-v5p-host", "tpu-v7-host"):
+        count *= 16  # whole cubes
     cluster = hardware_db.cluster(f"{id}*{count}")
     sizes = [level.num_devices for level in cluster.levels]
     assert sizes[-1] == cluster.num_devices
@@ -202,7 +204,7 @@ def test_levels_nest_and_shrink_in_bandwidth(id: str, count: int) -> None:
     rates = [
         level.bandwidth_bytes_per_s
         for level in cluster.levels
-        if level.topology != "torus" and level.name != "sockets"
+        if level.topology not in ("torus", "line") and level.name != "sockets"
     ]
     assert rates == sorted(rates, reverse=True)
     assert all(1e-7 < level.latency_s < 1e-3 for level in cluster.levels)

@@ -1,0 +1,128 @@
+"""What a leg runs, and what crosses from one leg to the next.
+
+Programs, stage sums and strategies are those of the planner of the leg's pool. From the last stage of one leg
+to the first of the next goes what a microbatch brings along, and in the backward its gradient: each sample
+once over the link, whatever the degrees on both sides. The nodes of a stage share its samples, so the stage
+with fewer nodes limits the rate. Ranks of a tensor axis that all want the whole gather it inside their pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+
+from autopar.plan import Parallelism, ScheduleName
+from autopar.search.evaluate import Evaluator
+from autopar.search.ledger import rank_ledgers
+from autopar.search.pieces import Pieces
+from autopar.search.pins import Pins
+from autopar.search.planner import Planner
+from autopar.search.pool_cuts import Vector
+from autopar.search.pool_routes import Leg, Route
+from autopar.search.programs import Program
+from autopar.search.space import ways
+from autopar.search.stages import StageTable
+from autopar.search.units import Chain
+from costmodel import Ledger, StageWork
+from hardware_db import Pools
+
+
+class LegEvaluator(Evaluator):
+    """Prices some of the stages of a pipeline that goes on elsewhere."""
+
+    def leg(
+        self,
+        chain: Chain,
+        p: Parallelism,
+        cuts: tuple[int, ...],
+        first_stage: int,
+        names: tuple[str, ...],
+    ) -> tuple[tuple[StageWork, ...], tuple[Ledger, ...], list[float]]:
+        """Work and ledgers of the `p.pp` stages from `first_stage` on, and seconds of the messages between
+        them. `cuts` are those of the whole pipeline, and `names` say what each unit of the chain keeps."""
+        pieces = self._pieces.setdefault(id(chain), Pieces(chain))
+        choices = pieces.shortest(names)
+        own = slice(first_stage, first_stage + p.pp)
+        pricer = self.placed(p)
+        parts = list(zip(pieces.cut(cuts), pieces.choices(cuts, choices), strict=True))[own]
+        stages = tuple(self._work(piece, chosen, p, pricer) for piece, chosen in parts)
+        whole = p.model_copy(update={"pp": len(cuts)})
+        ledgers = rank_ledgers(pieces, cuts, whole, self.policy, self.cluster.device, choices)[own]
+        received = [chain.units[cut].received_bytes for cut in cuts[own][1:]]
+        return stages, ledgers, [self._message_s(num_bytes, p, pricer) for num_bytes in received]
+
+
+class Legs:
+    """Programs and messages of the legs of routes through `pools`, with one planner for each pool."""
+
+    def __init__(self, planners: Sequence[Planner], pools: Pools) -> None:
+        self.planners = tuple(planners)
+        self.pools = pools
+        self.evaluators = tuple(LegEvaluator(p.cluster, p.policy, p.evaluator.era) for p in planners)
+        self._ways: dict[tuple[Leg, ScheduleName], tuple[Parallelism, ...]] = {}
+
+    def ways(self, leg: Leg, schedule: ScheduleName) -> tuple[Parallelism, ...]:
+        """The ways to shard a leg over its data axes: over none, the fewest or the most replicas."""
+        if (leg, schedule) not in self._ways:
+            planner = self.planners[leg.pool]
+            found = list(ways(leg.layout, planner.cluster, planner.degrees, _leg_pins(planner.pins)))
+            shards = {p.dp_shard for p in found if p.zero_stage}
+            usual = {1, min(shards, default=1), max(shards, default=1)}
+            self._ways[leg, schedule] = tuple(
+                p.model_copy(update={"schedule": schedule}) for p in found if p.dp_shard in usual
+            )
+        return self._ways[leg, schedule]
+
+    def program(self, leg: Leg, price: int) -> Program:
+        """The program of a leg at one of the prices of memory."""
+        p = self._any_way(leg)
+        return self.planners[leg.pool].programs.program(p, price if p.tp > 1 else 0)
+
+    def table(self, leg: Leg, price: int) -> StageTable:
+        """The sums of a leg's program."""
+        return self.planners[leg.pool].layer.table(self.program(leg, price))
+
+    def _any_way(self, leg: Leg) -> Parallelism:
+        return self.ways(leg, "1F1B")[0]
+
+    def sends_s(self, route: Route, number: int, price: int) -> Vector:
+        """Seconds of the message with which leg `number` begins, for each unit that it may begin with; the
+        first leg receives none."""
+        if not number:
+            return np.zeros(len(self._boundary_bytes))
+        before, after = route.legs[number - 1], route.legs[number]
+        samples = after.layout.microbatch_size * after.layout.dp
+        num_nodes = min(map(self._stage_nodes, (before, after)))
+        crossing_s = samples * self._boundary_bytes / (self.pools.link_bytes_per_s * num_nodes)
+        gathering_s = np.maximum(self._gathering_s(before, price), self._gathering_s(after, price))
+        sends_s: Vector = self.pools.link_latency_s + crossing_s + gathering_s
+        return sends_s
+
+    @cached_property
+    def _boundary_bytes(self) -> Vector:
+        """What a sample brings into each unit."""
+        units = self.planners[0].programs.program(Parallelism()).chain.units
+        return np.array([float(unit.received_bytes) for unit in units])
+
+    def _stage_nodes(self, leg: Leg) -> float:
+        """Nodes of one stage of a leg, or its part of one."""
+        cluster = self.pools.pools[leg.pool]
+        return cluster.num_devices / leg.layout.pp / cluster.devices_per_node
+
+    def _gathering_s(self, leg: Leg, price: int) -> Vector:
+        """Gathering on the tensor axis, at each unit before which all its ranks have the whole."""
+        local = np.array([float(unit.received_bytes) for unit in self.table(leg, price).chain.units])
+        whole = leg.layout.microbatch_size / leg.layout.cp * self._boundary_bytes
+        pricer = self.evaluators[leg.pool].placed(self._any_way(leg))
+        seconds = {n: pricer.collective_s("all_gather", n, pricer.groups["tp"]) for n in set(local.tolist())}
+        gathered = (local > 0.5 * whole) & (leg.layout.tp > 1)
+        return np.where(gathered, [seconds[num_bytes] for num_bytes in local.tolist()], 0.0)
+
+
+def _leg_pins(pins: Pins) -> Pins:
+    """The pins without those that are about the whole pipeline."""
+    forbid = {name: values for name, values in pins.forbid.items() if name not in ("schedule", "pp")}
+    return replace(pins, pp=None, schedule="1F1B", num_virtual_stages=None, forbid=forbid)

@@ -1,0 +1,208 @@
+"""What a route through pools costs exactly: its stages, messages and memory, as `autopar.search.evaluate` and
+`costmodel.step` count them.
+
+Where stages hold too much, their units keep less, one rank at a time, until all fit. Cuts that the relaxation
+chose are then moved by single units as long as the step gets shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from autopar.plan import Parallelism
+from autopar.search.pool_cuts import RouteCut, moves
+from autopar.search.pool_legs import Legs
+from autopar.search.pool_routes import Route
+from autopar.search.programs import Program
+from autopar.search.variants import Variants
+from costmodel import Ledger, StageWork, StepCost, peak_in_flight, step_cost
+
+NUM_REPAIRS = 6
+"""How often what does not fit yet is taken off again."""
+
+
+@dataclass(frozen=True)
+class PricedLeg:
+    """A leg with its price: the pool's number, its parallelism, of which `pp` are the leg's own stages, its
+    program, what each unit of the whole chain keeps, and work and ledger of its stages."""
+
+    pool: int
+    parallelism: Parallelism
+    program: Program
+    choices: tuple[str, ...]
+    stages: tuple[StageWork, ...]
+    ledgers: tuple[Ledger, ...]
+    memory_bytes: float
+
+    @property
+    def excess_bytes(self) -> float:
+        """By how much the fullest device exceeds its memory; at most 0 where all fit."""
+        return max(ledger.total_bytes for ledger in self.ledgers) - self.memory_bytes
+
+
+@dataclass(frozen=True)
+class PricedRoute:
+    """A route with its price.
+
+    `cuts` are the units with which its stages begin, 0 first, `crossings_s` the messages between legs, and
+    `link_s` the least that a link takes which carries every microbatch. With other cuts, other ways to shard,
+    or other things computed again, the route takes no less than `bound_s`.
+    """
+
+    route: Route
+    price: int
+    cuts: tuple[int, ...]
+    legs: tuple[PricedLeg, ...]
+    crossings_s: tuple[float, ...]
+    step: StepCost
+    link_s: float
+    bound_s: float = 0.0
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step: those of the slowest rank, or of the slowest link."""
+        return max(self.step.total_s, self.link_s)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has memory enough."""
+        return all(leg.excess_bytes <= 0 for leg in self.legs)
+
+    @property
+    def rank(self) -> tuple[object, ...]:
+        """The order of routes: those that fit by time, the others by excess; fewer legs, then fewer stages
+        break ties."""
+        excess_bytes = max(leg.excess_bytes for leg in self.legs)
+        return not self.fits, self.step_s if self.fits else excess_bytes, len(self.legs), len(self.cuts)
+
+
+class Prices:
+    """Prices routes."""
+
+    def __init__(self, legs: Legs) -> None:
+        self.legs = legs
+        self._variants: dict[int, Variants] = {}
+
+    def solve(self, route: Route, price: int, cut: RouteCut) -> PricedRoute:
+        """The route with these cuts and ways, and what memory makes it compute again; where nothing fits,
+        what comes nearest."""
+        return replace(self._with_cuts(route, price, cut.cuts, self._ways(route, cut)), bound_s=cut.bound_s)
+
+    def polished(self, priced: PricedRoute) -> PricedRoute:
+        """The route with its cuts moved by single units as long as that helps."""
+        num_units = len(priced.legs[0].choices)
+        ways = [leg.parallelism for leg in priced.legs]
+        while priced.fits:
+            near = (
+                self._with_cuts(priced.route, priced.price, cuts, ways)
+                for cuts in moves(priced.cuts, num_units)
+            )
+            best = min(near, key=lambda one: one.rank, default=priced)
+            if not best.fits or best.step_s >= priced.step_s * (1 - 1e-9):
+                break
+            priced = replace(best, bound_s=priced.bound_s)
+        return priced
+
+    def finished(self, priced: PricedRoute) -> PricedRoute:
+        """The same at full depth: with the names and numbers that a plan is made of."""
+        planners = self.legs.planners
+        programs = [planners[leg.pool].programs.finished(leg.program) for leg in priced.legs]
+        return self._again(priced, programs, [leg.choices for leg in priced.legs])
+
+    def _ways(self, route: Route, cut: RouteCut) -> list[Parallelism]:
+        pairs = zip(route.legs, cut.ways, strict=True)
+        return [self.legs.ways(leg, route.schedule)[way] for leg, way in pairs]
+
+    def _with_cuts(
+        self, route: Route, price: int, cuts: tuple[int, ...], ways: Sequence[Parallelism]
+    ) -> PricedRoute:
+        crossings_s = tuple(
+            float(self.legs.sends_s(route, number, price)[cuts[route.first_stage(number)]])
+            for number in range(1, len(route.legs))
+        )
+        programs = [self.legs.program(leg, price) for leg in route.legs]
+        bases = [self.legs.table(leg, price).base for leg in route.legs]
+        return self._fitting(self._price(route, price, cuts, ways, crossings_s, programs, bases))
+
+    def _again(
+        self, priced: PricedRoute, programs: Sequence[Program], choices: Sequence[tuple[str, ...]]
+    ) -> PricedRoute:
+        """The same cuts with other programs or choices."""
+        ways = [leg.parallelism for leg in priced.legs]
+        again = self._price(
+            priced.route, priced.price, priced.cuts, ways, priced.crossings_s, programs, choices
+        )
+        return replace(again, bound_s=priced.bound_s)
+
+    def _price(
+        self,
+        route: Route,
+        price: int,
+        cuts: tuple[int, ...],
+        ways: Sequence[Parallelism],
+        crossings_s: tuple[float, ...],
+        programs: Sequence[Program],
+        choices: Sequence[tuple[str, ...]],
+    ) -> PricedRoute:
+        legs: list[PricedLeg] = []
+        sends_s: list[float] = []
+        for number, (p, program, names) in enumerate(zip(ways, programs, choices, strict=True)):
+            pool = route.legs[number].pool
+            evaluator = self.legs.evaluators[pool]
+            sends_s += crossings_s[number - 1 : number] if number else ()
+            stages, ledgers, messages_s = evaluator.leg(
+                program.chain, p, cuts, route.first_stage(number), names
+            )
+            sends_s += messages_s
+            memory_bytes = evaluator.cluster.device.memory_bytes
+            legs.append(PricedLeg(pool, p, program, names, stages, ledgers, memory_bytes))
+        works = [work for leg in legs for work in leg.stages]
+        evaluator = self.legs.evaluators[0]
+        step = step_cost(
+            works,
+            route.num_microbatches,
+            route.schedule,
+            1,
+            sends_s,
+            evaluator.overlap,
+            blocking_sends=evaluator.era.blocking_sends,
+            overhead_s=evaluator.era.step_overhead_s,
+        )
+        link_s = 0.0
+        if crossings_s:
+            path_s = sum(work.forward_s + work.backward_s for work in works) + 2 * sum(sends_s)
+            link_s = path_s + (route.num_microbatches - 1) * max(crossings_s)
+        return PricedRoute(route, price, cuts, tuple(legs), crossings_s, step, link_s)
+
+    def _fitting(self, priced: PricedRoute) -> PricedRoute:
+        """The same cuts with variants that fit; the last tried where none do."""
+        freed: dict[int, float] = {}
+        for _ in range(NUM_REPAIRS):
+            if priced.fits:
+                break
+            choices = [self._relieved(priced, number, freed) for number in range(len(priced.legs))]
+            if choices == [leg.choices for leg in priced.legs]:
+                break
+            priced = self._again(priced, [leg.program for leg in priced.legs], choices)
+        return priced
+
+    def _relieved(self, priced: PricedRoute, number: int, freed: dict[int, float]) -> tuple[str, ...]:
+        """What units of a leg keep so that its full stages hold less; `freed` is what was asked of each stage
+        so far."""
+        leg, route = priced.legs[number], priced.route
+        table = self.legs.table(route.legs[number], priced.price)
+        variants = self._variants.setdefault(id(table), Variants(table))
+        flights = peak_in_flight(route.schedule, len(priced.cuts), route.num_microbatches, 1)
+        ends = (*priced.cuts, table.num_units)
+        choices = list(leg.choices)
+        for stage, ledger in enumerate(leg.ledgers, route.first_stage(number)):
+            excess = ledger.total_bytes - leg.memory_bytes
+            if excess > 0:
+                wasted = 1 + table.chain.era.fragmentation
+                freed[stage] = freed.get(stage, 0.0) + excess / (wasted * flights[stage])
+                units = range(ends[stage], ends[stage + 1])
+                chosen = variants.choose(units, freed[stage])
+                for unit, name in (chosen or {n: table.options[n][-1] for n in units}).items():
+                    choices[unit] = name
+        return tuple(choices)

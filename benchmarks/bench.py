@@ -1,0 +1,209 @@
+"""What a plan costs to find, beside what it may cost: processor time, memory, and the gap that is proven.
+
+    .venv/bin/python -m benchmarks.bench                      all rows of benchmarks/bench_rows.json
+    .venv/bin/python -m benchmarks.bench --row llama3-8b      one of them, or several
+    .venv/bin/python -m benchmarks.bench --page docs/benchmarks.md
+
+Every row runs in a process of its own, from the model's name to the plan, as a user would call it, and
+nothing is cached between rows. Processor seconds count from the import of torch on; a busy machine makes them
+longer by up to a half. Prints tables in markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ROWS = ROOT / "benchmarks" / "bench_rows.json"
+BEGIN, END = "<!-- begin: made by benchmarks/bench.py -->", "<!-- end -->"
+MAX_GAP = 0.01
+PATIENCE_S = 900
+"""A row that takes longer is stopped."""
+_RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
+
+HEAD = (
+    "row", "model", "devices", "CPU s", "limit", "process CPU s", "peak GB", "limit", "gap", "step s",
+    "solved", "verdict",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A planning problem; `max_cpu_s` and `max_bytes` are what it may take, None where it is only watched."""
+
+    name: str
+    model: str
+    cluster: str
+    global_batch: int
+    seq_len: int | None = None
+    num_layers: int | None = None
+    pins: Mapping[str, Any] = field(default_factory=dict)
+    max_cpu_s: float | None = None
+    max_bytes: float | None = None
+    others: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a row took, and the plan; with an `error`, no plan.
+
+    `cpu_s` is processor time after the import of torch, `process_cpu_s` that of the whole process.
+    """
+
+    cpu_s: float = 0.0
+    process_cpu_s: float = 0.0
+    peak_bytes: float = 0.0
+    num_devices: int = 0
+    gap: float = 1.0
+    step_s: float = 0.0
+    plan: str = ""
+    num_solved: int = 0
+    num_candidates: int = 0
+    pruned: Mapping[str, int] = field(default_factory=dict)
+    error: str = ""
+
+
+def measured(row: Row) -> Result:
+    """Plan the row in this process, which should have done nothing before.
+
+    Imports stand here because they are part of what is measured.
+    """
+    import torch  # noqa: F401  not counted: every user of a torch model has it already
+
+    before_s = time.process_time()
+    import autopar
+    from autopar import models
+
+    spec = models.load(row.model, seq_len=row.seq_len)
+    if row.num_layers is not None:
+        spec.config.num_hidden_layers = row.num_layers
+        spec = models.from_hugging_face_config(spec.config, row.name, seq_len=row.seq_len)
+    pins = {key: tuple(value) if isinstance(value, list) else value for key, value in row.pins.items()}
+    found = autopar.plan(spec, row.cluster, global_batch=row.global_batch, pins=pins or None)
+    certificate = found.certificate
+    return Result(
+        cpu_s=time.process_time() - before_s,
+        process_cpu_s=time.process_time(),
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES,
+        num_devices=found.cluster.num_devices,
+        gap=certificate.gap,
+        step_s=found.prediction.step_s,
+        plan=str(found.parallelism),
+        num_solved=certificate.num_solved,
+        num_candidates=certificate.num_candidates,
+        pruned=dict(certificate.pruned),
+    )
+
+
+def run(row: Row) -> Result:
+    """`measured` in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.bench", "--measure", row.name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+        )
+    except subprocess.TimeoutExpired:
+        return Result(error=f"stopped after {PATIENCE_S} s")
+    if done.returncode:
+        return Result(error=(done.stderr.strip().splitlines() or ["no message"])[-1])
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def misses(row: Row, result: Result) -> Iterator[str]:
+    """What of its limits a row exceeds, in words."""
+    if result.error:
+        yield result.error
+        return
+    if row.max_cpu_s is not None and result.cpu_s > row.max_cpu_s:
+        yield f"{result.cpu_s / row.max_cpu_s:.2f} times the time"
+    if row.max_bytes is not None and result.peak_bytes > row.max_bytes:
+        yield f"{result.peak_bytes / row.max_bytes:.2f} times the memory"
+    if result.gap > MAX_GAP:
+        yield f"gap above {MAX_GAP:.0%}"
+
+
+def cells(row: Row, result: Result) -> tuple[str, ...]:
+    """A row of the table."""
+    missed = "; ".join(misses(row, result))
+    if result.error:
+        return (row.name, row.model, *["-"] * (len(HEAD) - 3), f"**failed**: {missed}")
+    return (
+        row.name,
+        row.model,
+        f"{result.num_devices:,}",
+        f"{result.cpu_s:.1f}",
+        "-" if row.max_cpu_s is None else f"{row.max_cpu_s:g}",
+        f"{result.process_cpu_s:.1f}",
+        f"{result.peak_bytes / 1e9:.2f}",
+        "-" if row.max_bytes is None else f"{row.max_bytes / 1e9:g}",
+        f"{result.gap:.2%}",
+        f"{result.step_s:.4g}",
+        f"{result.num_solved:,} of {result.num_candidates:,}",
+        f"**missed**: {missed}" if missed else "met",
+    )
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def report(found: Sequence[tuple[Row, Result]]) -> str:
+    """Two tables: what rows took and may take; their plans, what was pruned, and what other planners take."""
+    taken = [cells(row, result) for row, result in found]
+    plans = [(row.name, result.plan or "-", _pruned(result), row.others or "-") for row, result in found]
+    return "\n\n".join([markdown(HEAD, taken), markdown(("row", "plan", "pruned", "others"), plans)])
+
+
+def _pruned(result: Result) -> str:
+    return ", ".join(f"{count:,} by {why}" for why, count in result.pruned.items() if count) or "-"
+
+
+def rows_of_file() -> dict[str, Row]:
+    """The rows of `bench_rows.json` by name."""
+    data = json.loads(ROWS.read_text(encoding="utf-8"))
+    return {item["name"]: Row(**item) for item in (*data["targets"], *data["growth"])}
+
+
+def _into_page(page: Path, text: str) -> None:
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """The command line of the module's docstring."""
+    rows = rows_of_file()
+    parser = argparse.ArgumentParser(description="what a plan costs to find")
+    parser.add_argument("--row", action="append", choices=rows, help="one of the rows; may be repeated")
+    parser.add_argument("--page", type=Path, help="a page whose tables are replaced")
+    parser.add_argument("--measure", choices=rows, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(asdict(measured(rows[arguments.measure]))))
+        return
+    found = []
+    for row in [rows[name] for name in arguments.row or rows]:
+        result = run(row)
+        found.append((row, result))
+        print(f"{row.name}: {'; '.join(misses(row, result)) or 'met'}", file=sys.stderr)
+    text = report(found)
+    print(text)
+    if arguments.page:
+        _into_page(arguments.page, text)
+
+
+if __name__ == "__main__":
+    main()
