@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from autopar.api import evaluate, plan
     from autopar.compiler import compile, save_reference
     from autopar.rewrite.program import Program
+    from autopar.search.pins import Pins
 else:
     del plan  # the module `autopar.plan`, which importing it left under the function's name
 
     _LAZY = {
+        "Pins": "autopar.search.pins",
         "Program": "autopar.rewrite.program",
         "compile": "autopar.compiler",
         "evaluate": "autopar.api",
@@ -61,6 +63,7 @@ __all__ = [
     "Launch",
     "Parallelism",
     "PinConflictError",
+    "Pins",
     "Plan",
     "Prediction",
     "Program",

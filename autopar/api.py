@@ -4,17 +4,17 @@ one."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 import graphs
-import hardware_db
 from autopar.errors import InvalidParallelismError
-from autopar.plan import Alternative, Certificate, Parallelism, Plan, Recompute, ScheduleName
-from autopar.pricing import DEFAULT_SOFTWARE
+from autopar.plan import Alternative, Certificate, Offload, Parallelism, Plan, Recompute, ScheduleName
+from autopar.request import Precision, cluster_of, policy_of, software_of
+from autopar.search import attempts
 from autopar.search.branch import Progress
 from autopar.search.describe import (
     alternative,
@@ -22,17 +22,16 @@ from autopar.search.describe import (
     duration,
     impossible_baseline,
     memory_excess,
-    training_policy,
 )
-from autopar.search.infeasible import infeasible
 from autopar.search.outcome import Solved
+from autopar.search.pin_conflicts import check_emitted, check_pins
+from autopar.search.pin_costs import MOST_WORK, PinPricer, with_pin_costs
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner, SearchResult
 from autopar.search.validate import check_parallelism
-from costmodel import Software
-from costmodel import software as software_of
+from costmodel import OptimizerPolicy, Software
 from graphs import Capture
-from hardware_db import Cluster
+from hardware_db import Cluster, slice_shapes
 
 Inputs = Mapping[str, Tensor] | Callable[[int], Mapping[str, Tensor]]
 
@@ -76,7 +75,7 @@ def plan(
     inputs: Inputs | None = None,
     global_batch: int,
     name: str | None = None,
-    software: str | None = None,
+    software: Software | str | None = None,
     progress: Callback | None = None,
     time_limit_s: float | None = None,
     microbatch_size: int | None = None,
@@ -91,6 +90,10 @@ def plan(
     num_virtual_stages: int | None = None,
     pins: Pins | Mapping[str, object] | str | Path | None = None,
     space: Space = "programs",
+    price_pins: bool = True,
+    policy: OptimizerPolicy | str | None = None,
+    precision: Precision | None = None,
+    memory_bytes: float | None = None,
 ) -> Plan:
     """The fastest way found to train `model` on `cluster`, with a proof of how far from the best it can be.
 
@@ -101,8 +104,8 @@ def plan(
             them.
         global_batch: samples in one optimizer step.
         name: what to call the model.
-        software: the era of training software to predict for, one of `costmodel.software_eras()`; by default
-            torch's own kernels, which is what the emitted programs run on.
+        software: the era of training software to predict for, or one of `costmodel.software_eras()`; by
+            default torch's own kernels, which is what the emitted programs run on.
         progress: told `(what, done, total)` as the search goes on.
         time_limit_s: stop searching after so long, with the best plan so far and its gap.
         microbatch_size, tp, pp, dp, cp, ep, zero_stage, recompute, schedule, num_virtual_stages: settings to
@@ -110,10 +113,18 @@ def plan(
         pins: more of what is fixed or forbidden (`autopar.search.pins.Pins`), a mapping, or a file.
         space: "programs" is what `compile` can write today; "whole" adds context and expert parallelism and
             the schedules that split backwards, which can be priced and explained.
+        price_pins: find out what each pin costs (`Plan.pin_costs`), by searching again without it.
+        policy: what the optimizer keeps for a parameter, or one of `costmodel.optimizer_policies()`; by
+            default AdamW in the precision of the model.
+        precision: what products with the parameters of repeated blocks run in, if not in the model's own.
+        memory_bytes: what may be used of each device's memory; by default all of it.
 
-    Raises InfeasibleError when nothing fits, PinConflictError when the pins leave nothing to choose,
-    SearchTimeoutError when the limit passes first, CostModelError for an unknown era, and the errors of
-    capture and of the hardware database.
+    Of a machine whose links can be switched, every shape of so many chips is tried. Where nothing fits, the
+    optimizer's states are offloaded to the hosts, and the plan's warnings say so.
+
+    Raises InfeasibleError when nothing fits, PinConflictError when the pins leave nothing to choose, or ask
+    for what the space has not, SearchTimeoutError when the limit passes first, CostModelError for an unknown
+    era, and the errors of capture and of the hardware database.
     """
     started = time.monotonic()
     settings = Pins.merged(
@@ -121,31 +132,43 @@ def plan(
         recompute=recompute, schedule=schedule, num_virtual_stages=num_virtual_stages,
     )  # fmt: skip
     _check_batch(global_batch)
-    machine, era = _cluster(cluster), _era(software)
+    if space == "programs":
+        check_emitted(settings)
+    machine, era = cluster_of(cluster, memory_bytes), software_of(software)
     if progress is not None:
         progress("capture", 0, 1)
     capture = captured(model, inputs, name)
     if progress is not None:
         progress("capture", 1, 1)
-    policy = training_policy(capture.graph)
+    policy = policy_of(policy, capture.graph)
+    check_pins(settings, capture.graph, machine.num_devices, global_batch)
     for shorten in (True, False):
-        planner = Planner(
-            capture, machine, policy, era, global_batch=global_batch, pins=settings,
-            time_limit_s=time_limit_s, report=_reporter(progress), shorten=shorten,
-            whole_space=space == "whole",
+        found = attempts.search(
+            [
+                Planner(
+                    capture, shape, policy, era, global_batch=global_batch, pins=settings,
+                    time_limit_s=time_limit_s, report=_reporter(progress), shorten=shorten,
+                    whole_space=space == "whole", low_precision=precision,
+                )
+                for shape in slice_shapes(machine)
+            ]
         )  # fmt: skip
-        result = planner.search()
+        planner, result = found.planner, found.result
         if result.best is None:
-            raise infeasible(planner, result)
+            raise found.error()
         best = planner.finish(result.best)
         if _agree(best, result.best):
             break
-    return build_plan(
+    plan = build_plan(
         planner,
         best,
         _certificate(result, best, time.monotonic() - started),
         _alternatives(result, best, global_batch, machine.num_devices),
+        warnings=(found.remark,) if found.remark else (),
     )
+    if not (settings and price_pins):
+        return plan
+    return with_pin_costs(plan, PinPricer(planner, settings, best, work=0 if result.stopped else MOST_WORK))
 
 
 def evaluate(
@@ -155,7 +178,7 @@ def evaluate(
     inputs: Inputs | None = None,
     global_batch: int | None = None,
     name: str | None = None,
-    software: str | None = None,
+    software: Software | str | None = None,
     parallelism: Parallelism | None = None,
     dp: int | None = None,
     tp: int | None = None,
@@ -169,6 +192,11 @@ def evaluate(
     schedule: ScheduleName | None = None,
     num_virtual_stages: int | None = None,
     sequence_parallel: bool | None = None,
+    offload: Offload | None = None,
+    axis_order: Sequence[str] | None = None,
+    policy: OptimizerPolicy | str | None = None,
+    precision: Precision | None = None,
+    memory_bytes: float | None = None,
 ) -> Plan:
     """The cost of training `model` with the parallelism given: a plan whose certificate says "evaluated".
 
@@ -176,7 +204,7 @@ def evaluate(
     dealt out evenly over the pipeline stages, as a trainer does with just these settings.
 
     Args:
-        model, cluster, inputs, name, software: as for `plan`.
+        model, cluster, inputs, name, software, policy, precision, memory_bytes: as for `plan`.
         global_batch: samples in one optimizer step; by default that of `parallelism`.
         parallelism: all settings at once, instead of those that follow.
         dp, tp, cp, ep, pp: degrees; 1 by default, `dp` the devices that are left.
@@ -185,17 +213,21 @@ def evaluate(
             a rank, "Interleaved1F1B".
         sequence_parallel: whether a tensor axis also splits what lies between its products, by the sequence
             (on).
+        offload: "optimizer" keeps the optimizer's states in the memory of the hosts ("none").
+        axis_order: the axes of the mesh, outermost first; those of one rank may be left out. By default
+            `autopar.plan.MESH_AXES`.
 
     A plan that does not fit is no error: it has a warning, and `prediction.peak_memory_bytes` above
     `cluster.memory_bytes`.
 
     Raises InvalidParallelismError when the settings do not fit the devices, the batch or the model, and
-    CostModelError for an unknown era of software.
+    CostModelError for an unknown era of software, and for offloading to hosts of which nothing is known.
     """
     settings: dict[str, object] = {
         "dp": dp, "tp": tp, "cp": cp, "ep": ep, "pp": pp, "zero_stage": zero_stage, "dp_shard": dp_shard,
         "microbatch_size": microbatch_size, "recompute": recompute, "schedule": schedule,
-        "num_virtual_stages": num_virtual_stages, "sequence_parallel": sequence_parallel,
+        "num_virtual_stages": num_virtual_stages, "sequence_parallel": sequence_parallel, "offload": offload,
+        "axis_order": axis_order,
     }  # fmt: skip
     if parallelism is not None:
         _check_alone(parallelism, settings, global_batch)
@@ -204,11 +236,13 @@ def evaluate(
     if global_batch is None:
         raise InvalidParallelismError("how many samples has a step? Pass global_batch=, or a parallelism=")
     _check_batch(global_batch)
-    machine, era = _cluster(cluster), _era(software)
+    machine = cluster_of(cluster, memory_bytes)
     capture = captured(model, inputs, name)
     checked = check_parallelism(capture.graph, machine, global_batch, settings)
-    policy = training_policy(capture.graph)
-    planner = Planner(capture, machine, policy, era, global_batch=global_batch)
+    planner = Planner(
+        capture, machine, policy_of(policy, capture.graph), software_of(software), global_batch=global_batch,
+        low_precision=precision,
+    )  # fmt: skip
     solved = planner.as_given(checked)
     step_s = solved.evaluated.step_s
     certificate = Certificate(
@@ -245,14 +279,6 @@ def _check_alone(parallelism: Parallelism, others: Mapping[str, object], global_
         raise InvalidParallelismError(
             f"parallelism={parallelism} says everything, but {', '.join(also)} was given as well; drop either"
         )
-
-
-def _era(name: str | None) -> Software:
-    return software_of(DEFAULT_SOFTWARE if name is None else name)
-
-
-def _cluster(cluster: Cluster | str | Path) -> Cluster:
-    return cluster if isinstance(cluster, Cluster) else hardware_db.cluster(str(cluster))
 
 
 def captured(model: Model, inputs: Inputs | None, name: str | None) -> Capture:

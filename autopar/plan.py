@@ -145,6 +145,9 @@ class ClusterSummary(Frozen):
     num_devices: int
     devices_per_node: int
     memory_bytes: float
+    host_memory_bytes: float | None = Field(
+        default=None, description="a device's part of its host's memory, where that is known"
+    )
     peak_flops_per_s: float
     price_usd_per_device_hour: float | None = None
 
@@ -160,10 +163,29 @@ class StagePlan(Frozen):
     memory_bytes: Mapping[str, float] = Field(
         description="ledger at the peak: parameters, gradients, optimizer, ..."
     )
+    pool: str | None = Field(default=None, description="the pool it runs on, where there are several")
 
     @property
     def peak_memory_bytes(self) -> float:
         return sum(self.memory_bytes.values())
+
+
+class PoolPlan(Frozen):
+    """One pool's part of a pipeline through several: the stages `[first_stage, first_stage + parallelism.pp)`
+    on world ranks from `first_rank` on.
+
+    `parallelism`, `rank_groups`, `strategies` and `placements` are as in `Plan`, for the pool by itself, whose
+    ranks count from 0: no group but the pipeline's reaches out of it.
+    """
+
+    cluster: ClusterSummary
+    collective_library: str = Field(description="through which the devices of the pool communicate")
+    parallelism: Parallelism
+    first_rank: int
+    first_stage: int
+    rank_groups: tuple[RankGroups, ...] = ()
+    strategies: Mapping[str, Mapping[str, str]]
+    placements: Mapping[str, str] = Field(default_factory=dict)
 
 
 class Prediction(Frozen):
@@ -176,6 +198,7 @@ class Prediction(Frozen):
     model_flops_per_s_per_device: float
     mfu: float
     peak_memory_bytes: float
+    host_memory_bytes: float = Field(default=0.0, description="offloaded states of the fullest device")
     single_device_step_s: float | None = Field(
         default=None, description="the same global batch on one device, were its memory unlimited"
     )
@@ -213,7 +236,11 @@ class PinCost(Frozen):
 
 
 class Certificate(Frozen):
-    """How far the plan can be from the best one under this cost model, and what was looked at."""
+    """How far the plan can be from the best one under this cost model, and what was looked at.
+
+    No candidate takes less than `bound_s` with its mesh axes in the usual order (`MESH_AXES`). A plan whose
+    axes gain from another order may take less than that; then `bound_s` is its own time.
+    """
 
     status: Literal["optimal", "feasible", "evaluated"]
     objective_s: float
@@ -237,6 +264,9 @@ class Plan(Frozen):
     by the name of the op's representative: the same op of the first instance of its block. `placements` tells
     how every parameter lies on the tensor axis, `*` standing for the numbers of repeated blocks.
     `recomputation` lists every block that computes something again; the others keep all.
+
+    Where devices are of several kinds, `pools` has the parts of the pipeline in their order, each with what it
+    runs; `parallelism` then is that of the first, with all pipeline stages.
     """
 
     version: Literal[3] = PLAN_VERSION
@@ -247,6 +277,7 @@ class Plan(Frozen):
     strategies: Mapping[str, Mapping[str, str]]
     placements: Mapping[str, str] = Field(default_factory=dict)
     stages: tuple[StagePlan, ...]
+    pools: tuple[PoolPlan, ...] = ()
     recomputation: tuple[Recomputation, ...] = ()
     prediction: Prediction
     certificate: Certificate
@@ -262,6 +293,13 @@ class Plan(Frozen):
                 f"the plan is of version {version}, this autopar reads {PLAN_VERSION}; plan the model again"
             )
         return version
+
+    @property
+    def fits(self) -> bool:
+        """Whether devices and their hosts have the memory for it."""
+        used, cluster = self.prediction, self.cluster
+        fits_host = cluster.host_memory_bytes is None or used.host_memory_bytes <= cluster.host_memory_bytes
+        return used.peak_memory_bytes <= cluster.memory_bytes and fits_host
 
     def to_json(self) -> str:
         """The plan as indented JSON, the same bytes for the same plan."""

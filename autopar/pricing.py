@@ -103,10 +103,14 @@ class Pricer:
         return Traffic.of(graph, self.era.fusion)
 
     def op(
-        self, op: Op, tensors: Mapping[str, Tensor], traffic: Traffic = EVERYTHING_TOUCHES_MEMORY
+        self,
+        op: Op,
+        tensors: Mapping[str, Tensor],
+        traffic: Traffic = EVERYTHING_TOUCHES_MEMORY,
+        parameters: frozenset[str] = frozenset(),
     ) -> OpCost:
         """The cost of one op of a local graph."""
-        return self.priced(self.kernels.op(op, tensors, traffic))
+        return self.priced(self.kernels.op(op, tensors, traffic, parameters))
 
     def priced(self, kernels: Kernels) -> OpCost:
         """The cost of kernels and collectives."""

@@ -2,12 +2,14 @@
 
     .venv/bin/python -m benchmarks.never_worse                        all complete runs (tiers A and B)
     .venv/bin/python -m benchmarks.never_worse --group calculon       runs whose group begins so
-    .venv/bin/python -m benchmarks.never_worse --limit 10             the first problems only
+    .venv/bin/python -m benchmarks.never_worse --limit 10             the first runs only
+    .venv/bin/python -m benchmarks.never_worse --seconds 60           no search takes longer
 
 Both are priced by the same code for the same problem: model, cluster, global batch, sequence, era of
-software, optimizer policy and memory. Runs that state the same problem share one search. A ratio is the time
-of the plan's step over that of the run's; above 1 the search missed what a person found. A configuration that
-the search could not even have chosen says so: the settings that `autopar.search.space` does not list.
+software, optimizer policy, precision of products, and memory. Runs that state the same problem share one
+search. A ratio is the time of the plan's step over that of the run's; above 1 the search missed what a person
+found. A configuration that the search could not even have chosen says so: the settings that
+`autopar.search.space` does not list. Where a search was stopped before it had a plan, nothing is judged.
 
 Exits with 1 when a plan is slower than a run by more than the gap at which the search stops.
 """
@@ -17,9 +19,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -29,8 +32,9 @@ from autopar.plan import Parallelism
 from autopar.records.clusters import cluster_of
 from autopar.records.configuration import Configuration, configuration
 from autopar.records.models import ModelKey, model_key, model_of
-from autopar.records.predict import FAILURES, LOW_PRECISIONS, Run, RunPredictor, captured
+from autopar.records.predict import FAILURES, Run, RunPredictor, by_model, captured, capacity_bytes
 from autopar.records.schema import Record, read_records
+from autopar.request import with_memory
 from autopar.search.outcome import Solved
 from autopar.search.planner import TOLERANCE, Planner
 from autopar.search.space import ways
@@ -40,6 +44,7 @@ from hardware_db import Cluster
 
 PUBLISHED = Path(__file__).parent / "published.json"
 TIERS = ("A", "B")
+OUTSIDE = "not in the space"
 HEAD = ("ratio", "run", "run s", "plan s", "as it ran", "plan", "remarks")
 
 
@@ -53,6 +58,10 @@ class Problem:
     era: Software
     policy: OptimizerPolicy
     low_precision: str | None
+
+
+Search = tuple[Planner, Solved | None] | str
+"""A planner with the best plan that it found, or why there is none to compare with."""
 
 
 @dataclass(frozen=True)
@@ -77,65 +86,57 @@ def problem_of(record: Record, how: Configuration) -> Problem:
     era = software(how.era)
     if how.tp_overlap:
         era = replace(era, tensor_parallel_overlap=1.0)
+    cluster = cluster_of(record)
     return Problem(
         model=model_key(record),
-        cluster=with_usable_memory(cluster_of(record)),
+        cluster=with_memory(cluster, capacity_bytes(cluster.device), "as published runs are judged"),
         global_batch=how.known.global_batch,
         era=era,
         policy=usual_policy(how.era, how.precision, how.known.zero_stage, fsdp=how.fsdp),
-        low_precision=how.compute_dtype if how.compute_dtype in LOW_PRECISIONS else None,
+        low_precision=how.low_precision,
     )
 
 
-def with_usable_memory(cluster: Cluster) -> Cluster:
-    """The cluster with what runs could really use, as records are judged: GB on a label are nearer to GiB."""
-    memory = cluster.device.memory
-    if memory.capacity_published_as != "GB_label":
-        return cluster
-    capacity = memory.capacity_bytes.scaled(2**30 / 1e9, "GiB in place of the label's GB")
-    device = cluster.device.model_copy(
-        update={"memory": memory.model_copy(update={"capacity_bytes": capacity})}
-    )
-    return replace(cluster, device=device)
-
-
-def compared(records: Sequence[Record]) -> list[Comparison]:
-    """The comparisons of runs of one model, which is captured once, each problem searched once."""
+def compared(records: Sequence[Record], seconds: float | None = None) -> list[Comparison]:
+    """The comparisons of runs of one model, which is captured once, each problem searched once and for no
+    more than some `seconds`."""
     try:
         runs = RunPredictor(captured(records[0]))
         spec = model_of(records[0])
         capture = graphs.capture(spec.build_without_memory(), spec.inputs, name=spec.name)
     except FAILURES as error:
         return [_unjudged(record, str(error)) for record in records]
-    return list(_compared(records, runs, capture))
+    return list(_compared(records, runs, capture, seconds))
 
 
-def _compared(records: Sequence[Record], runs: RunPredictor, capture: Capture) -> Iterator[Comparison]:
-    problems: dict[str, Problem] = {}
-    found: dict[str, tuple[Planner, Solved | None]] = {}
+def _compared(
+    records: Sequence[Record], runs: RunPredictor, capture: Capture, seconds: float | None
+) -> Iterator[Comparison]:
+    found: list[tuple[Problem, Search]] = []
     for record in records:
         try:
             how = configuration(record)
             problem = problem_of(record, how)
-            if problem.low_precision is not None:
-                yield _unjudged(record, f"products in {problem.low_precision} are not searched")
-                continue
             run = runs.best(record, how, problem.cluster)
-            key = next((name for name, known in problems.items() if known == problem), record.id)
-            if key not in found:
-                problems[key] = problem
-                found[key] = _searched(problem, capture)
-            yield _comparison(record, how, run, *found[key])
+            search = next((search for known, search in found if known == problem), None)
+            if search is None:
+                search = _searched(problem, capture, seconds)
+                found.append((problem, search))
         except FAILURES as error:
             yield _unjudged(record, str(error))
+            continue
+        yield _unjudged(record, search) if isinstance(search, str) else _comparison(record, how, run, *search)
 
 
-def _searched(problem: Problem, capture: Capture) -> tuple[Planner, Solved | None]:
+def _searched(problem: Problem, capture: Capture, seconds: float | None) -> Search:
     planner = Planner(
         capture, problem.cluster, problem.policy, problem.era, global_batch=problem.global_batch,
+        low_precision=problem.low_precision, time_limit_s=seconds,
     )  # fmt: skip
-    best = planner.search().best
-    return planner, None if best is None else planner.finish(best)
+    try:
+        return planner, planner.search().best
+    except FAILURES as error:
+        return str(error)
 
 
 def _comparison(
@@ -143,7 +144,7 @@ def _comparison(
 ) -> Comparison:
     p = run.parallelism
     fits = run.held_bytes(how) <= planner.cluster.device.memory_bytes
-    remarks = [*_unlisted(planner, p)]
+    remarks = [f"{OUTSIDE}: {words}" for words in _unlisted(planner, p)]
     if not fits:
         remarks.append("as it ran it does not fit our model of memory")
     if how.recompute_share < 1:
@@ -175,7 +176,7 @@ def _unlisted(planner: Planner, p: Parallelism) -> Iterator[str]:
             f"{name}={value}" for name, value, column in zip(names, wanted, columns, strict=True)
             if value not in column
         ]  # fmt: skip
-        yield f"not in the space: {', '.join(alone) or 'these degrees together'}"
+        yield ", ".join(alone) or "these degrees together"
         return
     offered = list(ways(listed[wanted], planner.cluster, planner.degrees, planner.pins))
     pairs = [("schedule", "num_virtual_stages")]
@@ -184,19 +185,11 @@ def _unlisted(planner: Planner, p: Parallelism) -> Iterator[str]:
     for pair in pairs:
         value = tuple(getattr(p, name) for name in pair)
         if value not in {tuple(getattr(way, name) for name in pair) for way in offered}:
-            yield f"not in the space: {', '.join(f'{n}={v}' for n, v in zip(pair, value, strict=True))}"
+            yield ", ".join(f"{n}={v}" for n, v in zip(pair, value, strict=True))
 
 
 def _unjudged(record: Record, reason: str) -> Comparison:
     return Comparison(record.id, 0.0, 0.0, "-", "-", (reason,), is_judged=False)
-
-
-def batches_of(records: Iterable[Record]) -> list[list[Record]]:
-    """Records of one model together."""
-    batches: dict[object, list[Record]] = {}
-    for record in records:
-        batches.setdefault(model_key(record), []).append(record)
-    return list(batches.values())
 
 
 def report(found: Sequence[Comparison]) -> str:
@@ -204,10 +197,12 @@ def report(found: Sequence[Comparison]) -> str:
     judged = sorted((one for one in found if one.is_judged), key=lambda one: -_badness(one))
     others = [one for one in found if not one.is_judged]
     missed = [one for one in judged if is_missed(one)]
+    outside = [one for one in found if any(OUTSIDE in remark for remark in one.remarks)]
     ratios = [one.ratio for one in judged if one.plan_s] or [float("nan")]
     summary = (
-        f"{len(judged)} of {len(found)} runs judged: {len(missed)} plans slower than the run, worst "
-        f"{max(ratios):.3f}, median {median(ratios):.3f}, best {min(ratios):.3f} of its time."
+        f"{len(found)} runs, {len(judged)} judged: {len(missed)} plans slower than the run, {len(outside)} "
+        f"runs outside of the space; plan over run at worst {max(ratios):.3f}, median {median(ratios):.3f}, "
+        f"at best {min(ratios):.3f}."
     )
     return "\n\n".join([summary, _table(judged), f"{len(others)} not judged:", _table(others)])
 
@@ -237,18 +232,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="published runs against the plans that the search finds")
     parser.add_argument("--group", default="", help="only runs whose group begins so")
     parser.add_argument("--limit", type=int, help="only so many runs")
+    parser.add_argument("--seconds", type=float, help="the longest that a search may take (no limit)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (all processors)")
     arguments = parser.parse_args()
     records = [
         record for record in read_records(PUBLISHED)
         if record.tier in TIERS and record.group.startswith(arguments.group)
-    ]  # fmt: skip
-    batches = batches_of(records[: arguments.limit])
+    ][: arguments.limit]  # fmt: skip
     found: list[Comparison] = []
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for comparisons in pool.map(compared, batches):
+        for comparisons in pool.map(partial(compared, seconds=arguments.seconds), by_model(records)):
             found += comparisons
-            print(f"{len(found)} of {len(records[: arguments.limit])} runs", file=sys.stderr)
+            for one in comparisons:
+                print(f"{len(found)} of {len(records)}: {one.ratio:.3f} {one.record_id}", file=sys.stderr)
     print(report(found))
     sys.exit(any(map(is_missed, found)))
 

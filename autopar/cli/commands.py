@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autopar.cli.output import check_new, log, progress, short_warnings, write_new
 from autopar.cli.pin_options import pins_of
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OK, NO = 0, 1
 DEGREES = (
     "dp", "tp", "pp", "cp", "ep", "zero_stage", "dp_shard", "microbatch_size", "recompute", "schedule",
-    "num_virtual_stages", "sequence_parallel",
+    "num_virtual_stages", "sequence_parallel", "offload", "axis_order",
 )  # fmt: skip
 
 
@@ -36,10 +36,12 @@ def plan(options: argparse.Namespace) -> int:
             _model(options),
             options.cluster,
             global_batch=options.global_batch,
-            software=options.software,
             progress=on_progress,
+            **_problem(options),
             time_limit_s=options.time_limit,
             pins=pins,
+            space=options.space,
+            price_pins=options.price_pins,
         )
     _deliver(found, options)
     return OK
@@ -62,11 +64,11 @@ def evaluate(options: argparse.Namespace) -> int:
             _model(options),
             options.cluster,
             global_batch=options.global_batch,
-            software=options.software,
+            **_problem(options),
             **degrees,
         )
     _deliver(found, options)
-    return OK if found.prediction.peak_memory_bytes <= found.cluster.memory_bytes else NO
+    return OK if found.fits else NO
 
 
 def explain(options: argparse.Namespace) -> int:
@@ -147,6 +149,13 @@ def _model(options: argparse.Namespace) -> ModelSpec:
     from autopar import models
 
     return models.load(options.model, seq_len=options.seq_len)
+
+
+def _problem(options: argparse.Namespace) -> dict[str, Any]:
+    """What is asked beside model, cluster and batch."""
+    memory_bytes = None if options.memory_gb is None else 1e9 * options.memory_gb
+    given = {name: getattr(options, name) for name in ("software", "policy", "precision")}
+    return {**given, "memory_bytes": memory_bytes}
 
 
 def _deliver(found: Plan, options: argparse.Namespace) -> None:

@@ -11,8 +11,8 @@ from typing import get_args
 
 from autopar.cli.pin_options import add_pins
 from autopar.cli.words import count, names, positive_float, positive_int
-from autopar.plan import RecomputeMode
-from costmodel import SCHEDULES, software_eras
+from autopar.plan import MESH_AXES, Offload, RecomputeMode
+from costmodel import SCHEDULES, optimizer_policies, software_eras
 
 COMMANDS = ("plan", "explain", "evaluate", "compile", "launch", "verify", "hardware", "calibrate")
 
@@ -137,6 +137,8 @@ def _evaluate(commands: Subparsers[argparse.ArgumentParser]) -> None:
 examples:
   autopar evaluate llama3-8b 'dgx-h100*8' --global-batch 512 --zero-stage 3
   autopar evaluate gpt3-175b 'dgx-a100*128' --global-batch 1536 --tp 8 --pp 16 --recompute full
+  autopar evaluate llama3-8b dgx-a100 --global-batch 64 --tp 2 --pp 2 --axis-order dp_replicate,pp,tp
+  autopar evaluate llama3-8b dgx-a100 --global-batch 64 --zero-stage 2 --offload optimizer
   autopar evaluate --records runs.json --worst 20           how well measured runs are predicted
 
 Replicas (dp) default to the devices that the other degrees leave. Exit code 1 when it does not fit.
@@ -300,6 +302,18 @@ def _workload(command: argparse.ArgumentParser, *, required: bool = True) -> Non
         metavar="ERA",
         help=f"what runs there: {', '.join(software_eras())} (default: the program's)",
     )
+    command.add_argument(
+        "--policy",
+        metavar="NAME",
+        help=f"what the optimizer keeps: {', '.join(optimizer_policies())} (default: AdamW's, in the model's "
+        "precision)",
+    )
+    command.add_argument(
+        "--precision", choices=("fp8", "fp4"), help="of products in repeated blocks (default: the model's)"
+    )
+    command.add_argument(
+        "--memory-gb", type=positive_float, metavar="GB", help="of each device to be used (default: all)"
+    )
 
 
 def _records(command: argparse.ArgumentParser) -> None:
@@ -339,6 +353,13 @@ def _parallelism(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--recompute", choices=get_args(RecomputeMode), default="none")
     group.add_argument("--schedule", choices=SCHEDULES, help="of the pipeline")
     group.add_argument("--num-virtual-stages", type=positive_int, metavar="N", help="on each pipeline rank")
+    group.add_argument("--offload", choices=get_args(Offload), default="none", help="what the host keeps")
+    group.add_argument(
+        "--axis-order",
+        type=names,
+        metavar="AXES",
+        help=f"axes of the mesh, outermost first (default: {','.join(MESH_AXES)})",
+    )
 
 
 def _report(command: argparse.ArgumentParser, json_help: str) -> None:

@@ -22,6 +22,9 @@ from costmodel.orders import V_SCHEDULES, check_schedule
 MICROBATCHES_PER_STAGE: Final = 8
 """Of a pipeline whose global batch is not published: its bubble is then small, as in any tuned run."""
 
+LOW_PRECISIONS: Final = ("fp8", "fp4")
+"""What only matrix products inside blocks run in, the rest in the model's own precision."""
+
 _PARTIAL: Final = re.compile(r"partial:(\d+)-of-(\d+)-layers-full")
 _OFFLOADED_LAYERS: Final = re.compile(r"cpu_offloading_num_layers\W+(\d+)")
 _SCHEDULES: Final[dict[str, ScheduleName]] = {
@@ -68,6 +71,11 @@ class Configuration:
     def compute_dtype(self) -> str:
         """The hardware database's dtype of the matrix products."""
         return _HARDWARE_DTYPES.get(self.precision, self.precision)
+
+    @property
+    def low_precision(self) -> str | None:
+        """The same where it is lower than that of the rest of the model."""
+        return self.compute_dtype if self.compute_dtype in LOW_PRECISIONS else None
 
     @property
     def is_complete(self) -> bool:

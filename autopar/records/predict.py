@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import graphs
 from autopar.errors import AutoparError
-from autopar.plan import Parallelism
+from autopar.plan import Parallelism, Recompute
 from autopar.records.clusters import cluster_of
 from autopar.records.configuration import Configuration, configuration
 from autopar.records.metrics import Prediction
@@ -25,7 +25,7 @@ from autopar.records.schema import MemoryKind, Record
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.given import GivenPrograms, evaluate_given, even_cuts
 from autopar.search.shallow import Shallow, shallow
-from autopar.search.units import Chain, Unit
+from autopar.search.units import Chain
 from costmodel import CostModelError, Ledger, Software, software, usual_policy
 from graphs import GraphError
 from hardware_db import Accelerator, Cluster, HardwareError
@@ -36,7 +36,6 @@ T = TypeVar("T")
 FAILURES = (AutoparError, GraphError, CostModelError, HardwareError)
 """Why a record may have no prediction."""
 
-LOW_PRECISIONS = ("fp8", "fp4")
 SHALLOW_DEPTH = 3
 """Layers that tell all of a uniform model: the first, one for those in between, and the last."""
 
@@ -153,7 +152,7 @@ class RunPredictor:
             record_id=record.id,
             step_time_s=best.evaluated.step_s,
             memory_bytes=best.held_bytes(how, record.memory_kind),
-            fits=best.held_bytes(how) <= _capacity_bytes(cluster.device),
+            fits=best.held_bytes(how) <= capacity_bytes(cluster.device),
             terms=dict(best.evaluated.step.terms),
             chosen=str(best.parallelism),
             global_batch=best.parallelism.global_batch,
@@ -171,7 +170,7 @@ class RunPredictor:
     def best(self, record: Record, how: Configuration, cluster: Cluster) -> Run:
         """The fastest way that fits, or the smallest if none does."""
         runs = self.runs(record, how, cluster)
-        most_bytes = _capacity_bytes(cluster.device)
+        most_bytes = capacity_bytes(cluster.device)
         fitting = [run for run in runs if run.held_bytes(how) <= most_bytes]
         if fitting:
             return min(fitting, key=lambda run: run.evaluated.step_s)
@@ -184,41 +183,29 @@ class RunPredictor:
             era = replace(era, tensor_parallel_overlap=1.0)
         policy = usual_policy(how.era, how.precision, how.known.zero_stage, fsdp=how.fsdp)
         evaluator = Evaluator(cluster, policy, era)
-        low_precision = how.compute_dtype if how.compute_dtype in LOW_PRECISIONS else None
-        return [
-            Run(p, self._evaluated(evaluator, how, p, low_precision)) for p in how.candidates()
-        ]  # fmt: skip
+        return [Run(p, self._evaluated(evaluator, how, p)) for p in how.candidates()]
 
-    def _evaluated(
-        self, evaluator: Evaluator, how: Configuration, p: Parallelism, low_precision: str | None
-    ) -> Evaluated:
+    def _evaluated(self, evaluator: Evaluator, how: Configuration, p: Parallelism) -> Evaluated:
         if how.recompute_share == 1:
-            return evaluate_given(self.programs, evaluator, p, low_precision)
-        chain = self.programs.chain(p, evaluator.era, low_precision)
+            return evaluate_given(self.programs, evaluator, p, how.low_precision)
+        chain = self.programs.chain(p, evaluator.era, how.low_precision)
         cuts = even_cuts(chain, p.pp * p.num_virtual_stages)
-        partly = _partly_recomputed(chain, how.recompute_share)
-        return evaluator.evaluate(evaluator.priced(partly, p), p, cuts)
+        choices = _partly_recomputed(chain, p.recompute, how.recompute_share)
+        return evaluator.evaluate(evaluator.priced(chain, p), p, cuts, choices)
 
 
-def _partly_recomputed(chain: Chain, share: float) -> Chain:
-    """The chain with only the first of its blocks, a `share` of them, recomputed."""
-    blocks = [index for index, unit in enumerate(chain.units) if unit.is_block]
-    others = set(blocks[round(share * len(blocks)) :])
-    units = [_kept(unit) if index in others else unit for index, unit in enumerate(chain.units)]
-    return replace(chain, units=tuple(units))
+def _partly_recomputed(chain: Chain, mode: Recompute, share: float) -> list[str]:
+    """What units keep when only the first of the blocks, a `share` of them, follow the mode."""
+    num_left = round(share * sum(unit.is_block for unit in chain.units))
+    names: list[str] = []
+    for unit in chain.units:
+        follows = unit.is_block and num_left > 0
+        num_left -= follows
+        names.append(mode if follows else "none")
+    return names
 
 
-def _kept(unit: Unit) -> Unit:
-    """The unit if nothing of it is computed again; a tuple of kernels of its own tells it from the others."""
-    return replace(
-        unit,
-        kernels=(*unit.kernels,),
-        again=dict.fromkeys(unit.again, (False,) * len(unit.kernels)),
-        saved=dict.fromkeys(unit.saved, unit.saved["none"]),
-    )
-
-
-def _capacity_bytes(device: Accelerator) -> float:
+def capacity_bytes(device: Accelerator) -> float:
     """What a run could really use: GB on a label are nearer to GiB, and planning alone need be cautious."""
     label = device.memory.capacity_published_as == "GB_label"
     return device.memory_bytes * (2**30 / 1e9 if label else 1.0)

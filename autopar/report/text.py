@@ -62,8 +62,10 @@ def _head(report: Report) -> list[str]:
 
 def _status(verdict: Verdict) -> str:
     if not verdict.fits:
-        over = units.gigabytes(verdict.peak_memory_bytes - verdict.memory_bytes)
-        return f"does not fit: {over} over the memory of a device"
+        over_bytes = verdict.peak_memory_bytes - verdict.memory_bytes
+        if over_bytes <= 0:
+            return "does not fit: offloaded states are more than the hosts' memory"
+        return f"does not fit: {units.gigabytes(over_bytes)} over the memory of a device"
     if verdict.status == "evaluated":
         return "fits; evaluated as asked, no search was made"
     if verdict.gap < 5e-4:
@@ -211,13 +213,13 @@ def _runners_up(runners_up: Sequence[RunnerUp]) -> list[str]:
 def _pins(pins: Sequence[PinPrice]) -> list[str]:
     if not pins:
         return []
-    rows = [("pin", "without it", "costs")]
+    rows = [("pin", "without it", "with it", "costs")]
     for each in pins:
-        costs = units.seconds(each.cost_s) if each.cost_s > 0 else "nothing"
+        costs = f"+{each.cost_s / each.step_s:.1%}" if each.cost_s > 0 else "nothing"
         first, *rest = wrap(each.pin, 60)
-        rows.append((first, units.seconds(each.step_s), costs))
-        rows += [(line, "", "") for line in rest]
-    return ["what each pin costs a step, the others kept", *table(rows, right=(1, 2))]
+        rows.append((first, units.seconds(each.step_s), units.seconds(each.step_s + each.cost_s), costs))
+        rows += [(line, "", "", "") for line in rest]
+    return ["what each pin costs a step, the others kept", *table(rows, right=(1, 2, 3))]
 
 
 def _search(search: Search, verdict: Verdict) -> list[str]:

@@ -247,7 +247,7 @@ def _verdict(plan: Plan) -> Verdict:
     return Verdict(
         status=plan.certificate.status,
         gap=plan.certificate.gap,
-        fits=predicted.peak_memory_bytes <= plan.cluster.memory_bytes,
+        fits=plan.fits,
         parallelism=str(plan.parallelism),
         step_s=predicted.step_s,
         tokens_per_s=predicted.tokens_per_s,

@@ -73,17 +73,19 @@ class Prices(Protocol):
 
 @dataclass(frozen=True)
 class ClusterPrices:
-    """The prices of a cluster, on the axis `axis` of its `pricer`."""
+    """The prices of a cluster, on the axis `axis` of its `pricer`, for a graph with these `parameters`."""
 
     pricer: Pricer
     axis: str
+    parameters: frozenset[str] = frozenset()
 
     def traffic(self, graph: OpGraph) -> Traffic:
         return self.pricer.traffic(graph)
 
     def op_s(self, local: OpGraph, traffic: Traffic) -> float:
         inside = traffic | self.traffic(local)
-        return self._seconds(total(self.pricer.op(part, local.tensors, inside) for part in local.ops))
+        costs = (self.pricer.op(part, local.tensors, inside, self.parameters) for part in local.ops)
+        return self._seconds(total(costs))
 
     def conversion_s(self, how: Conversion, num_bytes: float) -> float:
         backward = how.backward is not None
@@ -278,6 +280,11 @@ class AxisProblem:
             for index, offered in self.offered.items()
         }
 
+    def result_bytes(self, index: int, strategy: Strategy) -> float:
+        """What a rank's results of an op lie in."""
+        sizes = (self.graph.tensors[name].num_bytes for name in self.graph.ops[index].outputs)
+        return sum(size / self.parts(state) for size, state in zip(sizes, strategy.results, strict=True))
+
     def parts(self, state: State) -> int:
         """Into how many parts a tensor in this state is split."""
         return self.size if isinstance(state.value, Shard) else 1
@@ -294,6 +301,13 @@ class AxisProblem:
             if how is not None and (self.custom is None or self.custom.admits_conversion(how)):
                 self._conversion_s[key] = self.prices.conversion_s(how, tensor.num_bytes)
         return self._conversion_s[key]
+
+    def conversion_again_s(self, name: str, source: State, target: State) -> float:
+        """Time of the conversion's forward alone."""
+        tensor = self.graph.tensors[name]
+        how = conversion(source, target, tensor.requires_grad)
+        assert how is not None, "it was priced"
+        return self.prices.conversion_s(replace(how, backward=None), tensor.num_bytes)
 
     def stored_states(self, tensors: TensorClass) -> tuple[State, ...]:
         """In what states a parameter may be stored: whole, or in the shards that some reader asks."""

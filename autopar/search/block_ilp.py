@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from autopar.errors import SearchTimeoutError
 from autopar.localize import Assignment
@@ -69,10 +69,26 @@ class AxisSolution:
     cpu_s: float = field(compare=False)
 
 
+class Part(NamedTuple):
+    """What a variable stands for: an op, or a change of `tensors` which `op` reads or makes, in `count`
+    instances; `op` is a representative.
+
+    It leaves `result_bytes` a rank. Of a change, making them again would take `again_s`.
+    """
+
+    op: int
+    count: int
+    result_bytes: float
+    tensors: TensorClass | None = None
+    is_made: bool = False
+    again_s: float = 0.0
+
+
 class BlockIlp:
     """The program of one problem, row by row: built once, solved at any price of memory.
 
-    Costs of its variables are time; `reductions_s` and the bytes by variable say what else to add.
+    Costs of its variables are time; `reductions_s` and the bytes by variable say what else to add, and
+    `parts` whose time it is.
     """
 
     def __init__(self, problem: AxisProblem) -> None:
@@ -81,6 +97,8 @@ class BlockIlp:
         self.reductions_s: dict[int, float] = {}
         self.activation_bytes: dict[int, float] = {}
         self.parameter_bytes: dict[int, float] = {}
+        self.parts: dict[int, Part] = {}
+        self._floors_s: dict[tuple[float, ...], float] = {}
         self.x = {index: self._choose(index) for index in problem.instances}
         self.y = {tensors.name: self._store(tensors) for tensors in problem.parameter_classes}
         for tensors in problem.tensor_classes:
@@ -88,10 +106,12 @@ class BlockIlp:
 
     def _choose(self, index: int) -> tuple[int, ...]:
         found = []
-        costs = zip(self.problem.op_times_s[index], self.problem.saved_bytes[index], strict=True)
-        for time_s, num_bytes in costs:
+        problem = self.problem
+        costs = zip(problem.offered[index], problem.op_times_s[index], problem.saved_bytes[index], strict=True)
+        for strategy, time_s, num_bytes in costs:
             variable = self.model.variable(time_s, integer=True)
             self.activation_bytes[variable] = num_bytes
+            self.parts[variable] = Part(index, problem.instances[index], problem.result_bytes(index, strategy))
             found.append(variable)
         self.model.row(1, 1, [(variable, 1.0) for variable in found])
         return tuple(found)
@@ -139,7 +159,9 @@ class BlockIlp:
         shared: dict[tuple[State, State], int] = {}
         if len(asks) > 1:
             shared = {pair: self.model.variable(tensors.count * cost) for pair, cost in costs.items() if cost}
-        for ask in asks:
+            for pair, variable in shared.items():
+                self.parts[variable] = self._part(tensors, tensors.readers[0], *pair)
+        for reader, ask in zip(tensors.readers, asks, strict=True):
             out: dict[State, list[Term]] = {state: [(x, -1.0) for x in xs] for state, xs in give.items()}
             into: dict[State, list[Term]] = {state: [(x, -1.0) for x in xs] for state, xs in ask.items()}
             for pair in product(give, ask):
@@ -147,6 +169,8 @@ class BlockIlp:
                 if cost is None:
                     continue
                 flow = self.model.variable(0.0 if pair in shared else tensors.count * cost)
+                if cost and pair not in shared:
+                    self.parts[flow] = self._part(tensors, reader, *pair)
                 out[pair[0]].append((flow, 1.0))
                 into[pair[1]].append((flow, 1.0))
                 if pair in shared:
@@ -215,6 +239,43 @@ class BlockIlp:
             solution.size,
             solution.cpu_s,
         )
+
+    def _part(self, tensors: TensorClass, reader: Reader, made: State, state: State) -> Part:
+        """Whose a change is: sums belong to what made their terms, all else to what reads it."""
+        problem = self.problem
+        maker = tensors.producer if isinstance(made.value, Partial) else None
+        op = reader.op if maker is None else maker[0]
+        num_bytes = problem.graph.tensors[tensors.name].num_bytes / problem.parts(state)
+        again_s = problem.conversion_again_s(tensors.name, made, state)
+        return Part(op, tensors.count, num_bytes, tensors, maker is not None, again_s)
+
+    def floor_s(
+        self, start: int, stop: int, price: float = 0.0, again_s: Mapping[int, float] | None = None
+    ) -> float:
+        """What ops `[start, stop)`, one block or ops outside of all, take at least, with the sums of what they
+        make and the other conversions of what they read, whatever is chosen anywhere.
+
+        With `again_s`, the least seconds in which some of the ops run again, their results and those of
+        conversions are kept at so many seconds a byte, or made again, whichever costs less.
+        """
+        graph = self.problem.graph
+        ops = {graph.representative[index] for index in range(start, stop)}
+        read = {name for op in graph.ops[start:stop] for name in op.inputs}
+        made = {name for op in graph.ops[start:stop] for name in op.outputs}
+        costs = [0.0] * len(self.model.costs)
+        for variable, part in self.parts.items():
+            near = made if part.is_made else read
+            if part.op not in ops or (part.tensors and near.isdisjoint(part.tensors.members)):
+                continue
+            costs[variable] = self.model.costs[variable] / part.count
+            if again_s is not None:
+                least_s = part.again_s if part.tensors else again_s.get(part.op, 0.0)
+                costs[variable] += min(price * part.result_bytes, least_s)
+        key = tuple(costs)
+        if key not in self._floors_s:
+            relaxed = replace(self.model, costs=costs, integer=[False] * len(costs))
+            self._floors_s[key] = solve(relaxed).bound
+        return self._floors_s[key]
 
     def _assignment(self, values: Sequence[float]) -> Assignment:
         problem = self.problem

@@ -4,10 +4,10 @@ Everything that may still win stands in one queue, ordered by the least it can c
 looked at more closely, which raises its floor, splits it, or prices it:
 
     layout         arithmetic of one device, divided over all
-      ↓            strategies of the tensor axis at their true prices      `Floors.sample_s`
-    program        one rank's kernels, their memory and messages           `Programs.program`
-      ↓            for every way: bandwidth of its data axes               `Bounds.step_s`
-    way            stages cut with fractions of what may be recomputed     `StageLayer.bound_s`
+      ↓            strategies of the tensor axis at their true prices      `Floors.tensor_s`
+    way            the same, its bubble, bandwidth of its data axes        `Bounds.step_s`
+      ↓            one rank's kernels, their memory and messages           `Programs.program`
+    program        stages cut with fractions of what may be recomputed     `StageLayer.draft`
       ↓
     plan           whole variants, exact schedule and memory               `StageLayer.solve`
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from autopar.search.planner import Planner
 
 
+NEGLIGIBLE = 1e-3
+"""What other programs could gain that is not worth making them: a part of the gap."""
+
 REPORT_EVERY = 256
 """Arrivals in the queue between two reports of progress."""
 
@@ -48,18 +51,25 @@ class LayoutNode(NamedTuple):
 
 
 class WayNode(NamedTuple):
-    """A way to run a program, which no program can run in less than `floor_s`, and its stages once they
-    were cut; the program is still to be made where `price` is above its own."""
+    """A way to run a layout: its program once there is one, and its stages once they were cut."""
 
     p: Parallelism
-    program: Program
-    draft: Draft | None = None
+    program: Program | None = None
     is_close: bool = False
-    floor_s: float = 0.0
-    price: int = 0
+    draft: Draft | None = None
 
 
-Node = LayoutNode | WayNode
+class SmallerNode(NamedTuple):
+    """The same way with the program of the next price of memory, still to be made. No program at all can beat
+    the queue's floor where `is_close`, and the fastest takes `fastest_s`."""
+
+    p: Parallelism
+    price: int
+    fastest_s: float
+    is_close: bool = False
+
+
+Node = LayoutNode | WayNode | SmallerNode
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,7 @@ class BranchAndBound:
         self.deadline = deadline
         self.outcome = Outcome()
         self.stopped: str | None = None
+        self.most_work: int | None = None
         self._queue: list[tuple[float, int, Node]] = []
         self._arrivals = 0
         self._reported = 0
@@ -100,6 +111,11 @@ class BranchAndBound:
     def num_candidates(self) -> int:
         """All ways to run all layouts."""
         return sum(map(self._count, self.layouts))
+
+    @property
+    def work(self) -> int:
+        """How much was looked at, whatever the machine's load; a search stops at `most_work`."""
+        return self._arrivals
 
     @property
     def floor_s(self) -> float:
@@ -131,6 +147,9 @@ class BranchAndBound:
             if self.deadline is not None and time.monotonic() > self.deadline:
                 self.stopped = "time limit"
                 return
+            if self.most_work is not None and self.work > self.most_work:
+                self.stopped = "work limit"
+                return
             floor_s, _, node = self._queue[0]
             best = self.outcome.best
             found = list(self._expand(floor_s, node))
@@ -149,60 +168,65 @@ class BranchAndBound:
             case LayoutNode(layout, False) if layout.tp * layout.cp > 1:
                 yield max(floor_s, self._close_floor_s(layout)), LayoutNode(layout, True)
             case LayoutNode(layout, _):
+                microbatch_s, device = self._microbatch_floor_s(layout), self._device(layout)
                 for way in self._ways(layout):
-                    program = self.planner.programs.program(way)
-                    microbatch_s = self.planner.layer.table(program).microbatch_s
-                    way_s = self.planner.bounds.step_s(way, microbatch_s, self._device(layout))
-                    way_s = max(way_s, self.planner.layer.schedule_floor_s(program, way))
-                    yield max(floor_s, way_s), WayNode(way, program, floor_s=max(floor_s, way_s))
-            case WayNode(p, program, None, False) if node.price > program.key.price_level:
-                smaller = self.planner.programs.program(p, node.price)
-                yield floor_s, node._replace(program=smaller)
-            case WayNode(p, program, None, False):
-                close_s = self.planner.layer.floor_s(program, p)
+                    yield max(floor_s, self.planner.bounds.step_s(way, microbatch_s, device)), WayNode(way)
+            case WayNode(p, None):
+                program = self.planner.programs.program(p)
+                yield max(floor_s, self._way_floor_s(p, program)), WayNode(p, program)
+            case WayNode(p, program, False):
+                # Memory may drive the way to other programs: what is closed here is closed for all.
+                least = program if p.tp == 1 else self.planner.programs.relaxed(p)
+                close_s = self.planner.layer.floor_s(least, p)
                 if close_s < float("inf"):
                     yield max(floor_s, close_s), node._replace(is_close=True)
-                elif self._next_price(program) is not None:
-                    yield from self._smaller(node)
                 else:
                     self.outcome.pruned["out of memory"] += 1
-            case WayNode(p, program, None, True):
-                draft = self.planner.layer.draft(program, p)
-                if draft is not None:
-                    yield max(floor_s, draft.bound_s), node._replace(draft=draft)
-                elif self._next_price(program) is not None:
-                    yield from self._smaller(node)
-                else:
-                    self.outcome.pruned["out of memory"] += 1
+            case WayNode(_, _, True, None):
+                yield from self._draft(floor_s, node)
             case WayNode():
-                yield from self._solve(node)
+                yield from self._solve(floor_s, node)
+            case SmallerNode():
+                yield from self._close_smaller(floor_s, node)
 
-    def _solve(self, node: WayNode) -> Iterator[tuple[float, Node]]:
-        """Price a way; where memory binds, smaller programs may do better."""
-        p, program, layer = node.p, node.program, self.planner.layer
-        solved = layer.solve(program, p, node.draft)
-        if solved is None:
+    def _draft(self, floor_s: float, node: WayNode) -> Iterator[tuple[float, Node]]:
+        """Cut stages; where memory makes that slow, smaller programs may do better."""
+        p, program = node.p, node.program
+        assert program is not None
+        draft = self.planner.layer.draft(program, p)
+        if draft is not None:
+            yield max(floor_s, draft.bound_s), node._replace(draft=draft)
+        fastest_s = float("inf") if draft is None else draft.bound_s
+        if p.tp > 1 and fastest_s * (1 - NEGLIGIBLE) > floor_s:
+            yield floor_s, SmallerNode(p, program.key.price_level + 1, fastest_s)
+        elif draft is None:
             self.outcome.pruned["out of memory"] += 1
-            return
-        is_free = solved.evaluated.fits and solved.evaluated.choices == layer.table(program).base
-        smaller = [] if is_free else list(self._smaller(node))
-        if smaller and not solved.evaluated.fits:
-            yield from smaller
-            return
-        if program.key.tp > 1 and not is_free:
-            solved = replace(solved, bound_s=min(solved.bound_s, node.floor_s))
+        else:
+            self.outcome.leave(floor_s)
+
+    def _solve(self, floor_s: float, node: WayNode) -> Iterator[tuple[float, Node]]:
+        """Price a way with the program it has."""
+        assert node.program is not None
+        solved = self.planner.layer.solve(node.program, node.p, node.draft)
+        assert solved is not None, "what has a draft has units enough"
         self.outcome.add(solved)
-        yield from smaller
+        if not solved.evaluated.fits:
+            self.outcome.leave(floor_s)
+        yield from ()
 
-    def _smaller(self, node: WayNode) -> Iterator[tuple[float, Node]]:
-        """The same way with the program of the next price of memory."""
-        price = self._next_price(node.program)
-        if price is not None:
-            yield node.floor_s, WayNode(node.p, node.program, floor_s=node.floor_s, price=price)
-
-    def _next_price(self, program: Program) -> int | None:
-        following = program.key.price_level + 1
-        return following if program.key.tp > 1 and following < len(MEMORY_PRICES) else None
+    def _close_smaller(self, floor_s: float, node: SmallerNode) -> Iterator[tuple[float, Node]]:
+        """Make a smaller program where any could still be faster."""
+        p, price, fastest_s, is_close = node
+        if not is_close:
+            least = self.planner.layer.draft(self.planner.programs.relaxed(p), p)
+            if least is not None:
+                yield max(floor_s, least.bound_s), node._replace(is_close=True)
+            elif fastest_s == float("inf"):
+                self.outcome.pruned["out of memory"] += 1
+        elif price == len(MEMORY_PRICES) or floor_s >= fastest_s * (1 - NEGLIGIBLE):
+            self.outcome.leave(floor_s)
+        else:
+            yield floor_s, WayNode(p, self.planner.programs.program(p, price), is_close=True)
 
     # --- floors ---------------------------------------------------------------------------------------------
 
@@ -216,10 +240,21 @@ class BranchAndBound:
         return self.planner.bounds.layout_s(self._freest(layout), device.microbatch_s / inner, device)
 
     def _close_floor_s(self, layout: Layout) -> float:
+        microbatch_s = self._microbatch_floor_s(layout)
+        return self.planner.bounds.layout_s(self._freest(layout), microbatch_s, self._device(layout))
+
+    def _microbatch_floor_s(self, layout: Layout) -> float:
+        """A microbatch on all stages of one rank."""
         size, tp, cp, ep = layout[:4]
         floors = self.planner.floors
-        microbatch_s = floors.tensor_s(size, tp, ep) / cp + floors.context_s(size, tp, cp)
-        return self.planner.bounds.layout_s(self._freest(layout), microbatch_s, self._device(layout))
+        return floors.tensor_s(size, tp, ep) / cp + floors.context_s(size, tp, cp)
+
+    def _way_floor_s(self, p: Parallelism, program: Program) -> float:
+        """The same for a way, its program known."""
+        layer = self.planner.layer
+        device = self.planner.floors.device(p.microbatch_size, p.ep)
+        step_s = self.planner.bounds.step_s(p, layer.table(program).microbatch_s, device)
+        return max(step_s, layer.schedule_floor_s(program, p))
 
     def _device(self, layout: Layout) -> StageTable:
         return self.planner.floors.device(layout.microbatch_size, layout.ep)
@@ -230,7 +265,7 @@ class BranchAndBound:
         sharded = {"zero_stage": 3, "dp_shard": layout.dp, "dp_replicate": 1}
         if layout.dp * layout.cp == 1:
             sharded = {"zero_stage": 0, "dp_shard": 1, "dp_replicate": 1}
-        recompute = pins.recompute or "mixed"
+        recompute = pins.recompute if pins.recompute and not pins.recompute_modules else "mixed"
         offload = pins.offload or "none"
         return parallelism(**layout.degrees, **sharded, recompute=recompute, offload=offload)
 

@@ -28,7 +28,7 @@ from autopar.search.outcome import Solved
 from autopar.search.placement import rank_groups
 from autopar.search.planner import Planner
 from autopar.search.saved import MODES
-from costmodel import OptimizerPolicy, model_flops_utilization, optimizer_policy
+from costmodel import OptimizerPolicy, check_host, model_flops_utilization, optimizer_policy
 from costmodel.orders import stage_ranks
 from graphs import Capture, CaptureError, rules
 from graphs.ir import OpGraph
@@ -73,6 +73,7 @@ def build_plan(
         warnings=(
             *warnings,
             *rule_warnings(planner.capture.graph),
+            *_precision_warnings(planner),
             *_gather_warnings(planner, evaluated.parallelism),
         ),
     )
@@ -164,6 +165,7 @@ def cluster_summary(cluster: Cluster, capture: Capture) -> ClusterSummary:
         num_devices=cluster.num_devices,
         devices_per_node=cluster.devices_per_node,
         memory_bytes=device.memory_bytes,
+        host_memory_bytes=cluster.host_memory_bytes_per_device,
         peak_flops_per_s=device.peak_flops_per_s(dtype_name(main_dtype(capture.graph))),
         price_usd_per_device_hour=cluster.price_usd_per_device_hour,
     )
@@ -235,8 +237,16 @@ def _prediction(planner: Planner, evaluated: Evaluated) -> Prediction:
         model_flops_per_s_per_device=flops / step_s / p.world_size,
         mfu=model_flops_utilization(flops, step_s, p.world_size, peak),
         peak_memory_bytes=evaluated.peak_memory_bytes,
+        host_memory_bytes=host_memory_bytes(evaluated, planner.cluster),
         single_device_step_s=_single_device_step_s(planner, p),
     )
+
+
+def host_memory_bytes(evaluated: Evaluated, cluster: Cluster) -> float:
+    """What offloaded states of the fullest device take of its host's memory."""
+    if evaluated.parallelism.offload == "none":
+        return 0.0
+    return evaluated.host_excess_bytes + check_host(cluster).memory_bytes
 
 
 def _single_device_step_s(planner: Planner, p: Parallelism) -> float:
@@ -316,6 +326,16 @@ def rule_warnings(graph: OpGraph) -> tuple[str, ...]:
         f"no sharding rule for {target}: every rank runs it whole; graphs.rules.register can add one"
         for target in unknown
     )
+
+
+def _precision_warnings(planner: Planner) -> tuple[str, ...]:
+    wanted, device = planner.programs.low_precision, planner.cluster.device
+    if wanted is None:
+        return ()
+    executed = device.executed_dtype(wanted)
+    own = dtype_name(main_dtype(planner.capture.graph))
+    instead = "" if executed == wanted else f", which {device.name} runs as {executed}"
+    return (f"products in repeated blocks are priced in {wanted}{instead}; the program runs them in {own}",)
 
 
 def _gather_warnings(planner: Planner, p: Parallelism) -> tuple[str, ...]:

@@ -188,7 +188,7 @@ class Evaluator:
 def _chosen(pieces: Pieces, p: Parallelism, choices: Sequence[str] | None) -> tuple[Parallelism, Choices]:
     """What units keep, and the parallelism with the mode that this comes to."""
     if choices is not None:
-        found = pieces.shortest(tuple(choices))
+        found = pieces.shortest(tuple(choices), p.recompute)
         mode = found if isinstance(found, str) else "mixed"
         return p if p.recompute == mode else p.model_copy(update={"recompute": mode}), found
     if p.recompute == "mixed":

@@ -87,7 +87,7 @@ def any_fitting(planner: Planner) -> Solved | None:
 def relaxations(planner: Planner, nearest: Solved) -> Iterator[str]:
     """Changes that were tried and make something fit, the cheapest to make first."""
     yield from _unpinned(planner)
-    if planner.pins == Pins():
+    if not planner.pins:
         yield from _more_devices(planner)
     needed = nearest.evaluated.peak_memory_bytes
     yield f"devices with {_round_up(needed)} would do as they are"
@@ -99,9 +99,12 @@ def _round_up(num_bytes: float) -> str:
 
 
 def _unpinned(planner: Planner) -> Iterator[str]:
-    """Pins without which something fits."""
-    for text, freed in planner.pins.parts():
-        solved = any_fitting(_again(planner, planner.cluster, planner.global_batch, freed))
+    """Pins without which something fits; all of them, where none of them helps alone."""
+    parts = dict(planner.pins.parts())
+    found = {text: any_fitting(planner.under(freed)) for text, freed in parts.items()}
+    if len(parts) > 1 and not any(found.values()):
+        found = {"any pin": any_fitting(planner.under(Pins()))}
+    for text, solved in found.items():
         if solved is not None:
             yield f"without {text}, {solved.parallelism} fits"
 
@@ -112,7 +115,7 @@ def _more_devices(planner: Planner) -> Iterator[str]:
         larger = grown(planner.cluster, factor)
         for batch in (planner.global_batch, planner.global_batch * factor):
             try:
-                solved = any_fitting(_again(planner, larger, batch, planner.pins))
+                solved = any_fitting(_again(planner, larger, batch))
             except PinConflictError:
                 continue
             if solved is not None:
@@ -121,12 +124,12 @@ def _more_devices(planner: Planner) -> Iterator[str]:
                 return
 
 
-def _again(planner: Planner, cluster: Cluster, global_batch: int, pins: Pins) -> Planner:
-    """A planner for another cluster, batch or pins."""
+def _again(planner: Planner, cluster: Cluster, global_batch: int) -> Planner:
+    """A planner for another cluster or batch."""
     era = planner.evaluator.era
     return Planner(
-        planner.capture, cluster, planner.policy, era, global_batch=global_batch, pins=pins,
-        whole_space=planner.whole_space,
+        planner.capture, cluster, planner.policy, era, global_batch=global_batch, pins=planner.pins,
+        whole_space=planner.whole_space, low_precision=planner.programs.low_precision,
     )  # fmt: skip
 
 

@@ -60,6 +60,10 @@ class Outcome:
         self.best = better(before, solved)
         return self.best is not before
 
+    def leave(self, floor_s: float) -> None:
+        """Note that something was given up on which takes no less than this: it may yet fit."""
+        self.floor_s = min(self.floor_s, floor_s)
+
     def runners_up(self, number: int) -> tuple[Solved, ...]:
         """The best of other meshes, in order."""
         rest = (solved for solved in self._by_mesh.values() if solved is not self.best)

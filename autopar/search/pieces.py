@@ -150,9 +150,10 @@ class Pieces:
             return (given,) * len(cuts)
         return tuple(given[a:b] for a, b in pairwise((*cuts, len(given))))
 
-    def shortest(self, names: tuple[str, ...]) -> Choices:
-        """The mode that these names of all units come to, if there is one."""
-        kinds = set(compress(names, self._is_block)) or {"none"}
+    def shortest(self, names: tuple[str, ...], mode: str = "none") -> Choices:
+        """The mode that these names of all units come to, if there is one; without blocks any does, so the
+        one that was asked for."""
+        kinds = set(compress(names, self._is_block)) or {mode}
         return names if len(kinds) > 1 or kinds.isdisjoint(MODES) else kinds.pop()
 
     def names(self, choices: Choices) -> tuple[str, ...]:

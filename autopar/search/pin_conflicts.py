@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
-from autopar.errors import PinConflictError
+from autopar.errors import InvalidParallelismError, PinConflictError
 from autopar.placements import Shard
+from autopar.plan import PLANNED_SCHEDULES
 from autopar.search.module_patterns import covers, generalized, nearest
 from autopar.search.pin_placement import PINNED_AXES, PinnedPlacement
 from autopar.search.pin_rules import covered_parameters, placements_of
 from autopar.search.pin_stages import named_units, num_stages
 from autopar.search.pin_values import together, written
 from autopar.search.space import divisors
+from autopar.search.validate import check_dimensions, check_experts
 from graphs.ir import Block, OpGraph
 
 if TYPE_CHECKING:
@@ -30,6 +32,25 @@ def check_pins(pins: Pins, graph: OpGraph, num_devices: int, global_batch: int) 
     """
     check_machine(pins, num_devices, global_batch)
     check_model(pins, graph)
+    try:
+        check_dimensions(graph, pins.tp or 1)
+        if (pins.ep or 1) > 1:
+            check_experts(graph, pins.ep or 1, pins.dp or num_devices)
+    except InvalidParallelismError as error:
+        raise PinConflictError(str(error)) from None
+
+
+def check_emitted(pins: Pins) -> None:
+    """Raises PinConflictError for what no program can be written for yet."""
+    emitted: dict[str, tuple[object, ...]] = {"schedule": PLANNED_SCHEDULES, "cp": (1,), "ep": (1,)}
+    for name, values in emitted.items():
+        value = getattr(pins, name)
+        if value is not None and value not in values:
+            raise PinConflictError(
+                f"{name}={value!r} can be evaluated but not planned yet; programs are written for {name} "
+                f"{', '.join(map(str, values))}: choose one of these, or search the whole space "
+                "(space='whole') for a plan without a program"
+            )
 
 
 def minimal_conflict(possible: Callable[[Pins], bool], pins: Pins) -> tuple[str, ...]:

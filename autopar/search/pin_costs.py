@@ -1,28 +1,98 @@
-"""What each pin costs: the search once more without it."""
+"""What each pin costs: the search once more without it, for plans that are faster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from autopar.plan import PinCost
+from autopar.plan import PinCost, Plan
+from autopar.search.branch import BranchAndBound, Progress
+from autopar.search.outcome import Solved
 from autopar.search.pins import Pins
+from autopar.search.placement import placed
+from autopar.search.planner import TOLERANCE, Planner
+
+MOST_WORK = 6000
+"""Arrivals in the queues of all these searches together, each a fraction of a millisecond to two: seconds on
+any machine, and the same pins priced on all of them."""
 
 
 def pin_costs(
-    search: Callable[[Pins], float | None], pins: Pins, step_s: float | None = None
-) -> tuple[PinCost, ...]:
-    """For every pin the seconds that a step takes longer for it, all others kept.
+    search: Callable[[Pins], float | None], pins: Pins, step_s: float
+) -> tuple[tuple[PinCost, ...], tuple[str, ...]]:
+    """For every pin the seconds that a step takes longer for it, all others kept; and the pins without a
+    price.
 
-    `search` returns the step time of the best plan under some pins, or None where nothing fits; `step_s` is
-    that of all pins, where it is known already. A search that stops at a gap may find less without a pin than
-    with it: that costs nothing. Nothing has a cost where nothing fits.
+    `step_s` is the step time under all pins. `search` returns the least that was found under some of them, or
+    None where it gave up before it could tell. A search that stops at a gap may find less without a pin than
+    with it: that costs nothing.
     """
-    whole_s = search(pins) if step_s is None else step_s
-    if whole_s is None:
-        return ()
-    found = []
+    found, unpriced = [], []
     for text, without in pins.parts():
         other_s = search(without)
-        best_s = whole_s if other_s is None else min(whole_s, other_s)
-        found.append(PinCost(pin=text, step_s=best_s, cost_s=whole_s - best_s))
-    return tuple(found)
+        if other_s is None:
+            unpriced.append(text)
+        else:
+            best_s = min(step_s, other_s)
+            found.append(PinCost(pin=text, step_s=best_s, cost_s=step_s - best_s))
+    return tuple(found), tuple(unpriced)
+
+
+def with_pin_costs(plan: Plan, pricer: PinPricer) -> Plan:
+    """The plan, with what each of its pins costs, and a warning that names those without a price."""
+    costs, unpriced = pricer.costs()
+    warnings = plan.warnings
+    if unpriced:
+        remark = f"there was no time to find out what these pins cost: {', '.join(unpriced)}"
+        warnings = (*warnings, remark)
+    return plan.model_copy(update={"pin_costs": costs, "warnings": warnings})
+
+
+class PinPricer:
+    """Searches again without some pins, for what beats the `best` plan under all `pins`; what it gains less
+    than the tolerance of a search counts as nothing. All searches together do so much `work`, and end at the
+    planner's deadline."""
+
+    def __init__(self, planner: Planner, pins: Pins, best: Solved, work: int = MOST_WORK) -> None:
+        self.planner = planner
+        self.pins = pins
+        self.best = best
+        self.work = work
+
+    def costs(self) -> tuple[tuple[PinCost, ...], tuple[str, ...]]:
+        """What each pin costs, and the pins without a price, as `pin_costs`."""
+        return pin_costs(self._step_s, self.pins, self.best.evaluated.step_s)
+
+    def _step_s(self, pins: Pins) -> float | None:
+        best: Solved | None = self.best
+        for left in self._spaces(pins):
+            best = self._faster(left, best) if best is not None else None
+        return None if best is None else best.evaluated.step_s
+
+    def _spaces(self, pins: Pins) -> Iterator[Pins]:
+        """The pins, and where the planner keeps states on the host of its own accord, with that."""
+        yield pins
+        if self.planner.pins.offload != self.pins.offload:
+            yield replace(pins, offload=self.planner.pins.offload)
+
+    def _faster(self, pins: Pins, best: Solved) -> Solved | None:
+        """The better of `best` and what pins allow; None where the work, or the time, did not suffice."""
+        if self.work <= 0:
+            return None
+        planner = self.planner.under(pins)
+        try:
+            search = BranchAndBound(planner, planner.layouts, TOLERANCE, _silent, planner.deadline)
+        except KeyboardInterrupt:
+            self.work = 0
+            return None
+        search.most_work = self.work
+        search.outcome.best = best
+        found = search.run().best
+        self.work = 0 if search.stopped == "interrupted" else self.work - search.work
+        if search.stopped is not None or found is None:
+            return None
+        return found if found is best else placed(found, planner.evaluator)
+
+
+def _silent(progress: Progress) -> None:
+    """These searches are short: their progress is not told."""

@@ -6,17 +6,24 @@ the slowest. Tensor parallelism is innermost by default (`plan.MESH_AXES`), wher
 which of the others comes next, or whether a data axis should have the fast links instead, depends on sizes
 and links. Orders in which every communicating group gets the same links cost the same, and one of them is
 enough: 120 permutations come down to a handful.
+
+The search takes the usual order; what it finds is placed afterwards, with all else as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import permutations
+from dataclasses import replace
+from itertools import compress, permutations
 
-from autopar.plan import Parallelism
+from autopar.plan import MESH_AXES, Parallelism
+from autopar.pricing import Pricer
 from autopar.ranks import Link, RankGroups, Steps
 from autopar.search.data_axes import data_groups, expert_shares, mesh_groups, strides
-from autopar.search.evaluate import Evaluated, Evaluator
+from autopar.search.evaluate import Evaluator
+from autopar.search.outcome import Solved
+from autopar.search.programs import Program
+from autopar.search.units import Chain, Unit
 from costmodel import Group, spans
 from hardware_db import Cluster
 
@@ -48,16 +55,54 @@ def best_order(
     return min(((each, evaluate(each)) for each in reordered), key=lambda found: found[1])
 
 
-def placed(candidate: Evaluated, evaluator: Evaluator) -> Evaluated:
-    """The candidate, its program and cuts as they are, in the order of axes that is best on the evaluator's
-    cluster: one that `slice_shapes` gives, for example."""
+def placed(solved: Solved, evaluator: Evaluator) -> Solved:
+    """The candidate in the order of axes that is best on the evaluator's cluster, its program, cuts and
+    choices as they are; itself where no other order is better than its own."""
+    candidate = solved.evaluated
+    found = {candidate.parallelism: candidate}
 
-    def priced(p: Parallelism) -> Evaluated:
-        chain = evaluator.priced(candidate.chain, p)
-        return evaluator.evaluate(chain, p, candidate.cuts, candidate.choices)
+    def step_s(p: Parallelism) -> float:
+        if p not in found:
+            chain = placed_chain(solved.program, p, evaluator)
+            found[p] = evaluator.evaluate(chain, p, candidate.cuts, candidate.choices)
+        return found[p].step_s
 
-    best, _ = best_order(lambda p: priced(p).step_s, candidate.parallelism, evaluator.cluster)
-    return priced(best)
+    best, _ = best_order(step_s, candidate.parallelism, evaluator.cluster)
+    return solved if found[best] is candidate else replace(solved, evaluated=found[best])
+
+
+def placed_chain(program: Program, p: Parallelism, evaluator: Evaluator) -> Chain:
+    """The chain of a program at its prices where `p` has its axes; choices keep their names and meaning."""
+    if p.axis_order == MESH_AXES:
+        return program.chain
+    pricer = Pricer(evaluator.cluster, _program_groups(program, p), like=evaluator.pricer)
+    moved: dict[tuple[int, int], Unit] = {}
+    units = []
+    for unit in program.chain.units:
+        key = id(unit.kernels), id(unit.again)
+        if key not in moved:
+            moved[key] = _moved(unit, pricer)
+        like = moved[key]
+        units.append(replace(unit, cost=like.cost, recompute_s=like.recompute_s))
+    return replace(program.chain, units=tuple(units))
+
+
+def _moved(unit: Unit, pricer: Pricer) -> Unit:
+    costs = [pricer.priced(kernels) for kernels in unit.kernels]
+    again_s = {
+        name: pricer.unit(list(compress(costs, flags))).forward_total_s for name, flags in unit.again.items()
+    }
+    return replace(unit, cost=pricer.unit(costs), recompute_s=again_s)
+
+
+def _program_groups(program: Program, p: Parallelism) -> Mapping[str, Group]:
+    """The groups that the ops of a program communicate over; where two replicas stand for any number of
+    them, the data axis is as wide as it can be, pipeline and all (`Programs`)."""
+    groups, steps = mesh_groups(p), strides(p)
+    if program.key.data_size != 2:
+        return groups
+    outer = (axis for axis in reversed(p.axis_order) if axis not in ("tp", "cp"))
+    return groups | {"dp": Group.of(*((getattr(p, axis), steps[axis]) for axis in outer))}
 
 
 def groups(p: Parallelism) -> Mapping[str, tuple[tuple[int, ...], ...]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-
-import numpy as np
-from numpy.typing import NDArray
+from math import lcm
 
 from autopar.errors import PinConflictError, SearchTimeoutError
 from autopar.plan import Parallelism
@@ -18,8 +17,11 @@ from autopar.search.evaluate import Evaluator
 from autopar.search.experts import num_experts
 from autopar.search.floors import Floors
 from autopar.search.given import even_cuts
-from autopar.search.outcome import Solved, better
+from autopar.search.outcome import Solved, better, rank
+from autopar.search.pin_conflicts import minimal_conflict
+from autopar.search.pin_space import PinSpace
 from autopar.search.pins import Pins
+from autopar.search.placement import placed, placed_chain
 from autopar.search.programs import MEMORY_PRICES, PINNED, Programs
 from autopar.search.replicas import SEQUENCE
 from autopar.search.space import (
@@ -28,12 +30,10 @@ from autopar.search.space import (
     Layout,
     divisors,
     layouts,
-    scale_up_size,
+    longest_tensor_axis,
     ways,
 )
-from autopar.search.stages import Options
 from autopar.search.staging import StageLayer
-from autopar.search.units import Unit
 from costmodel import OptimizerPolicy, Software
 from graphs import Capture
 from graphs.ir import OpGraph, Tensor
@@ -56,7 +56,8 @@ class SearchResult:
 
     `runners_up` are the best of other meshes, in order; `baselines` plain DDP and FSDP by name, None where
     the batch does not divide over the devices. `pruned` counts the candidates that were dropped, by why;
-    `stopped` says what ended the search before its proof.
+    `stopped` says what ended the search before its proof. `unplaced` is the best with its axes in the usual
+    order: what the search compares.
     """
 
     best: Solved | None
@@ -67,6 +68,7 @@ class SearchResult:
     num_solved: int
     pruned: dict[str, int] = field(default_factory=dict)
     stopped: str | None = None
+    unplaced: Solved | None = None
 
 
 class Planner:
@@ -86,6 +88,7 @@ class Planner:
         report: Report | None = None,
         shorten: bool = True,
         whole_space: bool = True,
+        low_precision: str | None = None,
     ) -> None:
         self.cluster = cluster
         self.capture = capture
@@ -93,12 +96,28 @@ class Planner:
         self.global_batch = global_batch
         self.whole_space = whole_space
         self.pins = pins or Pins()
+        self.pin_space = PinSpace(self.pins, capture.graph)
         self.bounds = Bounds(capture, cluster, policy, era)
         self.evaluator = Evaluator(cluster, policy, era)
-        self.programs = Programs(capture, cluster, era, rules=self.pins, shorten=shorten)
-        self.layer = StageLayer(self.evaluator, self._options, self._where)
+        self.programs = Programs(
+            capture, cluster, era, rules=self.pins, shorten=shorten, low_precision=low_precision
+        )
+        self.layer = StageLayer(self.programs, self.evaluator, self.pin_space.options, self.pin_space.where)
         self.deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self.report = report or (lambda progress: None)
+
+    def under(self, pins: Pins) -> Planner:
+        """The same search under other pins; what these do not change is shared."""
+        other = copy(self)
+        for name in ("degrees", "layouts", "floors"):
+            vars(other).pop(name, None)
+        other.pins, other.pin_space = pins, PinSpace(pins, self.capture.graph)
+        if pins.placements != self.pins.placements:
+            other.programs = self.programs.under(pins)
+        left = other.pin_space
+        if other.programs is not self.programs or left.of_units != self.pin_space.of_units:
+            other.layer = StageLayer(other.programs, self.evaluator, left.options, left.where)
+        return other
 
     # --- the space ------------------------------------------------------------------------------------------
 
@@ -109,22 +128,27 @@ class Planner:
 
     @cached_property
     def degrees(self) -> Degrees:
-        """The degrees that suit the model and the cluster."""
+        """The degrees that suit the model and the cluster, and that pins leave."""
         experts = num_experts(self.capture.graph)
+        fewest, most = self.pin_space.num_stages(self.num_units)
+        tp = self.pin_space.tensor_degrees(self._tensor_degrees())
+        num_blocks = len(self.capture.graph.blocks)
         if not self.whole_space:
-            return Degrees(self._tensor_degrees(), (1,), (1,), self.num_units, ("1F1B", "Interleaved1F1B"))
+            return Degrees(tp, (1,), (1,), most, ("1F1B", "Interleaved1F1B"), fewest, num_blocks)
         return Degrees(
-            tp=self._tensor_degrees(),
+            tp=tp,
             cp=self._context_degrees(),
             ep=tuple(n for n in divisors(experts) if self.cluster.num_devices % n == 0) if experts else (1,),
-            num_units=self.num_units,
+            num_units=most,
+            fewest_stages=fewest,
+            num_blocks=num_blocks,
         )
 
     def _tensor_degrees(self) -> tuple[int, ...]:
-        """Degrees inside the scale-up domain by which most of the parameters can be split."""
-        sizes = divisors(min(scale_up_size(self.cluster), self.cluster.num_devices))
-        graph = self.capture.graph
-        return tuple(n for n in sizes if self.cluster.num_devices % n == 0 and divides(graph, n))
+        """Degrees within reach by which most of the parameters can be split."""
+        graph, num_devices = self.capture.graph, self.cluster.num_devices
+        sizes = (n for n in divisors(num_devices) if n <= longest_tensor_axis(self.cluster))
+        return tuple(n for n in sizes if divides(graph, n))
 
     def _context_degrees(self) -> tuple[int, ...]:
         """Powers of two that leave every rank positions enough."""
@@ -140,11 +164,23 @@ class Planner:
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
-        """All layouts. Raises PinConflictError when there are none."""
-        found = tuple(layouts(self.cluster, self.global_batch, self.degrees, self.pins))
+        """All layouts that some way runs. Raises PinConflictError when there are none."""
+        found = tuple(self._layouts())
         if not found:
-            raise PinConflictError(self._why_empty())
+            raise PinConflictError(self._why_empty(minimal_conflict(self._is_possible, self.pins)))
         return found
+
+    def _is_possible(self, pins: Pins) -> bool:
+        try:
+            return any(True for _ in self.under(pins)._layouts())
+        except PinConflictError:
+            return False
+
+    def _layouts(self) -> Iterator[Layout]:
+        for layout in layouts(self.cluster, self.global_batch, self.degrees, self.pins):
+            is_run = any(True for _ in ways(layout, self.cluster, self.degrees, self.pins))
+            if is_run and self.pin_space.admits(layout, self.programs.replica):
+                yield layout
 
     def candidates(self) -> Iterator[Parallelism]:
         """Every way to run every layout."""
@@ -154,42 +190,39 @@ class Planner:
     @cached_property
     def floors(self) -> Floors:
         """Floors on a microbatch's time."""
-        largest = max(layout.microbatch_size for layout in self.layouts)
-        return Floors(self.programs, largest, self.layer.table)
-
-    def _options(self, units: Sequence[Unit]) -> Options:
-        """The variants that pins leave to units."""
-        return tuple(self._unit_options(unit) for unit in units)
-
-    def _unit_options(self, unit: Unit) -> tuple[str, ...]:
-        mode = self.pins.recompute if self.pins.recompute != "mixed" else None
-        return unit.frontier if mode is None or not unit.is_block else (mode,)
-
-    def _where(self, units: Sequence[Unit]) -> NDArray[np.bool_] | None:
-        """The units that may begin a stage; None for all."""
-        return None
+        common = lcm(*(layout.microbatch_size for layout in self.layouts))
+        return Floors(self.programs, common, self.layer.table)
 
     # --- the search -----------------------------------------------------------------------------------------
 
-    def search(self) -> SearchResult:
-        """The best plan. Raises PinConflictError when the pins leave no candidate at all, and
-        SearchTimeoutError when the time limit passes before there is any plan."""
+    def search(self, incumbent: Solved | None = None) -> SearchResult:
+        """The best plan, every mesh in the usual order of axes until it is found, then in its best one.
+
+        With an `incumbent`, the unplaced best of another cluster, only what is better counts; the bound is of
+        both. Raises PinConflictError when the pins leave no candidate at all, and SearchTimeoutError when
+        the time limit passes before there is any plan.
+        """
         search = BranchAndBound(self, self.layouts, TOLERANCE, self.report, self.deadline)
+        search.outcome.best = incumbent
         outcome = search.run()
         if outcome.best is None and search.stopped is not None:
             raise SearchTimeoutError(
                 f"no plan yet when the search was stopped ({search.stopped}): "
                 f"{search.num_candidates} candidates, none priced; allow more time, or pin some settings"
             )
+        best = None if outcome.best is incumbent else outcome.best
+        found = () if best is None else (best, *outcome.runners_up(NUM_RUNNERS_UP))
+        found = tuple(sorted((placed(each, self.evaluator) for each in found), key=rank))
         return SearchResult(
-            best=outcome.best,
-            runners_up=outcome.runners_up(NUM_RUNNERS_UP),
-            baselines={} if outcome.best is None else {name: self._baseline(name) for name in BASELINES},
+            best=found[0] if found else None,
+            runners_up=found[1:],
+            baselines={} if best is None else {name: self._baseline(name) for name in BASELINES},
             bound_s=search.bound_s,
             num_candidates=search.num_candidates,
             num_solved=outcome.num_priced,
             pruned=outcome.pruned,
             stopped=search.stopped,
+            unplaced=best,
         )
 
     def solve(self, p: Parallelism) -> Solved:
@@ -207,10 +240,9 @@ class Planner:
     def finish(self, solved: Solved) -> Solved:
         """The same at full depth, priced again from there: the names and numbers that a plan is made of."""
         evaluated = solved.evaluated
-        program = self.programs.finished(solved.program)
-        again = self.evaluator.evaluate(
-            program.chain, evaluated.parallelism, evaluated.cuts, evaluated.choices
-        )
+        program, p = self.programs.finished(solved.program), evaluated.parallelism
+        chain = placed_chain(program, p, self.evaluator)
+        again = self.evaluator.evaluate(chain, p, evaluated.cuts, evaluated.choices)
         return replace(solved, program=program, evaluated=again)
 
     def as_given(self, p: Parallelism) -> Solved:
@@ -218,38 +250,34 @@ class Planner:
         and blocks dealt out evenly over the stages, as trainers do it."""
         program = self.programs.finished(self.programs.program(p, PINNED))
         cuts = even_cuts(program.chain, p.pp * p.num_virtual_stages)
-        evaluated = self.evaluator.evaluate(program.chain, p, cuts)
+        evaluated = self.evaluator.evaluate(placed_chain(program, p, self.evaluator), p, cuts)
         return Solved(evaluated, program, evaluated.step_s)
 
     def _baseline(self, name: str) -> Solved | None:
         """The best plain form of data parallelism: over all devices, whatever microbatch and recomputation
-        suit it."""
+        suit it, and whatever is pinned."""
         num_devices = self.cluster.num_devices
         if self.global_batch % num_devices:
             return None
         zero_stage = BASELINES[name] if num_devices > 1 else 0
         shard = num_devices if zero_stage else 1
-        pins = Pins(tp=1, cp=1, ep=1, pp=1, zero_stage=zero_stage, dp_shard=shard)
-        plain = [
-            p
-            for layout in layouts(self.cluster, self.global_batch, self.degrees, pins)
-            for p in ways(layout, self.cluster, self.degrees, pins)
-        ]
+        plain = self.under(Pins(tp=1, cp=1, ep=1, pp=1, zero_stage=zero_stage, dp_shard=shard))
         best: Solved | None = None
-        for p in sorted(plain, key=lambda p: -p.microbatch_size):
+        for p in sorted(plain.candidates(), key=lambda p: -p.microbatch_size):
             if best is not None and self.bounds.memory_bytes(p) > self.cluster.device.memory_bytes:
                 continue
-            best = better(best, self.solve(p))
+            best = better(best, plain.solve(p))
         return best
 
-    def _why_empty(self) -> str:
+    def _why_empty(self, culprits: Sequence[str]) -> str:
         num_devices = self.cluster.num_devices
+        conflict = next((f"; {text}" for text in self.pin_space.conflicts.values() if text), "")
         return (
             f"no parallelism fits {num_devices} devices and a global batch of {self.global_batch} with "
-            f"{self.pins}: the product of tp, cp, pp and dp must be {num_devices}, dp must divide the global "
-            f"batch, and the model can be cut into at most {self.num_units} pipeline stages; "
-            "tensor-parallel degrees that suit model and cluster are "
-            f"{', '.join(map(str, self.degrees.tp))}"
+            f"{' and '.join(culprits) or 'nothing pinned'}: the product of tp, cp, pp and dp must be "
+            f"{num_devices}, dp times the microbatch size must divide the global batch, and the model can be "
+            f"cut into at most {self.num_units} pipeline stages; tensor-parallel degrees that suit model and "
+            f"cluster are {', '.join(map(str, self._tensor_degrees()))}{conflict}"
         )
 
 

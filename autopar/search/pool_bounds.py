@@ -6,6 +6,7 @@ The sums are those of each leg's own table (`autopar.search.stages`), the cuts `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autopar.plan import Parallelism, ScheduleName
+from autopar.plan import Parallelism
 from autopar.search.pool_cuts import (
     LegTimes,
     RouteCut,
@@ -38,6 +39,11 @@ class Way(NamedTuple):
     once: Once
     accumulation_s: Array
     room_bytes: Array
+
+    @property
+    def unlimited(self) -> Way:
+        """The same with memory without end."""
+        return self._replace(room_bytes=np.full_like(self.room_bytes, np.inf))
 
 
 class LegTable(StageTable):
@@ -64,22 +70,17 @@ class LegTable(StageTable):
         held: Array = rate * per_element * elements / (p.dp_shard if p.zero_stage >= 2 else 1)
         return held
 
-    def steps_s(self, way: Way, m: int, overlap: Overlap) -> Array:
-        """What each unit takes in a step of m microbatches at least, in two rows: with all that moves hidden,
-        and with synchronisation hidden by a whole backward; a stage takes the larger sum."""
-        backward_s = self.unit_backward_s + way.accumulation_s
-        gather_s, back_s, sync_s, optimizer_s = way.once
-        hidden_s = overlap.contention * (m * (gather_s + back_s) + sync_s)
-        least_s = m * (self.unit_forward_s + backward_s) + hidden_s + optimizer_s
-        exposed_s = (1 - overlap.contention) * (sync_s - overlap.gradient_sync * backward_s)
-        return np.stack([least_s, least_s + exposed_s])
+    def times(self, ways: Sequence[Way], num_stages: int) -> LegTimes:
+        """What units take at least, run in any of these ways."""
+        accumulation_s = np.min([way.accumulation_s for way in ways], axis=0)
+        return LegTimes.of(self.unit_forward_s, self.unit_backward_s + accumulation_s, num_stages)
 
-    def stage(self, way: Way, flight: int, overlap: Overlap, excluded: NDArray[np.bool_]) -> StageTimes:
-        """The stages with so many microbatches in flight, `excluded` runs left out."""
+    def stage(self, way: Way, flight: int, overlap: Overlap, possible: NDArray[np.bool_]) -> StageTimes:
+        """The stages with so many microbatches in flight, those left out that are not `possible`."""
         sums = self.sums
-        excess_bytes = np.where(excluded, 0.0, sums.saved_bytes - way.room_bytes / flight)
+        excess_bytes = np.where(possible, sums.saved_bytes - way.room_bytes / flight, 0.0)
         again_s = relief_s(sums.segments, excess_bytes)
-        possible = np.isfinite(again_s) & np.logical_not(excluded)
+        possible = possible & np.isfinite(again_s)
         backward_s = sums.backward_s + sums.runs.sums(way.accumulation_s) + np.where(possible, again_s, 0.0)
         gather_s, back_s, sync_s, optimizer_s = map(sums.runs.sums, way.once)
         units = sums.num_sharding_units
@@ -100,62 +101,68 @@ class RouteCuts:
     def __init__(self, legs: Legs) -> None:
         self.legs = legs
         self._tables: dict[tuple[Leg, int], LegTable] = {}
-        self._ways: dict[tuple[Leg, ScheduleName, int], tuple[Way, ...]] = {}
+        self._ways: dict[tuple[Leg, int], tuple[Way, ...]] = {}
+        self._times: dict[tuple[Leg, int], LegTimes] = {}
 
     def floor_s(self, route: Route, price: int) -> float:
         """No step takes less, whatever memory costs; infinite for too few units."""
-        numbers = range(len(route.legs))
-        times = [self._times(route, n, price, self._useful_ways(route, n, price)) for n in numbers]
-        floors = seam_floors(times, route.num_microbatches, route.schedule)
-        return floors[0][0] + self._overhead_s if floors else float("inf")
+        times = [
+            replace(self._leg_times(leg, price), send_s=self.legs.sends_s(route, number, price))
+            for number, leg in enumerate(route.legs)
+        ]
+        floors_s, _ = seam_floors(times, route.num_microbatches)
+        return float(floors_s.min(initial=np.inf)) + self._overhead_s
 
     def cut(self, route: Route, price: int, cutoff_s: float, *, fitting: bool = True) -> RouteCut | None:
         """The best cuts and the best way to shard each leg, with the bound of the relaxation: no others are
         below both that and the cutoff. Without `fitting` memory is no matter.
 
-        None where nothing fits memory, or nothing is below the cutoff. Where memory matters, ways that shard
-        gradients are looked at apart from those that do not: all stages add gradients up faster then.
+        None where nothing fits memory, or nothing is below the cutoff. Ways that shard gradients are looked
+        at apart from those that do not: all stages add gradients up faster then.
         """
         best: RouteCut | None = None
         limit_s = cutoff_s - self._overhead_s
-        useful = [self._useful_ways(route, number, price) for number in range(len(route.legs))]
-        for ways in product(*(_alike(ways) if fitting else [ways] for ways in useful)):
-            times = [
-                self._times(route, number, price, mine, limit_s, fitting) for number, mine in enumerate(ways)
-            ]
-            found = best_cuts(times, route.num_microbatches, route.schedule, limit_s)
+        for ways in product(*(_alike(self._useful_ways(leg, price)) for leg in route.legs)):
+            times = [self._stage_times(route, n, price, mine, limit_s, fitting) for n, mine in enumerate(ways)]
+            found = best_cuts(times, route.num_microbatches, limit_s)
             if found is not None:
                 limit_s = found.bound_s
                 chosen = tuple(mine[way].number for mine, way in zip(ways, found.ways, strict=True))
                 best = RouteCut(found.cuts, chosen, found.bound_s + self._overhead_s)
         return best
 
-    def _times(
-        self,
-        route: Route,
-        number: int,
-        price: int,
-        ways: Sequence[Way],
-        limit_s: float | None = None,
-        fitting: bool = True,
+    def _leg_times(self, leg: Leg, price: int) -> LegTimes:
+        """What units take on a leg, however it is sharded."""
+        if (leg, price) not in self._times:
+            table, ways = self._table(leg, price), self._useful_ways(leg, price)
+            self._times[leg, price] = table.times(ways, leg.layout.pp)
+        return self._times[leg, price]
+
+    def _stage_times(
+        self, route: Route, number: int, price: int, ways: Sequence[Way], limit_s: float, fitting: bool
     ) -> LegTimes:
-        """What units take on a leg, and with a limit the stages of these ways to shard it."""
-        leg, m = route.legs[number], route.num_microbatches
-        table, overlap = self._table(leg, price), self.legs.evaluators[leg.pool].overlap
-        flights = peak_in_flight(route.schedule, route.num_stages, m, 1)[route.first_stage(number) :]
-        flights = flights[: leg.layout.pp]
-        stages: list[list[StageTimes]] = []
-        if limit_s is not None:
-            stages = [self._stages(leg, price, way, flights, m, limit_s, fitting) for way in ways]
-        return LegTimes(
-            forward_s=table.unit_forward_s,
-            backward_s=table.unit_backward_s + np.min([way.accumulation_s for way in ways], axis=0),
-            num_stages=leg.layout.pp,
-            steps_s=np.stack([table.steps_s(way, m, overlap) for way in ways]),
-            ways=stages,
+        """The same for some of the ways to shard it, with their stages."""
+        leg = route.legs[number]
+        return replace(
+            self._table(leg, price).times(ways, leg.layout.pp),
             send_s=self.legs.sends_s(route, number, price),
-            in_flight=max(flights),
+            ways=[self._stages(route, number, price, way if fitting else way.unlimited, limit_s) for way in ways],
         )
+
+    def _stages(
+        self, route: Route, number: int, price: int, way: Way, limit_s: float
+    ) -> list[StageTimes]:
+        """The stages of a leg; a run of units that alone exceeds the limit is none."""
+        leg = route.legs[number]
+        table, m = self._table(leg, price), route.num_microbatches
+        flights = peak_in_flight("1F1B", route.num_stages, m, 1)[route.first_stage(number) :][: leg.layout.pp]
+        possible = m * (table.sums.forward_s + table.sums.backward_s) < limit_s
+        where = self.legs.planners[leg.pool].layer.where(table.chain.units)
+        if where is not None:
+            possible &= where
+        overlap = self.legs.evaluators[leg.pool].overlap
+        known = {flight: table.stage(way, flight, overlap, possible) for flight in set(flights)}
+        return [known[flight] for flight in flights]
 
     @property
     def _overhead_s(self) -> float:
@@ -167,40 +174,20 @@ class RouteCuts:
             self._tables[leg, price] = LegTable(table.chain, table.options)
         return self._tables[leg, price]
 
-    def _useful_ways(self, route: Route, number: int, price: int) -> tuple[Way, ...]:
+    def _useful_ways(self, leg: Leg, price: int) -> tuple[Way, ...]:
         """The ways to shard a leg but those that another is as good as in time and in memory."""
-        leg, schedule = route.legs[number], route.schedule
-        key = leg, schedule, price
-        if key not in self._ways:
+        if (leg, price) not in self._ways:
             table, evaluator = self._table(leg, price), self.legs.evaluators[leg.pool]
             device = evaluator.cluster.device
             memory_bytes = device.memory_bytes - device.efficiency.reserved_memory_bytes
             ways: list[Way] = []
-            for index, p in enumerate(self.legs.ways(leg, schedule)):
+            for index, p in enumerate(self.legs.ways(leg)):
                 machine = Machine(evaluator.placed(p), evaluator.policy, evaluator.overlap, memory_bytes)
                 way = table.way(index, p, machine)
                 if not any(_is_as_good(other, way) for other in ways):
                     ways = [other for other in ways if not _is_as_good(way, other)] + [way]
-            self._ways[key] = tuple(ways)
-        return self._ways[key]
-
-    def _stages(
-        self, leg: Leg, price: int, way: Way, flights: Sequence[int], m: int, cutoff_s: float, fitting: bool
-    ) -> list[StageTimes]:
-        """The stages of a leg with so many microbatches in flight; a run of units that alone exceeds the
-        cutoff is none."""
-        table = self._table(leg, price)
-        where = self.legs.planners[leg.pool].layer.where(table.chain.units)
-        excluded = m * (table.sums.forward_s + table.sums.backward_s) >= cutoff_s
-        if where is not None:
-            excluded[: len(where)][~where] = True
-        overlap = self.legs.evaluators[leg.pool].overlap
-        if not fitting:
-            free = way._replace(room_bytes=np.full_like(way.room_bytes, np.inf))
-            times = table.stage(free, 1, overlap, excluded)
-            return [times._replace(in_flight=flight) for flight in flights]
-        known = {flight: table.stage(way, flight, overlap, excluded) for flight in set(flights)}
-        return [known[flight] for flight in flights]
+            self._ways[leg, price] = tuple(ways)
+        return self._ways[leg, price]
 
 
 def _is_as_good(one: Way, other: Way) -> bool:

@@ -14,14 +14,14 @@ from functools import cached_property
 
 import numpy as np
 
-from autopar.plan import Parallelism, ScheduleName
+from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluator
 from autopar.search.ledger import rank_ledgers
 from autopar.search.pieces import Pieces
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
 from autopar.search.pool_cuts import Vector
-from autopar.search.pool_routes import Leg, Route
+from autopar.search.pool_routes import SCHEDULE, Leg, Route
 from autopar.search.programs import Program
 from autopar.search.space import ways
 from autopar.search.stages import StageTable
@@ -62,19 +62,19 @@ class Legs:
         self.planners = tuple(planners)
         self.pools = pools
         self.evaluators = tuple(LegEvaluator(p.cluster, p.policy, p.evaluator.era) for p in planners)
-        self._ways: dict[tuple[Leg, ScheduleName], tuple[Parallelism, ...]] = {}
+        self._ways: dict[Leg, tuple[Parallelism, ...]] = {}
 
-    def ways(self, leg: Leg, schedule: ScheduleName) -> tuple[Parallelism, ...]:
+    def ways(self, leg: Leg) -> tuple[Parallelism, ...]:
         """The ways to shard a leg over its data axes: over none, the fewest or the most replicas."""
-        if (leg, schedule) not in self._ways:
+        if leg not in self._ways:
             planner = self.planners[leg.pool]
-            found = list(ways(leg.layout, planner.cluster, planner.degrees, _leg_pins(planner.pins)))
+            pins = _leg_pins(planner.pins)
+            degrees = planner.degrees._replace(fewest_stages=1)
+            found = list(ways(leg.layout, planner.cluster, degrees, pins))
             shards = {p.dp_shard for p in found if p.zero_stage}
             usual = {1, min(shards, default=1), max(shards, default=1)}
-            self._ways[leg, schedule] = tuple(
-                p.model_copy(update={"schedule": schedule}) for p in found if p.dp_shard in usual
-            )
-        return self._ways[leg, schedule]
+            self._ways[leg] = tuple(p for p in found if p.dp_shard in usual)
+        return self._ways[leg]
 
     def program(self, leg: Leg, price: int) -> Program:
         """The program of a leg at one of the prices of memory."""
@@ -86,20 +86,28 @@ class Legs:
         return self.planners[leg.pool].layer.table(self.program(leg, price))
 
     def _any_way(self, leg: Leg) -> Parallelism:
-        return self.ways(leg, "1F1B")[0]
+        return self.ways(leg)[0]
 
     def sends_s(self, route: Route, number: int, price: int) -> Vector:
         """Seconds of the message with which leg `number` begins, for each unit that it may begin with; the
         first leg receives none."""
+        crossing_s = self.crossing_s(route, number)
         if not number:
-            return np.zeros(len(self._boundary_bytes))
-        before, after = route.legs[number - 1], route.legs[number]
+            return crossing_s
+        sides = (self._gathering_s(leg, price) for leg in route.legs[number - 1 : number + 1])
+        sends_s: Vector = crossing_s + np.maximum(*sides)
+        return sends_s
+
+    def crossing_s(self, route: Route, number: int) -> Vector:
+        """What of that the link takes."""
+        if not number:
+            return np.zeros_like(self._boundary_bytes)
+        before, after = route.legs[number - 1 : number + 1]
         samples = after.layout.microbatch_size * after.layout.dp
         num_nodes = min(map(self._stage_nodes, (before, after)))
-        crossing_s = samples * self._boundary_bytes / (self.pools.link_bytes_per_s * num_nodes)
-        gathering_s = np.maximum(self._gathering_s(before, price), self._gathering_s(after, price))
-        sends_s: Vector = self.pools.link_latency_s + crossing_s + gathering_s
-        return sends_s
+        bytes_per_s = self.pools.link_bytes_per_s * num_nodes
+        crossing_s: Vector = self.pools.link_latency_s + samples * self._boundary_bytes / bytes_per_s
+        return crossing_s
 
     @cached_property
     def _boundary_bytes(self) -> Vector:
@@ -125,4 +133,4 @@ class Legs:
 def _leg_pins(pins: Pins) -> Pins:
     """The pins without those that are about the whole pipeline."""
     forbid = {name: values for name, values in pins.forbid.items() if name not in ("schedule", "pp")}
-    return replace(pins, pp=None, schedule="1F1B", num_virtual_stages=None, forbid=forbid)
+    return replace(pins, pp=None, schedule=SCHEDULE, num_virtual_stages=None, forbid=forbid)

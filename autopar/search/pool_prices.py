@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from autopar.plan import Parallelism
 from autopar.search.pool_cuts import RouteCut, moves
 from autopar.search.pool_legs import Legs
-from autopar.search.pool_routes import Route
+from autopar.search.pool_routes import SCHEDULE, Route
 from autopar.search.programs import Program
 from autopar.search.variants import Variants
 from costmodel import Ledger, StageWork, StepCost, peak_in_flight, step_cost
@@ -112,7 +112,7 @@ class Prices:
 
     def _ways(self, route: Route, cut: RouteCut) -> list[Parallelism]:
         pairs = zip(route.legs, cut.ways, strict=True)
-        return [self.legs.ways(leg, route.schedule)[way] for leg, way in pairs]
+        return [self.legs.ways(leg)[way] for leg, way in pairs]
 
     def _with_cuts(
         self, route: Route, price: int, cuts: tuple[int, ...], ways: Sequence[Parallelism]
@@ -162,7 +162,7 @@ class Prices:
         step = step_cost(
             works,
             route.num_microbatches,
-            route.schedule,
+            SCHEDULE,
             1,
             sends_s,
             evaluator.overlap,
@@ -193,7 +193,7 @@ class Prices:
         leg, route = priced.legs[number], priced.route
         table = self.legs.table(route.legs[number], priced.price)
         variants = self._variants.setdefault(id(table), Variants(table))
-        flights = peak_in_flight(route.schedule, len(priced.cuts), route.num_microbatches, 1)
+        flights = peak_in_flight(SCHEDULE, len(priced.cuts), route.num_microbatches, 1)
         ends = (*priced.cuts, table.num_units)
         choices = list(leg.choices)
         for stage, ledger in enumerate(leg.ledgers, route.first_stage(number)):

@@ -1,10 +1,10 @@
 """Routes: the ways in which a pipeline can go through pools of devices.
 
-A route visits some of the pools, each once, in some order; the part on one pool is a *leg* of as many stages
-as divide its devices. Legs have their own tensor and data parallelism; context
-and expert parallelism are for those who pin them. A microbatch of the pipeline
-is G samples, of which each of the dp_q replicas of leg q takes G / dp_q: microbatches are as uneven as the
-pools.
+A route visits two or more pools, each once, in some order; the part on one pool is a *leg* of as many stages
+as divide its devices. Legs have their own tensor and data parallelism; context and expert parallelism are for
+those who pin them. A microbatch of the pipeline is G samples, of which each of the dp_q replicas of leg q
+takes G / dp_q: microbatches are as uneven as the pools. The schedule is 1F1B: with several stages on a rank,
+every microbatch would cross between pools as often.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from typing import NamedTuple
 from autopar.plan import ScheduleName
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
-from autopar.search.space import Layout, divisors, runs
+from autopar.search.space import Layout, divisors, runs, scale_up_size
 
-SCHEDULES: tuple[ScheduleName, ...] = ("1F1B", "InterleavedZeroBubble", "GPipe")
-"""Schedules with one stage on a rank: with more, every microbatch would cross between pools as often. The
-first is searched, the others are for those who pin them."""
+SCHEDULE: ScheduleName = "1F1B"
 
 
 class Leg(NamedTuple):
@@ -34,7 +32,6 @@ class Route(NamedTuple):
     """Legs in the order of the pipeline."""
 
     legs: tuple[Leg, ...]
-    schedule: ScheduleName
 
     @property
     def num_stages(self) -> int:
@@ -52,37 +49,34 @@ class Route(NamedTuple):
 
 
 def routes(planners: Sequence[Planner], global_batch: int, pins: Pins) -> Iterator[Route]:
-    """All routes, in a fixed order. Of the pins, `pp` counts the stages of all legs, and every leg keeps to
-    the others."""
-    num_units = planners[0].num_units
+    """All routes, in a fixed order. Of the pins, `pp` counts the stages of all legs, a `mesh` leaves none,
+    and every leg keeps to the others."""
+    if SCHEDULE not in pins.values("schedule", (SCHEDULE,)) or pins.mesh is not None:
+        return
+    fewest, most = planners[0].pin_space.num_stages(planners[0].num_units)
     for samples in divisors(global_batch):
         legs = [list(_legs(pool, planner, samples, global_batch)) for pool, planner in enumerate(planners)]
-        for number in range(1, len(planners) + 1):
+        for number in range(2, len(planners) + 1):
             for order in permutations(range(len(planners)), number):
                 for chosen in product(*(legs[pool] for pool in order)):
-                    yield from _scheduled(chosen, num_units, pins)
-
-
-def _scheduled(legs: tuple[Leg, ...], num_units: int, pins: Pins) -> Iterator[Route]:
-    num_stages = sum(leg.layout.pp for leg in legs)
-    if num_stages > num_units or num_stages not in pins.values("pp", (num_stages,)):
-        return
-    for schedule in pins.values("schedule", SCHEDULES[:1]) if num_stages > 1 else SCHEDULES[:1]:
-        if schedule in SCHEDULES and runs(schedule, num_stages, legs[0].layout.num_microbatches, 1):
-            yield Route(legs, schedule)
+                    route = Route(chosen)
+                    pp = route.num_stages
+                    suits = fewest <= pp <= most and pp in pins.values("pp", (pp,))
+                    if suits and runs(SCHEDULE, pp, route.num_microbatches, 1):
+                        yield route
 
 
 def _legs(pool: int, planner: Planner, samples: int, global_batch: int) -> Iterator[Leg]:
     """The legs on one pool whose replicas share microbatches of so many samples."""
-    pins, degrees = planner.pins, planner.degrees
-    num_devices = planner.cluster.num_devices
-    inner = product(pins.values("tp", degrees.tp), pins.values("cp", (1,)), pins.values("ep", (1,)))
-    for (tp, cp, ep), pp in product(inner, divisors(num_devices)):
-        dp, remainder = divmod(num_devices, tp * cp * pp)
-        if remainder or samples % dp or pp > degrees.num_units or dp not in pins.values("dp", (dp,)):
+    pins, cluster = planner.pins, planner.cluster
+    inside = tuple(n for n in planner.degrees.tp if n <= scale_up_size(cluster))
+    inner = product(pins.values("tp", inside), pins.values("cp", (1,)), pins.values("ep", (1,)))
+    for (tp, cp, ep), pp in product(inner, divisors(cluster.num_devices)):
+        dp, remainder = divmod(cluster.num_devices, tp * cp * pp)
+        if remainder or samples % dp or dp % ep or dp not in pins.values("dp", (dp,)):
             continue
-        size = samples // dp
-        if size not in pins.values("microbatch_size", (size,)) or size & (size - 1):
-            continue
-        if dp % ep == 0:
-            yield Leg(pool, Layout(size, tp, cp, ep, pp, dp, global_batch // samples))
+        layout = Layout(samples // dp, tp, cp, ep, pp, dp, global_batch // samples)
+        is_wanted = layout.microbatch_size in pins.values("microbatch_size", (layout.microbatch_size,))
+        if pp < planner.num_units and is_wanted:
+            if planner.pin_space.admits(layout, planner.programs.replica):
+                yield Leg(pool, layout)

@@ -1,30 +1,22 @@
 """The search over pools of different devices: routes, cheapest lower bound first, until the best is proven.
 
-    route        one device's arithmetic, divided over the devices of each leg      `Floors.device_sample_s`
-      ↓          strategies of the tensor axes at their true prices                 `Floors.tensor_sample_s`
-      ↓          each leg's own program, seams between units                        `RouteCuts.floor_s`
-      ↓          stages cut, ways to shard, at first as if memory were no matter    `RouteCuts.cut`
-      ↓          the same, memory met with fractions of variants                    `RouteCuts.cut`
-    plan         whole variants, exact schedule and memory                          `Prices.solve`
+    route        one device's arithmetic, divided over the devices of each leg    `PoolSearch._device_floor_s`
+      ↓          each leg's own program, messages at the seams                    `RouteCuts.floor_s`
+      ↓          stages cut, ways to shard, memory met with fractions of variants `RouteCuts.cut`
+    plan         whole variants, exact schedule and memory                        `Prices.solve`
 
 As in `autopar.search.branch`, what comes first in the queue is looked at more closely, and the first in the
-queue is the bound. Routes through one pool alone are among the candidates: a slow pool stays idle where that
-is faster.
-
-A leg of p stages on which a whole microbatch takes c seconds does not take its part x of the model in less
-than x c / κ, with κ as in `autopar.search.pool_cuts`; if what comes after it takes r for all of the model,
-both together take
-
-    min over x of max(x c / κ, x c + (1 - x) r) = (c / κ) r / (c / κ - c + r)    or r, where that is less.
+queue is the bound. Each pool by itself is a candidate too, with the whole search of `autopar.search.planner`:
+a slow pool stays idle where that is faster.
 """
 
 from __future__ import annotations
 
 import heapq
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -33,21 +25,17 @@ import numpy as np
 from autopar.errors import PinConflictError, SearchTimeoutError
 from autopar.search.floors import Floors
 from autopar.search.pins import Pins
-from autopar.search.planner import Planner
+from autopar.search.planner import Planner, SearchResult
 from autopar.search.pool_bounds import RouteCuts
-from autopar.search.pool_cuts import RouteCut
+from autopar.search.pool_cuts import LegTimes, RouteCut, seam_floors
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_prices import PricedRoute, Prices
 from autopar.search.pool_routes import Leg, Route, routes
 from autopar.search.programs import MEMORY_PRICES
 from autopar.search.space import parallelism
 from autopar.search.stages import state_bytes
-from costmodel import OptimizerPolicy, Software
-from costmodel.orders import SPLIT_BACKWARD_SCHEDULES
-from graphs import Capture
-from hardware_db import Pools
 
-TOLERANCE = 1e-2
+TOLERANCE = 5e-3
 """The gap at which a search is done."""
 
 PROMISING = 0.95
@@ -59,128 +47,122 @@ Report = Callable[[str, int, int], None]
 """Told the best so far, how many candidates are decided, and of how many."""
 
 
-class Node(NamedTuple):
-    """A route, how closely it was looked at (`depth`), the price of memory of its programs, and its cuts with
-    the cutoff at which they were made."""
+class RouteNode(NamedTuple):
+    """A route with the price of memory of its programs, once they were made, and its cuts with the cutoff at
+    which they were made."""
 
     route: Route
-    depth: int = 0
     price: int = 0
+    is_made: bool = False
     cut: RouteCut | None = None
     cutoff_s: float = float("inf")
 
 
+class AloneNode(NamedTuple):
+    """A pool by itself."""
+
+    pool: int
+
+
+Node = RouteNode | AloneNode
+
+
 @dataclass(frozen=True)
 class PoolsResult:
-    """What the search found; `best` is None where nothing fits. `runners_up` are the best routes with other
-    pools, degrees or order; `pruned` counts candidates by why they were dropped."""
+    """What the search found: the best route, None where none fits or where `alone`, a pool and what was found
+    on it, is faster. `runners_up` are the best routes with other pools, degrees or order; `pruned` counts
+    candidates by why they were dropped."""
 
     best: PricedRoute | None
+    alone: tuple[int, SearchResult] | None
     runners_up: tuple[PricedRoute, ...]
     bound_s: float
     num_candidates: int
     num_solved: int
-    pruned: dict[str, int] = field(default_factory=dict)
+    pruned: dict[str, int]
     stopped: str | None = None
 
 
-def plan_pools(
-    capture: Capture,
-    pools: Pools,
-    policy: OptimizerPolicy,
-    era: Software | None = None,
-    *,
-    global_batch: int,
-    pins: Pins | None = None,
-    time_limit_s: float | None = None,
-    report: Report | None = None,
-    shorten: bool = True,
-) -> tuple[PoolsResult, Legs]:
-    """The best route of a pipeline through pools, and the legs that it was made of.
-
-    Arguments as for `autopar.search.planner.Planner`. Raises PinConflictError when the pins leave no route,
-    and SearchTimeoutError when the time limit passes before there is any.
-    """
-    planners = [
-        Planner(capture, cluster, policy, era, global_batch=global_batch, pins=pins, shorten=shorten)
-        for cluster in pools.pools
-    ]
-    legs = Legs(planners, pools)
-    deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
-    search = PoolSearch(legs, global_batch, pins or Pins(), deadline, report)
-    return search.run(), legs
-
-
 class PoolSearch:
-    """One search."""
+    """One search through `legs`, within pins. Raises PinConflictError when they leave no candidate."""
 
     def __init__(
-        self,
-        legs: Legs,
-        global_batch: int,
-        pins: Pins,
-        deadline: float | None = None,
-        report: Report | None = None,
+        self, legs: Legs, global_batch: int, pins: Pins, time_limit_s: float | None, report: Report | None
     ) -> None:
         self.legs = legs
+        self.planners = legs.planners
+        self.global_batch = global_batch
         self.cuts = RouteCuts(legs)
         self.prices = Prices(legs)
-        self.deadline = deadline
+        self.deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self.report = report or (lambda best, done, total: None)
-        self.routes = tuple(routes(legs.planners, global_batch, pins))
-        if not self.routes:
-            raise PinConflictError(self._why_empty(global_batch, pins))
-        self._made: dict[tuple[int, tuple[int, ...]], dict[int, float]] = defaultdict(dict)
-        self._shares: dict[tuple[int, int, int], float] = {}
-        self._capacity: dict[Leg, float] = {}
-        self._possible = [route for route in self.routes if self._may_fit(route)]
-        sizes = (leg.layout.microbatch_size for route in self._possible for leg in route.legs)
-        self._largest = max(sizes, default=1)
-        self._floors = [
-            Floors(planner.programs, self._largest, planner.layer.table) for planner in legs.planners
-        ]
+        self.routes = tuple(routes(self.planners, global_batch, pins))
+        self.largest = max((leg.layout.microbatch_size for r in self.routes for leg in r.legs), default=1)
         self.best: PricedRoute | None = None
+        self.alone: tuple[int, SearchResult] | None = None
         self.solved: list[PricedRoute] = []
-        num_impossible = len(self.routes) - len(self._possible)
-        self.pruned = {"memory floor": num_impossible, "time floor": 0, "out of memory": 0}
+        self._fate: dict[Route | int, str] = {}
+        self._device_times: dict[Leg, LegTimes] = {}
+        self._capacity: dict[Leg, float] = {}
         self._queue: list[tuple[float, int, Node]] = []
         self._arrivals = 0
 
     @property
+    def num_candidates(self) -> int:
+        """Routes, and pools by themselves."""
+        return len(self.routes) + len(self.planners)
+
+    @property
     def best_s(self) -> float:
-        """Seconds of the best route so far."""
-        return float("inf") if self.best is None else self.best.step_s
+        """Seconds of the best so far."""
+        route_s = float("inf") if self.best is None else self.best.step_s
+        return min(route_s, self._alone_s)
+
+    @property
+    def _alone_s(self) -> float:
+        found = None if self.alone is None else self.alone[1].best
+        return float("inf") if found is None else found.evaluated.step_s
 
     def run(self) -> PoolsResult:
-        """Search until the best is proven, or time or the user says so."""
-        stopped = None
+        """Search until the best is proven, or time or the user says so. Raises SearchTimeoutError when there
+        is no plan by then."""
         try:
             stopped = self._run()
         except KeyboardInterrupt:
             stopped = "interrupted"
-        if self.best is None and stopped is not None:
+        if stopped is not None and self.best_s == float("inf"):
             raise SearchTimeoutError(
-                f"no plan yet when the search was stopped ({stopped}): {len(self.routes)} routes, none "
+                f"no plan yet when the search was stopped ({stopped}): {self.num_candidates} candidates, none "
                 "priced; allow more time, or pin some settings"
             )
-        reason = stopped or "time floor"
-        self.pruned[reason] = self.pruned.get(reason, 0) + len(self._queue)
-        left = (entry[0] for entry in self._queue[:1])
-        others = (each for each in self._best_by_mesh() if each is not self.best)
+        bounds_s = [entry[0] for entry in self._queue[:1]]
+        if self.alone is not None:
+            bounds_s.append(self.alone[1].bound_s)
+        fates = Counter(self._fate.values())
+        num_solved = fates.pop("solved", 0)
+        fates[stopped or "time floor"] += self.num_candidates - len(self._fate)
+        is_alone = self._alone_s <= self.best_s
+        others = (each for each in self._best_by_mesh() if is_alone or each is not self.best)
         return PoolsResult(
-            best=self.best,
+            best=None if is_alone else self.best,
+            alone=self.alone if is_alone else None,
             runners_up=tuple(islice(others, NUM_RUNNERS_UP)),
-            bound_s=min(self.best_s, *map(self._final_bound_s, self.solved), *left),
-            num_candidates=len(self.routes),
-            num_solved=len(self.solved),
-            pruned=self.pruned,
+            bound_s=min(self.best_s, *map(self._final_bound_s, self.solved), *bounds_s),
+            num_candidates=self.num_candidates,
+            num_solved=num_solved,
+            pruned={"memory floor": 0, "time floor": 0, "out of memory": 0, **fates},
             stopped=stopped,
         )
 
     def _run(self) -> str | None:
         """Go through the queue; what stopped it, if not the proof."""
-        for route in self._possible:
-            self._push(self._floor_s(route, self._device_s), Node(route))
+        for pool, planner in enumerate(self.planners):
+            self._push(self._alone_floor_s(planner), AloneNode(pool))
+        for route in self.routes:
+            if self._may_fit(route):
+                self._push(self._device_floor_s(route), RouteNode(route))
+            else:
+                self._fate[route] = "memory floor"
         while self._queue and self._queue[0][0] < self.best_s * (1 - TOLERANCE):
             if self.deadline is not None and time.monotonic() > self.deadline:
                 return "time limit"
@@ -189,8 +171,75 @@ class PoolSearch:
             heapq.heappop(self._queue)
             for entry in found:
                 self._push(*entry)
-            self.report(self._so_far(), len(self.routes) - len(self._queue), len(self.routes))
+            self.report(self._so_far(), self.num_candidates - len(self._queue), self.num_candidates)
         return None
+
+    def _push(self, floor_s: float, node: Node) -> None:
+        heapq.heappush(self._queue, (floor_s, self._arrivals, node))
+        self._arrivals += 1
+
+    def _expand(self, floor_s: float, node: Node) -> Iterator[tuple[float, Node]]:
+        """What a node turns into, each with its floor."""
+        match node:
+            case AloneNode(pool):
+                self._search_alone(pool)
+            case RouteNode(route, price, False):
+                made_s = self.cuts.floor_s(route, price)
+                yield max(floor_s, made_s), node._replace(is_made=True)
+            case RouteNode(_, _, _, cut, cutoff_s):
+                if cut is None or cutoff_s > self.best_s:  # the nearer the cutoff, the tighter the bound
+                    yield from self._cut(floor_s, node)
+                else:
+                    yield from self._solve(floor_s, node, cut)
+
+    def _cut(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, Node]]:
+        """Cut a route; price it at once where that may well give a better cutoff."""
+        cut = self.cuts.cut(node.route, node.price, self.best_s)
+        if cut is not None:
+            known = node._replace(cut=cut, cutoff_s=self.best_s)
+            if node.cut is None and cut.bound_s < PROMISING * self.best_s:
+                self._note(self.prices.solve(node.route, node.price, cut))
+            yield max(floor_s, cut.bound_s), known
+        elif self.cuts.cut(node.route, node.price, self.best_s, fitting=False) is not None:
+            self._fate.setdefault(node.route, "out of memory")
+            yield from self._smaller(floor_s, node)
+
+    def _solve(self, floor_s: float, node: RouteNode, cut: RouteCut) -> Iterator[tuple[float, Node]]:
+        """Price a route; where memory binds, smaller programs may do better."""
+        priced = self.prices.solve(node.route, node.price, cut)
+        if priced.fits and priced.step_s < self.best_s * 1.03:
+            priced = self.prices.polished(priced)
+        self._note(priced)
+        if priced.fits:
+            self._fate[node.route] = "solved"
+            self.solved.append(priced)
+        else:
+            self._fate.setdefault(node.route, "out of memory")
+        bases = (self.legs.table(leg, node.price).base for leg in node.route.legs)
+        if any(leg.choices != base for leg, base in zip(priced.legs, bases, strict=True)):
+            yield from self._smaller(floor_s, node)
+
+    def _note(self, priced: PricedRoute) -> None:
+        if priced.fits and (self.best is None or priced.rank < self.best.rank):
+            self.best = priced
+
+    def _smaller(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, Node]]:
+        """The same route with programs of the next price of memory, which take no less."""
+        price = node.price + 1
+        if price < len(MEMORY_PRICES) and any(leg.layout.tp > 1 for leg in node.route.legs):
+            yield floor_s, RouteNode(node.route, price)
+
+    def _search_alone(self, pool: int) -> None:
+        planner = self.planners[pool]
+        planner.deadline = self.deadline
+        try:
+            found = planner.search()
+        except PinConflictError:
+            self._fate[pool] = "pins"
+            return
+        self._fate[pool] = "solved" if found.best is not None else "out of memory"
+        if found.best is not None and found.best.evaluated.step_s < self._alone_s:
+            self.alone = pool, found
 
     def _final_bound_s(self, priced: PricedRoute) -> float:
         """What a route takes at least: what was known when it was priced, or is with the final cutoff."""
@@ -199,83 +248,16 @@ class PoolSearch:
         cut = self.cuts.cut(priced.route, priced.price, self.best_s)
         return self.best_s if cut is None else max(priced.bound_s, cut.bound_s)
 
-    def _push(self, floor_s: float, node: Node) -> None:
-        heapq.heappush(self._queue, (floor_s, self._arrivals, node))
-        self._arrivals += 1
-
-    def _expand(self, floor_s: float, node: Node) -> Iterator[tuple[float, Node]]:
-        """What a node turns into, each with its floor."""
-        route = node.route
-        if node.cut is not None and node.cutoff_s > self.best_s:
-            yield from self._cut(floor_s, node)  # the nearer the cutoff, the tighter the bound
-        elif node.cut is not None:
-            yield from self._solve(node, node.cut)
-        elif node.depth == 0:
-            yield max(floor_s, self._floor_s(route, self._tensor_s)), Node(route, 1)
-        elif node.depth == 1:
-            known_s = self._floor_s(route, self._tensor_s)
-            if known_s > floor_s * (1 + 1e-9):  # by what was made since
-                yield known_s, node
-            else:
-                yield max(floor_s, self._route_floor_s(route, 0)), Node(route, 2)
-        elif node.depth == 2:
-            cut = self.cuts.cut(route, node.price, self.best_s, fitting=False)
-            if cut is None:
-                self.pruned["time floor"] += 1
-            else:
-                yield max(floor_s, cut.bound_s), node._replace(depth=3)
-        else:
-            yield from self._cut(floor_s, node)
-
-    def _cut(self, floor_s: float, node: Node) -> Iterator[tuple[float, Node]]:
-        """Cut a route; price it at once where that may well give a better cutoff."""
-        cut = self.cuts.cut(node.route, node.price, self.best_s)
-        if cut is None:
-            self.pruned["out of memory" if self.best is None else "time floor"] += 1
-            yield from self._smaller(node)
-            return
-        known = node._replace(cut=cut, cutoff_s=self.best_s)
-        if node.cut is None and cut.bound_s < PROMISING * self.best_s:
-            self._note(self.prices.solve(node.route, node.price, cut))
-        yield max(floor_s, cut.bound_s), known
-
-    def _solve(self, node: Node, cut: RouteCut) -> Iterator[tuple[float, Node]]:
-        """Price a route; where memory binds, smaller programs may do better."""
-        priced = self.prices.solve(node.route, node.price, cut)
-        if priced.fits and priced.step_s < self.best_s * 1.03:
-            priced = self.prices.polished(priced)
-        self._note(priced)
-        if not priced.fits:
-            self.pruned["out of memory"] += 1
-            yield from self._smaller(node)
-            return
-        self.solved.append(priced)
-        bases = (self.legs.table(leg, node.price).base for leg in node.route.legs)
-        if any(leg.choices != base for leg, base in zip(priced.legs, bases, strict=True)):
-            yield from self._smaller(node)
-
-    def _note(self, priced: PricedRoute) -> None:
-        if priced.fits and (self.best is None or priced.rank < self.best.rank):
-            self.best = priced
-
-    def _smaller(self, node: Node) -> Iterator[tuple[float, Node]]:
-        """The same route with programs of the next price of memory."""
-        price = node.price + 1
-        if price < len(MEMORY_PRICES) and any(leg.layout.tp > 1 for leg in node.route.legs):
-            floor_s = self._route_floor_s(node.route, price)
-            if floor_s < self.best_s:
-                yield floor_s, Node(node.route, 2, price)
-
     # --- floors ---------------------------------------------------------------------------------------------
 
     def _may_fit(self, route: Route) -> bool:
         """Whether the model's blocks fit at all, sharded as far as that goes and all computed again."""
-        return sum(map(self._most_blocks, route.legs)) >= len(self.legs.planners[0].capture.graph.blocks)
+        return sum(map(self._most_blocks, route.legs)) >= len(self.planners[0].capture.graph.blocks)
 
     def _most_blocks(self, leg: Leg) -> float:
         """No more blocks fit the devices of a leg."""
         if leg not in self._capacity:
-            planner, layout = self.legs.planners[leg.pool], leg.layout
+            planner, layout = self.planners[leg.pool], leg.layout
             offload = planner.pins.offload or "none"
             sharded = parallelism(dp_shard=layout.dp, zero_stage=3, cp=layout.cp, offload=offload)
             per_element = state_bytes(sharded, planner.policy, layout.dp * layout.cp)
@@ -287,43 +269,32 @@ class PoolSearch:
             self._capacity[leg] = layout.pp * room / held if held else float("inf")
         return self._capacity[leg]
 
-    def _floor_s(self, route: Route, microbatch_s: Callable[[Leg], float]) -> float:
-        seconds = [microbatch_s(leg) for leg in route.legs]
-        return pipeline_floor_s(route, seconds, list(map(self._least_share, route.legs)))
+    def _device_floor_s(self, route: Route) -> float:
+        """No step takes less: one device's arithmetic for every unit, divided over all of a leg."""
+        times = [
+            replace(self._device_leg(leg), send_s=self.legs.crossing_s(route, number))
+            for number, leg in enumerate(route.legs)
+        ]
+        return float(seam_floors(times, route.num_microbatches)[0].min(initial=np.inf))
 
-    def _least_share(self, leg: Leg) -> float:
-        """The part of a microbatch that a leg has at least, whose stages have a unit each."""
-        key = leg.pool, leg.layout.ep, leg.layout.pp
-        if key not in self._shares:
-            table = self._floors[leg.pool].device(self._largest, leg.layout.ep)
-            before = np.cumsum([0.0, *(table.unit_forward_s + table.unit_backward_s)])
-            num_stages = leg.layout.pp
-            self._shares[key] = float((before[num_stages:] - before[:-num_stages]).min() / before[-1])
-        return self._shares[key]
+    def _device_leg(self, leg: Leg) -> LegTimes:
+        """Half the batch takes at least half as long, so the largest microbatch stands for all of them."""
+        if leg not in self._device_times:
+            layout, planner = leg.layout, self.planners[leg.pool]
+            floors = Floors(planner.programs, self.largest, planner.layer.table)
+            table = floors.device(self.largest, layout.ep)
+            share = layout.microbatch_size / self.largest / (layout.tp * layout.cp)
+            self._device_times[leg] = LegTimes.of(
+                share * table.unit_forward_s, share * table.unit_backward_s, layout.pp
+            )
+        return self._device_times[leg]
 
-    def _device_s(self, leg: Leg) -> float:
-        """A microbatch of a leg, one device's arithmetic divided over all. Half the batch takes at least half
-        as long, so the largest microbatch stands for all of them."""
-        layout = leg.layout
-        largest_s = self._floors[leg.pool].device_s(self._largest, layout.ep)
-        return layout.microbatch_size / self._largest * largest_s / (layout.tp * layout.cp)
-
-    def _tensor_s(self, leg: Leg) -> float:
-        """The same with the strategies of the tensor axis; or by a program of a larger microbatch, where one
-        was made."""
-        layout = leg.layout
-        largest_s = self._floors[leg.pool].tensor_s(self._largest, layout.tp, layout.ep) / layout.cp
-        made = self._made[leg.pool, layout[1:4]]
-        sample_s = [largest_s / self._largest]
-        sample_s += [seconds for size, seconds in made.items() if size >= layout.microbatch_size]
-        return layout.microbatch_size * max(sample_s)
-
-    def _route_floor_s(self, route: Route, price: int) -> float:
-        for leg in route.legs:
-            size = leg.layout.microbatch_size
-            microbatch_s = self.legs.table(leg, 0).microbatch_s
-            self._made[leg.pool, leg.layout[1:4]][size] = microbatch_s / size
-        return self.cuts.floor_s(route, price)
+    def _alone_floor_s(self, planner: Planner) -> float:
+        """No step on one pool takes less: one device's arithmetic for the whole batch, divided over all."""
+        floors = Floors(planner.programs, self.largest, planner.layer.table)
+        degrees = planner.pins.values("ep", planner.degrees.ep)
+        whole_s = min((floors.device_s(self.global_batch, ep) for ep in degrees), default=0.0)
+        return whole_s / planner.cluster.num_devices
 
     # --- what to say ----------------------------------------------------------------------------------------
 
@@ -335,31 +306,4 @@ class PoolSearch:
         return found.values()
 
     def _so_far(self) -> str:
-        return "no plan yet" if self.best is None else f"{self.best_s:.3g} s"
-
-    def _why_empty(self, global_batch: int, pins: Pins) -> str:
-        sizes = ", ".join(f"{pool.num_devices} of {pool.id}" for pool in self.legs.pools.pools)
-        return (
-            f"no pipeline goes through any of the pools ({sizes}) with a global batch of {global_batch} and "
-            f"{pins}: on each, the product of tp, cp, dp and its number of stages must be its number of "
-            "devices, and dp must divide the samples of a microbatch"
-        )
-
-
-def pipeline_floor_s(route: Route, microbatches_s: Sequence[float], shares: Sequence[float]) -> float:
-    """No pipeline takes less on whose legs a microbatch takes so long if all units were on one, and that have
-    these shares of the units at least."""
-    m = route.num_microbatches
-    splits_backward = route.schedule in SPLIT_BACKWARD_SCHEDULES
-    rest_s, least_s, path_s = float("inf"), 0.0, 0.0
-    for leg, seconds, share in reversed(list(zip(route.legs, microbatches_s, shares, strict=True))):
-        pace = leg.layout.pp / m if splits_backward else 1 - (1 - 1 / m) ** leg.layout.pp
-        alone_s = seconds / pace
-        least_s = max(least_s, share * alone_s)
-        path_s += share * seconds
-        if rest_s < float("inf"):
-            both_s = alone_s * rest_s / (alone_s + rest_s - (0.0 if splits_backward else seconds))
-            rest_s = min(rest_s, both_s)
-        else:
-            rest_s = alone_s
-    return max(rest_s, least_s, 0.0 if splits_backward else path_s)
+        return "no plan yet" if self.best_s == float("inf") else f"{self.best_s:.3g} s"

@@ -9,7 +9,9 @@ localize again, price.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from autopar.data_parallel import data_parallel
@@ -19,14 +21,16 @@ from autopar.plan import Parallelism
 from autopar.pricing import Pricer
 from autopar.search.axis_problem import All, AxisProblem, ClusterPrices, Custom
 from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp, MemoryPrice
+from autopar.search.context import ContextProblem, exchange_floor_s
 from autopar.search.experts import deal_out_experts, num_experts
 from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
+from autopar.search.relaxed import Stretch, relaxed
 from autopar.search.replicas import Replica, make_replica, strategy_keys
 from autopar.search.shallow import Shallow, local_counts, shallow
-from autopar.search.units import Chain, build_chain
+from autopar.search.units import Chain, build_chain, stretches
 from costmodel import Group, Software
 from graphs import Capture
-from graphs.ir import Op, OpGraph
+from graphs.ir import OpGraph
 from hardware_db import Cluster
 
 MEMORY_PRICES = (0.0, 1.0, 10.0)
@@ -35,6 +39,9 @@ program."""
 
 PINNED = -1
 """In place of one of the prices: the strategies that a person would have pinned (`autopar.search.pinned`)."""
+
+SMALLEST_SHARE = 0.01
+"""Units that take less than this part of a microbatch are bounded without their collectives."""
 
 STATE_BYTES_PER_PARAMETER_BYTE = 8
 """Mixed-precision AdamW keeps 16 bytes for a parameter of 2, plain AdamW 16 for 4: what memory is priced by.
@@ -91,19 +98,29 @@ class Programs:
         *,
         rules: Rules | None = None,
         shorten: bool = True,
+        low_precision: str | None = None,
     ) -> None:
         self.capture = capture
         self.shallow = shallow(capture) if shorten else Shallow(capture, {})
         self.cluster = cluster
         self.era = era
+        self.low_precision = low_precision
         self.pinned = PinnedStrategies(self.shallow.counts)
         self.rules = rules
         self.routes_itself = num_experts(capture.graph) > 0
-        self._replicas: dict[tuple[int, int, int], Replica] = {}
+        self._replicas: dict[tuple[int, int, int, int | None], Replica] = {}
         self._ilps: dict[ProgramKey, BlockIlp] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._context_floors_s: dict[tuple[int, int, int], float] = {}
+        self._relaxed: dict[ProgramKey, Program] = {}
         self._propagated: Assignment | None = None
+
+    def under(self, rules: Rules) -> Programs:
+        """The same model under other rules, of which replicas and whole parameters know nothing."""
+        other = copy(self)
+        other.rules, other._ilps, other._relaxed = rules, {}, {}
+        other._programs = {key: made for key, made in self._programs.items() if key.tp == 1}
+        return other
 
     def given(self, p: Parallelism) -> Program:
         """The program of a parallelism that a person gave: its strategies depend on the model and the degree
@@ -123,15 +140,44 @@ class Programs:
             return program
         key = program.key
         whole = self.capture.at(key.microbatch_size * key.data_size)
-        short = self.replica(key.microbatch_size, key.data_size, key.cp)
+        short = self._replica_of(key)
         dp = short.assignments.get("dp")
-        replica = make_replica(whole, None if dp is None else deepened(dp, short.whole, whole), key.cp)
+
+        def split(outer: OpGraph, size: int) -> Assignment:
+            return deepened(short.assignments["cp"], short.outer, outer)
+
+        replica = make_replica(whole, None if dp is None else deepened(dp, short.whole, whole), key.cp, split)
         local, solution = replica.local, program.solution
         if solution is not None:
             assignment = deepened(solution.assignment, short.local.graph, local.graph)
             solution = replace(solution, assignment=assignment)
             local = localize(local, assignment)
         return Program(key, self._chain(whole, local, key, {}), solution, program.strategies)
+
+    def relaxed(self, p: Parallelism) -> Program:
+        """What no program of a candidate's layout can beat, whatever memory costs: a program but for its
+        strategies."""
+        key = self._key(p, 0)
+        if key not in self._relaxed:
+            alone = Parallelism(microbatch_size=p.microbatch_size, ep=p.ep, dp_replicate=p.ep)
+            device, degree = self.program(alone).chain, p.tp * p.cp
+            where = self._stretches(key, device, degree)
+            chain = relaxed(device, self.program(p).chain, degree, self._pricer(1, 1, p.ep, 1), where)
+            self._relaxed[key] = Program(key, chain, None, {})
+        return self._relaxed[key]
+
+    def _stretches(self, key: ProgramKey, device: Chain, degree: int) -> list[Stretch | None]:
+        """Where units are in the axis's problem, of which experts that are dealt out are no part."""
+        if key.ep > 1:
+            return [None] * len(device.units)
+        replica, ilp = self._replica_of(key), self._ilp(key)
+        worth_s = SMALLEST_SHARE * sum(unit.cost.total_s for unit in device.units)
+        found: list[Stretch | None] = []
+        for start, stop, block in stretches(replica.whole, replica.local.graph):
+            number = self.shallow.repeats.get(block or "", 1)
+            is_worth = number * device.units[len(found)].cost.total_s > worth_s
+            found += [Stretch(ilp, start, stop) if is_worth else None] * number
+        return found
 
     def floor_s(self, microbatch_size: int, tp: int) -> float:
         """No program of a tensor axis of `tp` ranks takes less for a microbatch, whatever memory costs.
@@ -148,25 +194,39 @@ class Programs:
         key = (microbatch_size, tp, cp)
         if key not in self._context_floors_s:
             graph = self.shallow.capture.at(microbatch_size)
-            pricer = Pricer(self.cluster, self._groups(1, cp, 1, tp), self.era)
+            pricer = self._pricer(1, cp, 1, tp)
             counts = self.shallow.counts
-            found_s = (counts[op.name] * _exchange_s(op, graph, pricer, tp) for op in graph.ops)
+            found_s = (counts[op.name] * exchange_floor_s(op, graph, pricer, tp) for op in graph.ops)
             exposed = 1 - pricer.era.tensor_parallel_overlap
             self._context_floors_s[key] = exposed * sum(found_s)
         return self._context_floors_s[key]
 
-    def replica(self, microbatch_size: int, data_size: int, cp: int = 1) -> Replica:
-        """The program of one data-parallel replica, or of one context-parallel rank of it."""
-        key = (microbatch_size, data_size, cp)
+    def replica(
+        self, microbatch_size: int, data_size: int, cp: int = 1, beside_tp: int | None = None
+    ) -> Replica:
+        """The program of one data-parallel replica, or of one context-parallel rank of it: split in the
+        customary way, or in the cheapest one beside a tensor axis of `beside_tp` ranks."""
+        key = (microbatch_size, data_size, cp, beside_tp)
         if key not in self._replicas:
             whole = self.shallow.capture.at(microbatch_size * data_size)
             dp = self._propagate(whole, data_size) if data_size > 1 else None
-            self._replicas[key] = make_replica(whole, dp, cp)
+            split = None if beside_tp is None else partial(self._split_context, data_size, beside_tp)
+            self._replicas[key] = make_replica(whole, dp, cp, split)
         return self._replicas[key]
+
+    def _replica_of(self, key: ProgramKey) -> Replica:
+        beside_tp = key.tp if key.cp > 1 and key.price_level != PINNED else None
+        return self.replica(key.microbatch_size, key.data_size, key.cp, beside_tp)
+
+    def _split_context(self, data_size: int, tp: int, graph: OpGraph, cp: int) -> Assignment:
+        prices = ClusterPrices(self._pricer(data_size, cp, 1, tp), "cp", frozenset(graph.parameter_tensors))
+        counts = local_counts(graph.ops, self.shallow.counts)
+        return ContextProblem(graph, cp, prices, counts, whole_heads=tp > 1).solution()
 
     def _key(self, p: Parallelism, price_level: int) -> ProgramKey:
         if p.tp == 1:
-            return ProgramKey(p.microbatch_size, self._data_size(p), p.cp, p.ep, 1, None, 1, 0)
+            level = PINNED if price_level == PINNED and p.cp > 1 else 0
+            return ProgramKey(p.microbatch_size, self._data_size(p), p.cp, p.ep, 1, None, 1, level)
         # A parameter's reduction is thought to be shared by few microbatches, or by many.
         shared = 1 if p.num_microbatches < 4 else 16
         split = p.sequence_parallel
@@ -194,7 +254,7 @@ class Programs:
         return assignment
 
     def _make(self, key: ProgramKey) -> Program:
-        replica = self.replica(key.microbatch_size, key.data_size, key.cp)
+        replica = self._replica_of(key)
         keys = dict(replica.keys)
         local, solution = replica.local, None
         if key.tp > 1:
@@ -204,7 +264,7 @@ class Programs:
         return Program(key, self._chain(replica.whole, local, key, self.shallow.repeats), solution, keys)
 
     def _chain(self, whole: OpGraph, local: Localized, key: ProgramKey, repeats: Mapping[str, int]) -> Chain:
-        pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, key.ep, key.tp), self.era)
+        pricer = self._pricer(key.data_size, key.cp, key.ep, key.tp)
         chain = build_chain(whole, local, pricer.kernels, repeats)
         if key.ep > 1:
             chain = deal_out_experts(chain, local.graph, key.ep)
@@ -215,14 +275,15 @@ class Programs:
         leaves."""
         key = key._replace(ep=1, num_microbatches=1, price_level=0)
         if key not in self._ilps:
-            graph = self.replica(key.microbatch_size, key.data_size, key.cp).local.graph
+            graph = self._replica_of(key).local.graph
             counts = local_counts(graph.ops, self.shallow.counts)
-            pricer = Pricer(self.cluster, self._groups(key.data_size, key.cp, 1, key.tp), self.era)
+            pricer = self._pricer(key.data_size, key.cp, 1, key.tp)
             split = key.sequence_parallel
             region = None if split is None else RegionRule(graph, sequence_parallel=split)
             rule = self.rules.rule(graph, "tp") if self.rules is not None else None
-            custom = All.of(region, rule)
-            problem = AxisProblem(graph, "tp", key.tp, ClusterPrices(pricer, "tp"), counts, custom)
+            custom = All.of(rule, region)  # pins hold; the region yields to them
+            prices = ClusterPrices(pricer, "tp", frozenset(graph.parameter_tensors))
+            problem = AxisProblem(graph, "tp", key.tp, prices, counts, custom)
             self._ilps[key] = BlockIlp(problem)
         return self._ilps[key]
 
@@ -241,46 +302,18 @@ class Programs:
         per_byte = MEMORY_PRICES[level] * fastest_s / self.cluster.device.memory_bytes
         return MemoryPrice(per_byte, STATE_BYTES_PER_PARAMETER_BYTE * per_byte)
 
-    def _groups(self, data_size: int, cp: int, ep: int, tp: int) -> dict[str, Group]:
+    def _pricer(self, data_size: int, cp: int, ep: int, tp: int) -> Pricer:
         """The data axis as wide as it can be: what crosses it in the forward (the count of a loss) is that
         dear."""
         widest = self.cluster.num_devices // (tp * cp) if data_size == 2 else data_size
-        return {
+        groups = {
             "tp": Group(tp, 1),
             "cp": Group(cp, tp),
             "ep": Group(ep, tp * cp),
             "dp": Group(max(1, widest), tp * cp),
         }
-
-
-def _exchange_s(op: Op, graph: OpGraph, pricer: Pricer, tp: int) -> float:
-    """The cheaper of gathering an attention's keys and values, and of exchanging positions for heads."""
-    if "scaled_dot_product" not in op.target:
-        return 0.0
-    group = pricer.groups["cp"]
-    keys, values = (_narrowest_bytes(name, graph) / tp for name in op.inputs[1:3])
-    query = graph.tensors[op.inputs[0]].num_bytes / tp
-    requires_grad = graph.tensors[op.outputs[0]].requires_grad
-    gathered_s = exchanged_s = 0.0
-    for num_bytes in (keys, values):
-        gathered_s += pricer.collective_s("all_gather", num_bytes, group)
-        if requires_grad:
-            gathered_s += pricer.collective_s("reduce_scatter", num_bytes, group)
-    for num_bytes in (query, keys, values, query):
-        exchanged_s += (1 + requires_grad) * pricer.collective_s("all_to_all", num_bytes / group.size, group)
-    return min(gathered_s, exchanged_s)
-
-
-def _narrowest_bytes(name: str, graph: OpGraph) -> int:
-    """Bytes of a value where it was smallest: before heads were repeated."""
-    least = graph.tensors[name].num_bytes
-    while name in graph.producer:
-        op = graph.ops[graph.producer[name]]
-        if op.flops or len(op.inputs) != 1:
-            break
-        name = op.inputs[0]
-        least = min(least, graph.tensors[name].num_bytes)
-    return least
+        blocks = tuple(block.path for block in self.capture.graph.blocks) if self.low_precision else ()
+        return Pricer(self.cluster, groups, self.era, low_precision=self.low_precision, blocks=blocks)
 
 
 def deepened(assignment: Assignment, graph: OpGraph, full: OpGraph) -> Assignment:

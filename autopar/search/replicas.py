@@ -1,14 +1,15 @@
 """What one rank of the data and context axes runs: the model at its share of the batch and of the sequence.
 
-Both follow from the model alone, so they are propagated, not searched. A context axis splits the sequence of
-every input. Attention then computes its own rows against gathered keys and values; with a causal mask rows
-are dealt out so that all ranks have as much to do (as llama3's training does, arXiv:2407.21783, section
-3.3.2), which is why the causal rule, that rows cannot be split evenly, is set aside here.
+The data axis follows from the model alone, so it is propagated, not searched. A context axis splits the
+sequence of every input. As a person asks for it, which is what is here, attention then computes its own rows
+against gathered keys and values; what the search may do is in `autopar.search.context`. With a causal mask
+rows are dealt out so that all ranks have as much to do (as llama3's training does, arXiv:2407.21783, section
+3.3.2), which is why the causal rule, that rows cannot be split evenly, is set aside in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -26,23 +27,30 @@ SEQUENCE = 1
 """The dimension of every input that a context axis splits."""
 
 
+Split = Callable[[OpGraph, int], Assignment]
+"""Splits the sequence of a graph's inputs over a context axis of some ranks."""
+
+
 @dataclass(frozen=True)
 class Replica:
     """A graph at one microbatch size, local on the data and context axes.
 
-    `whole` has the blocks and names that plans refer to; `keys` the strategies of its representative ops by
-    axis; `gathered` names the ops before which the batch is gathered because samples meet there.
+    `whole` has the blocks and names that plans refer to, `outer` is local on the data axes alone; `keys` has
+    the strategies of representative ops by axis; `gathered` names the ops before which the batch is gathered
+    because samples meet there.
     """
 
     whole: OpGraph
+    outer: OpGraph
     local: Localized
     assignments: Mapping[str, Assignment]
     keys: Mapping[str, Mapping[str, str]]
     gathered: tuple[str, ...]
 
 
-def make_replica(whole: OpGraph, dp: Assignment | None, cp: int) -> Replica:
-    """The replica with `dp` applied and, where `cp` is above 1, the context axis propagated."""
+def make_replica(whole: OpGraph, dp: Assignment | None, cp: int, split: Split | None = None) -> Replica:
+    """The replica with `dp` applied and, where `cp` is above 1, the sequence split: by `split`, or in the
+    customary way of `context_parallel`."""
     local, assignments = Localized.of(whole), {}
     keys: dict[str, Mapping[str, str]] = {}
     gathered: tuple[str, ...] = ()
@@ -50,11 +58,12 @@ def make_replica(whole: OpGraph, dp: Assignment | None, cp: int) -> Replica:
         assignments["dp"], keys["dp"] = dp, strategy_keys(whole, dp)
         local = _with_blocks(localize(local, dp))
         gathered = tuple(op.name for op in gathered_ops(whole, dp))
+    outer = local.graph
     if cp > 1:
-        assignments["cp"] = context_parallel(local.graph, cp)
-        keys["cp"] = strategy_keys(local.graph, assignments["cp"])
+        assignments["cp"] = (split or context_parallel)(outer, cp)
+        keys["cp"] = strategy_keys(outer, assignments["cp"])
         local = _with_blocks(localize(local, assignments["cp"]))
-    return Replica(whole, local, assignments, keys, gathered)
+    return Replica(whole, outer, local, assignments, keys, gathered)
 
 
 def _with_blocks(local: Localized) -> Localized:
@@ -79,7 +88,7 @@ def context_parallel(graph: OpGraph, size: int) -> Assignment:
             f"cp={size} divides the sequence of no input of {graph.name}; "
             f"their lengths are {', '.join(map(str, sorted(lengths)))}"
         )
-    free = replace(graph, ops=tuple(_without_order(op) for op in graph.ops))
+    free = replace(graph, ops=tuple(without_order(op) for op in graph.ops))
     split = {name: sharded(SEQUENCE) for name in graph.inputs if _length(graph, name) % size == 0}
     whole = dict.fromkeys((*graph.inputs, *(buffer.tensor for buffer in graph.buffers)), RR)
     sources = whole | split | {parameter.tensor: RP for parameter in graph.parameters}
@@ -118,7 +127,7 @@ def _cost(
     return (undivided, moved, conversions, int((strategy.factor is not None) != bool(op.inputs)))
 
 
-def _without_order(op: Op) -> Op:
+def without_order(op: Op) -> Op:
     """The op as if its rows were independent: attention without its causal mask, a loss that counts its own
     rows."""
     if "scaled_dot_product" in op.target and is_causal(op):

@@ -28,8 +28,12 @@ VIRTUAL_STAGES: Mapping[ScheduleName, tuple[int, ...]] = {
     "ZBVZeroBubble": (2,),
     "DualPipeV": (2,),
 }
-"""The schedules that are searched, with the stages of a rank. GPipe is never faster than 1F1B and holds more,
-LoopedBFS likewise: they are for those who pin them."""
+"""The schedules that are searched, with the usual numbers of stages of a rank; `virtual_stages` has all.
+GPipe is never faster than 1F1B and holds more, LoopedBFS likewise: they are for those who pin them."""
+
+TENSOR_REACH = 2
+"""The scale-up domains that a tensor axis may span: beyond one it pays only where links are fast, or where
+memory leaves no choice."""
 
 SHORTEST_CONTEXT = 512
 """The fewest positions that a context axis leaves a rank."""
@@ -54,13 +58,16 @@ class Layout(NamedTuple):
 
 
 class Degrees(NamedTuple):
-    """What suits a model: degrees of tensor, context and expert parallelism, most stages, schedules."""
+    """What suits a model: degrees of tensor, context and expert parallelism, most stages, schedules, fewest
+    stages; and its repeated blocks, which virtual stages share evenly."""
 
     tp: tuple[int, ...]
     cp: tuple[int, ...]
     ep: tuple[int, ...]
     num_units: int
     schedules: tuple[ScheduleName, ...] = tuple(VIRTUAL_STAGES)
+    fewest_stages: int = 1
+    num_blocks: int = 0
 
 
 def layouts(cluster: Cluster, global_batch: int, degrees: Degrees, pins: Pins) -> Iterator[Layout]:
@@ -116,6 +123,11 @@ def scale_up_size(cluster: Cluster) -> int:
     return max(cluster.levels[0].num_devices, cluster.devices_per_node)
 
 
+def longest_tensor_axis(cluster: Cluster) -> int:
+    """The largest degree of tensor parallelism that is worth a look."""
+    return min(TENSOR_REACH * scale_up_size(cluster), cluster.num_devices)
+
+
 def _shardings(cluster: Cluster, layout: Layout, pins: Pins) -> Iterator[tuple[int, int, int]]:
     """`(dp_replicate, dp_shard, zero_stage)`: ZeRO shards over all replicas, or over those of a part of the
     cluster: a node, or more of them up to all."""
@@ -139,9 +151,9 @@ def _is_power(number: int) -> bool:
 
 
 def _sizes(per_replica: int, pins: Pins) -> tuple[int, ...]:
-    """Microbatch sizes: powers of two that divide a replica's part of the batch."""
-    usual = tuple(n for n in divisors(per_replica) if _is_power(n))
-    return tuple(size for size in pins.values("microbatch_size", usual) if per_replica % size == 0)
+    """Microbatch sizes: all that divide a replica's part of the batch."""
+    sizes = pins.values("microbatch_size", divisors(per_replica))
+    return tuple(size for size in sizes if per_replica % size == 0)
 
 
 def _schedules(
@@ -149,13 +161,26 @@ def _schedules(
 ) -> Iterator[tuple[ScheduleName, int]]:
     """Schedules with their virtual stages."""
     if pp == 1:
-        if 1 in pins.values("num_virtual_stages", (1,)):
+        if degrees.fewest_stages == 1 and 1 in pins.values("num_virtual_stages", (1,)):
             yield pins.schedule if pins.schedule == "GPipe" else "1F1B", 1
         return
     for schedule in pins.values("schedule", degrees.schedules):
-        for virtual in pins.values("num_virtual_stages", VIRTUAL_STAGES.get(schedule, (1, 2))):
-            if virtual * pp <= degrees.num_units and runs(schedule, pp, num_microbatches, virtual):
+        usual = virtual_stages(schedule, pp, degrees.num_blocks)
+        for virtual in pins.values("num_virtual_stages", usual):
+            suits = degrees.fewest_stages <= virtual * pp <= degrees.num_units
+            if suits and runs(schedule, pp, num_microbatches, virtual):
                 yield schedule, virtual
+
+
+@cache
+def virtual_stages(schedule: ScheduleName, pp: int, num_blocks: int) -> tuple[int, ...]:
+    """The stages that each of `pp` ranks may have: the usual numbers, and for "Interleaved1F1B" all that deal
+    the blocks out evenly, by themselves or with what comes before and after counted as a block each."""
+    usual = VIRTUAL_STAGES.get(schedule, (1, 2))
+    if schedule != "Interleaved1F1B" or not num_blocks:
+        return usual
+    even = {n for total in (num_blocks, num_blocks + 2) if total % pp == 0 for n in divisors(total // pp)}
+    return tuple(sorted({*usual, *even} - {1}))
 
 
 @cache

@@ -51,7 +51,7 @@ Options = tuple[tuple[str, ...], ...]
 """For each unit the variants it may use, from the fastest to the smallest."""
 
 Where = NDArray[np.bool_] | None
-"""The units at which a stage may begin; None for all."""
+"""At (i, j) whether the units [i, j) may be a stage; None for all."""
 
 
 class Machine(NamedTuple):
@@ -432,10 +432,10 @@ def _costly(communication_s: Array, exposed_s: Array, overlap: Overlap) -> Array
 
 
 def _legal(values: Array, where: Where) -> Array:
-    """The values, infinite where there is no run, or none that may begin there."""
+    """The values, infinite where there is no run, or none that may be a stage."""
     values[~np.triu(np.ones_like(values, dtype=bool), 1)] = np.inf
     if where is not None:
-        values[~where, :] = np.inf
+        values[~where] = np.inf
     return values
 
 

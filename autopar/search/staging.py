@@ -15,14 +15,14 @@ from typing import NamedTuple
 from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.outcome import Solved
-from autopar.search.programs import Program
+from autopar.search.programs import Program, Programs
 from autopar.search.stages import Machine, Options, StageTable, Where
 from autopar.search.units import Unit
 from autopar.search.variants import Variants
 from costmodel import Ledger, peak_in_flight
 from costmodel.orders import rank_stages
 
-NUM_REPAIRS = 6
+NUM_REPAIRS = 16
 """How often what does not fit yet is taken off again; the second time it mostly fits."""
 
 OptionsOf = Callable[[Sequence[Unit]], Options]
@@ -38,9 +38,12 @@ class Draft(NamedTuple):
 
 class StageLayer:
     """Solves ways to run programs on one cluster; `options` and `where` tell what pins leave open: the
-    variants of units, and the units that may begin a stage."""
+    variants of units, and the runs of units that may be a stage."""
 
-    def __init__(self, evaluator: Evaluator, options: OptionsOf, where: WhereOf) -> None:
+    def __init__(
+        self, programs: Programs, evaluator: Evaluator, options: OptionsOf, where: WhereOf
+    ) -> None:
+        self.programs = programs
         self.evaluator = evaluator
         self.options = options
         self.where = where
@@ -61,18 +64,16 @@ class StageLayer:
         """No step takes less, whatever the data axes do; 0 where cuts are still open."""
         if p.num_virtual_stages == 1:
             return 0.0
-        table = self.table(program)
-        cuts = self._even(table, p)
-        return float("inf") if cuts is None else table.schedule_floor_s(p, cuts)
+        cuts = self._even(p)
+        return float("inf") if cuts is None else self.table(program).schedule_floor_s(p, cuts)
 
     def floor_s(self, program: Program, p: Parallelism) -> float:
         """No step takes less; infinite where memory, or the number of units, allows no stages at all. Quick
         where `draft` is exact."""
         if p.pp > 1 and p.num_virtual_stages == 1:
             return 0.0
-        table = self.table(program)
-        cuts = self._even(table, p)
-        return float("inf") if cuts is None else table.even_bound_s(p, self._machine(p), cuts)
+        cuts = self._even(p)
+        return float("inf") if cuts is None else self.table(program).even_bound_s(p, self._machine(p), cuts)
 
     def draft(self, program: Program, p: Parallelism) -> Draft | None:
         """The cuts of a way and its bound; None where memory, or the number of units, allows none."""
@@ -80,15 +81,19 @@ class StageLayer:
         if p.pp > 1 and p.num_virtual_stages == 1:
             cut = table.cut(p, self._machine(p), self.where(table.chain.units))
             return None if cut is None else Draft(cut.cuts, cut.bound_s + self.evaluator.era.step_overhead_s)
-        cuts = self._even(table, p)
+        cuts = self._even(p)
         if cuts is None:
             return None
         evaluated = self.evaluator.evaluate(table.chain, p, cuts, table.base)
         bound_s = self._relaxed_s(variants, evaluated)
         return None if bound_s == float("inf") else Draft(cuts, bound_s)
 
-    def _even(self, table: StageTable, p: Parallelism) -> tuple[int, ...] | None:
-        return (0,) if p.pp == 1 else table.even(p.pp * p.num_virtual_stages, self.where(table.chain.units))
+    def _even(self, p: Parallelism) -> tuple[int, ...] | None:
+        """Even for the fastest program; smaller ones are cut alike."""
+        if p.pp == 1:
+            return (0,)
+        table = self.table(self.programs.program(p))
+        return table.even(p.pp * p.num_virtual_stages, self.where(table.chain.units))
 
     def _machine(self, p: Parallelism) -> Machine:
         device = self.evaluator.cluster.device
@@ -117,7 +122,7 @@ class StageLayer:
         if p.pp > 1 and p.num_virtual_stages == 1:
             cut = table.cut(p, self._machine(p), self.where(table.chain.units), fitting=False)
             return None if cut is None else Draft(cut.cuts, 0.0)
-        cuts = self._even(table, p)
+        cuts = self._even(p)
         return None if cuts is None else Draft(cuts, 0.0)
 
     def _fitting(self, program: Program, first: Evaluated) -> Evaluated:
@@ -134,13 +139,14 @@ class StageLayer:
             for rank, units in enumerate(ranks):
                 if not excess[rank]:
                     continue
-                freed[rank] += excess[rank]
-                chosen = variants.choose(units, freed[rank]) or {n: table.options[n][-1] for n in units}
+                chosen = variants.choose(units, freed[rank] + excess[rank])
+                chosen = chosen or {n: table.options[n][-1] for n in units}
+                freed[rank] = variants.freed_bytes(chosen)
                 for index, name in chosen.items():
                     choices[index] = name
             again = self.evaluator.evaluate(table.chain, first.parallelism, first.cuts, choices)
             if again.choices == evaluated.choices:
-                break
+                break  # nothing is left to free
             evaluated = again
         return evaluated
 

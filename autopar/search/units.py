@@ -172,8 +172,8 @@ def build_chain(
     """
     graph = local.graph
     builder = _Builder(graph, maker)
-    stretches = [*_stretches(whole, graph)]
-    crossings = _crossing_bytes(graph, [start for start, _, _ in stretches])
+    runs = [*stretches(whole, graph)]
+    crossings = _crossing_bytes(graph, [start for start, _, _ in runs])
     parameters = {}
     for parameter in graph.parameters:
         tensor = graph.tensors[parameter.tensor]
@@ -185,7 +185,7 @@ def build_chain(
             num_matrices=tensor.shape[0] if len(tensor.shape) == 3 else 1,
         )
     units = []
-    for (start, stop, block), crossing in zip(stretches, crossings, strict=True):
+    for (start, stop, block), crossing in zip(runs, crossings, strict=True):
         unit = builder.unit(start, stop, block, crossing)
         units.append(unit)
         for number in range(1, (repeats or {}).get(block or "", 1)):
@@ -198,11 +198,10 @@ Stretch = tuple[int, int, str | None]
 """Ops `[start, stop)` and the path of the block that they are, if they are one."""
 
 
-def _stretches(whole: OpGraph, graph: OpGraph) -> Iterator[Stretch]:
+def stretches(whole: OpGraph, graph: OpGraph) -> Iterator[Stretch]:
     """Where every unit of a local graph begins and ends: at the same ops as in the graph it was made from.
 
-    Ops that localization inserted stand just before the op that needs them and belong to its unit, but sums
-    of
+    Ops that localization inserted stand just before the op that needs them and belong to its unit, but sums of
     partial values to the unit that made those: a stage sends sums, not terms.
     """
     block_at = {block.start: block for block in whole.blocks}

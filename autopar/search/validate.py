@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import get_args
 
 from autopar.errors import InvalidParallelismError
-from autopar.plan import Parallelism
+from autopar.plan import MESH_AXES, Offload, Parallelism
 from autopar.search.experts import num_experts
 from autopar.search.space import divisors
 from costmodel import SCHEDULES, CostModelError, orders
@@ -65,10 +67,11 @@ def check_parallelism(
             "num_virtual_stages": num_virtual_stages, "schedule": schedule,
             "recompute": given.get("recompute", "none"),
             "sequence_parallel": given.get("sequence_parallel"),
+            "offload": _offload(given),
         }
     )  # fmt: skip
     check_schedule(parallelism)
-    return parallelism
+    return parallelism.model_copy(update={"axis_order": _axis_order(given, parallelism)})
 
 
 def _data_axes(dp: int, given: Mapping[str, object]) -> tuple[int, int, int]:
@@ -87,6 +90,37 @@ def _data_axes(dp: int, given: Mapping[str, object]) -> tuple[int, int, int]:
             f"dp_shard={shard} does not divide dp={dp}; choose one of {', '.join(map(str, divisors(dp)))}"
         )
     return dp // shard, shard, zero_stage
+
+
+def _offload(given: Mapping[str, object]) -> object:
+    offload = given.get("offload", "none")
+    if offload not in get_args(Offload):
+        raise InvalidParallelismError(
+            f"offload={offload!r} is unknown; choose {' or '.join(map(repr, get_args(Offload)))}"
+        )
+    return offload
+
+
+def _axis_order(given: Mapping[str, object], p: Parallelism) -> tuple[str, ...]:
+    """All axes, outermost first; the order that was given may leave out those of one rank."""
+    order = given.get("axis_order", MESH_AXES)
+    assert isinstance(order, Sequence)
+    named = tuple(order)
+    for axis in named:
+        if axis not in MESH_AXES:
+            nearest = get_close_matches(str(axis), MESH_AXES, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise InvalidParallelismError(
+                f"axis_order has {axis!r}, but the axes of a mesh are {', '.join(MESH_AXES)}{hint}"
+            )
+    missing = [axis for axis in p.mesh if axis not in named]
+    if missing or len(set(named)) < len(named):
+        wrong = f"lacks {', '.join(missing)}" if missing else "has an axis twice"
+        raise InvalidParallelismError(
+            f"axis_order {', '.join(named)} {wrong}: name each axis of {p} once, outermost first "
+            f"(usually {', '.join(p.mesh)})"
+        )
+    return (*(axis for axis in MESH_AXES if axis not in named), *named)
 
 
 def check_dimensions(graph: OpGraph, tp: int) -> None:

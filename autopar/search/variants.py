@@ -46,6 +46,14 @@ class Variants:
             found.update(zip(each, reversed(ordered), strict=True))
         return found
 
+    def freed_bytes(self, chosen: Mapping[int, str]) -> float:
+        """What a microbatch keeps less with these variants than with the fastest."""
+        units, options = self.table.chain.units, self.table.options
+        return sum(
+            float(units[index].saved[options[index][0]].num_bytes - units[index].saved[name].num_bytes)
+            for index, name in chosen.items()
+        )
+
     def relaxed_s(self, units: Sequence[int], excess_bytes: float) -> float:
         """The least time if units could use fractions of variants, as `StageTable.relief_s`; infinite
         where nothing frees so much."""

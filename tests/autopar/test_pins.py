@@ -36,8 +36,9 @@ DEVICES, BATCH = 16, 32
 
 def candidates(pins: Pins) -> list[Parallelism]:
     machine = cluster(DEVICES)
-    found = layouts(machine, BATCH, Degrees((1, 2, 4), (1, 2), (1, 2), 8), pins)
-    return [p for layout in found for p in ways(layout, machine, 8, pins)]
+    degrees = Degrees((1, 2, 4), (1, 2), (1, 2), 8)
+    found = layouts(machine, BATCH, degrees, pins)
+    return [p for layout in found for p in ways(layout, machine, degrees, pins)]
 
 
 @cache
@@ -347,20 +348,20 @@ def test_parts_are_all_pins_and_without_them_nothing_is_pinned() -> None:
 
 def test_a_pin_costs_what_a_step_gains_without_it(plan: Plan) -> None:
     def search(left: Pins) -> float | None:
-        return None if left.pp == 2 and left.cp == 2 else 1.0 + 0.25 * bool(left.tp) + 0.5 * bool(left.dp)
+        return None if left.ep is None else 1.0 + 0.25 * bool(left.tp) + 0.5 * bool(left.dp)
 
-    costs = pin_costs(search, Pins(tp=8, dp=4, pp=2))
+    costs, unpriced = pin_costs(search, Pins(tp=8, dp=4, pp=2, ep=2), 1.75)
     assert {each.pin: (each.step_s, each.cost_s) for each in costs} == {
         "tp=8": (1.5, 0.25),
         "pp=2": (1.75, 0.0),
         "dp=4": (1.25, 0.5),
     }
-    assert pin_costs(search, Pins(pp=2, cp=2)) == ()
+    assert unpriced == ("ep=2",)
     told = explain(plan.model_copy(update={"pin_costs": costs}))
     table = told[told.index("what each pin costs") :].splitlines()[1:5]
     assert [line.split() for line in table] == [
-        ["pin", "without", "it", "costs"],
-        ["tp=8", "1.50", "s", "250", "ms"],
-        ["pp=2", "1.75", "s", "nothing"],
-        ["dp=4", "1.25", "s", "500", "ms"],
+        ["pin", "without", "it", "with", "it", "costs"],
+        ["tp=8", "1.50", "s", "1.75", "s", "+16.7%"],
+        ["pp=2", "1.75", "s", "1.75", "s", "nothing"],
+        ["dp=4", "1.25", "s", "1.75", "s", "+40.0%"],
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import permutations
 from math import inf, prod
 
@@ -12,15 +13,16 @@ from pydantic import ValidationError
 
 import hardware_db
 from autopar import api
-from autopar.errors import RewriteError
-from autopar.plan import MESH_AXES, Parallelism
+from autopar.errors import InvalidParallelismError, RewriteError
+from autopar.plan import MESH_AXES, Parallelism, Plan
 from autopar.pricing import Pricer
 from autopar.rewrite.program import rewrite
 from autopar.search import placement
 from autopar.search.data_axes import data_groups, held_states, host_excess_bytes, mesh_groups, optimizer_s
 from autopar.search.describe import memory_excess, training_policy
 from autopar.search.evaluate import Evaluated
-from autopar.search.planner import Planner
+from autopar.search.pins import Pins
+from autopar.search.planner import Planner, SearchResult
 from costmodel import (
     Collective,
     CostModelError,
@@ -294,13 +296,21 @@ def test_the_hosts_update_is_slower_than_the_devices_and_hides_its_gradients() -
     assert optimizer_s(elements, kept, POLICY, pricer, 1.0) < update.update_s
 
 
+def with_host(cluster: Cluster, memory_bytes: float = 1e12) -> Cluster:
+    return replace(
+        cluster,
+        host_memory_bytes_per_device=memory_bytes,
+        host_memory_bytes_per_s_per_device=10e9,
+        host_link_bytes_per_s_per_device=10e9,
+    )
+
+
 def planner(cluster: Cluster) -> Planner:
     return Planner(tower(), cluster, training_policy(tower().graph), global_batch=16)
 
 
 def priced(planner: Planner, p: Parallelism) -> Evaluated:
-    found, evaluator = planner.as_given(p).evaluated, planner.evaluator
-    return evaluator.evaluate(evaluator.priced(found.chain, p), p, found.cuts)
+    return planner.as_given(p).evaluated
 
 
 def test_prices_of_one_order_do_not_leak_into_another() -> None:
@@ -318,23 +328,115 @@ def test_a_candidate_is_placed_where_it_is_fastest_with_nothing_else_changed() -
         tp=4, dp_replicate=2, microbatch_size=8, axis_order=("tp", "pp", "dp_replicate", "dp_shard", "cp")
     )
     own = planner(toys(8))
-    found = priced(own, unusual)
+    found = own.as_given(unusual)
     best = placement.placed(found, own.evaluator)
-    assert list(best.parallelism.mesh) == ["dp_replicate", "tp"]
-    assert best.step_s < found.step_s
-    assert (best.cuts, best.choices, best.ledgers) == (found.cuts, found.choices, found.ledgers)
-    assert placement.placed(best, own.evaluator).step == best.step
+    before, after = found.evaluated, best.evaluated
+    assert list(after.parallelism.mesh) == ["dp_replicate", "tp"]
+    assert after.step_s < before.step_s
+    assert (after.cuts, after.choices, after.ledgers) == (before.cuts, before.choices, before.ledgers)
+    assert placement.placed(best, own.evaluator) is best
+
+
+# --- in a search, and as given ------------------------------------------------------------------------------
+
+
+def test_where_no_group_moves_no_price_does() -> None:
+    """Axes of one rank lie nowhere, so putting them elsewhere must give the prices of the search again."""
+    own = planner(toys(8))
+    usual = Parallelism(tp=2, pp=2, dp_replicate=2, microbatch_size=2, num_microbatches=4)
+    same = usual.model_copy(update={"axis_order": ("cp", "dp_shard", "pp", "dp_replicate", "tp")})
+    program = own.programs.program(usual)
+    again = placement.placed_chain(program, same, own.evaluator)
+    assert again is not program.chain
+    assert [unit.cost for unit in again.units] == [unit.cost for unit in program.chain.units]
+    assert [unit.recompute_s for unit in again.units] == [
+        {name: unit.recompute_s[name] for name in unit.again} for unit in program.chain.units
+    ]
+
+
+@cache
+def slow_between_nodes() -> tuple[Planner, SearchResult]:
+    """Two nodes: stages talk less than replicas, but must not wait for it."""
+    capture = tower(depth=2)
+    pins = Pins(tp=2, pp=2)
+    cluster = hardware_db.cluster("dgx-a100*2")
+    found = Planner(capture, cluster, training_policy(capture.graph), global_batch=64, pins=pins)
+    return found, found.search()
+
+
+def test_the_plan_and_its_runners_up_lie_where_they_cost_least() -> None:
+    found, result = slow_between_nodes()
+    assert result.best is not None
+    assert result.best.parallelism.axis_order != MESH_AXES
+    for solved in (result.best, *result.runners_up):
+        reordered = solved.parallelism.model_copy(update={"axis_order": MESH_AXES})
+        usual = found.evaluator.evaluate(
+            solved.program.chain, reordered, solved.evaluated.cuts, solved.evaluated.choices
+        )
+        assert solved.evaluated.step_s <= usual.step_s
+        assert placement.placed(solved, found.evaluator) is solved
+    steps_s = [each.evaluated.step_s for each in (result.best, *result.runners_up)]
+    assert steps_s == sorted(steps_s)
+
+
+def test_a_placed_plan_says_its_order_its_groups_and_its_price() -> None:
+    found, result = slow_between_nodes()
+    plan = api.plan(
+        tower(depth=2), found.cluster, global_batch=64, tp=2, pp=2, space="whole", price_pins=False
+    )
+    assert result.best is not None
+    assert plan.parallelism == result.best.parallelism
+    assert plan.prediction.step_s == plan.certificate.objective_s >= plan.certificate.bound_s
+    assert plan.prediction.step_s == pytest.approx(result.best.evaluated.step_s, rel=1e-9)
+    assert [each.axis for each in plan.rank_groups] == list(plan.parallelism.mesh)
+    assert plan.rank_groups == placement.rank_groups(plan.parallelism, found.cluster)
+
+
+def evaluated(**settings: object) -> Plan:
+    degrees = {"tp": 2, "dp": 2, "pp": 2, "microbatch_size": 4, **settings}
+    return api.evaluate(tower(), with_host(toys(8)), global_batch=16, **degrees)  # type: ignore[arg-type]
+
+
+def test_an_order_and_offloading_are_priced_as_asked_whichever_way_they_are_given() -> None:
+    usual, unusual = evaluated(), evaluated(axis_order=("tp", "pp", "dp_replicate"))
+    assert unusual.parallelism.axis_order == ("dp_shard", "cp", "tp", "pp", "dp_replicate")
+    assert list(unusual.parallelism.mesh) == ["tp", "pp", "dp_replicate"]
+    assert unusual.prediction.terms_s["tensor_parallel"] > usual.prediction.terms_s["tensor_parallel"]
+    offloaded = evaluated(offload="optimizer")
+    assert offloaded.prediction.terms_s["optimizer"] > usual.prediction.terms_s["optimizer"]
+    assert offloaded.prediction.host_memory_bytes > 0 == usual.prediction.host_memory_bytes
+    assert offloaded.prediction.peak_memory_bytes < usual.prediction.peak_memory_bytes
+    for plan in (usual, unusual, offloaded):
+        again = api.evaluate(tower(), with_host(toys(8)), parallelism=plan.parallelism)
+        assert again.to_json() == plan.to_json()
+
+
+def test_states_that_the_host_cannot_hold_do_not_fit() -> None:
+    tight = with_host(toys(8), memory_bytes=1e6)
+    plan = api.evaluate(tower(), tight, global_batch=16, dp=8, microbatch_size=2, offload="optimizer")
+    assert plan.prediction.peak_memory_bytes < plan.cluster.memory_bytes
+    assert not plan.fits
+    assert "does not fit: offloaded states are more than the hosts' memory" in plan.explain()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"axis_order": ("pp", "tpp", "dp_replicate")}, r"has 'tpp', .* did you mean 'tp'\?"),
+        ({"axis_order": ("pp", "tp")}, r"pp, tp lacks dp_replicate: .* \(usually pp, dp_replicate, tp\)"),
+        ({"axis_order": ("pp", "tp", "dp_replicate", "pp")}, "has an axis twice"),
+        ({"offload": "activations"}, "offload='activations' is unknown; choose 'none' or 'optimizer'"),
+    ],
+)
+def test_an_order_that_is_none_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidParallelismError, match=message):
+        evaluated(**settings)
 
 
 def test_an_offloaded_candidate_has_its_price_and_its_hosts_limit() -> None:
     p = Parallelism(dp_shard=8, zero_stage=2, microbatch_size=2, offload="optimizer")
     held_bytes = 16 * tower().graph.num_parameters / 8  # fp32: a copy, two moments and the gradient
-    host = replace(
-        toys(8),
-        host_memory_bytes_per_device=held_bytes,
-        host_memory_bytes_per_s_per_device=10e9,
-        host_link_bytes_per_s_per_device=10e9,
-    )
+    host = with_host(toys(8), held_bytes)
     kept = planner(host).as_given(p.model_copy(update={"offload": "none"})).evaluated
     offloaded = planner(host).as_given(p).evaluated
     assert offloaded.ledgers[0].optimizer_bytes == 0 < kept.ledgers[0].optimizer_bytes

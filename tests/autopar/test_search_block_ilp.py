@@ -26,7 +26,7 @@ from graphs.ir import OpGraph
 from tests.autopar.graph_builder import GraphBuilder
 
 CLUSTER = hardware_db.cluster("dgx-h100")
-MOST_COMBINATIONS = 30_000
+MOST_COMBINATIONS = 5_000
 
 
 def pricer(size: int) -> Pricer:
@@ -108,7 +108,7 @@ def random_problem(seed: int) -> AxisProblem:
     raise AssertionError("no small graph")
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(300))
 def test_equals_brute_force(seed: int) -> None:
     rng = random.Random(seed)
     problem = random_problem(seed)

@@ -1,0 +1,172 @@
+"""What no program of a layout can beat, as a chain: every unit as fast, and as small, as it can be anywhere.
+
+Prices are the larger of constants and terms linear in the work, and no rank holds less of a tensor than one
+of n equal parts. So beside n ranks of tensor and context axes a unit takes at least 1/n of its time on one
+device, keeps at least 1/n of what it keeps there, and frees a byte for no fewer seconds.
+
+What it takes with its collectives, the relaxation of the block problem says for each unit by itself
+(`BlockIlp.floor_s`): the minimum over all strategies, forward and backward together. If a byte that is kept
+costs λ seconds, a block that keeps everything costs T + λb at least, and one that computes again
+
+    h(λ) = min over strategies of  Σ time + Σ min(λ bytes, again)  + what always runs again + λ what entered
+
+with one term for the result of every product, attention and conversion. So in t seconds it keeps no less than
+b with t + λb ≥ min(T + λb_none, h(λ)) for every λ: lines that a frontier cannot get below (`_frontier`).
+
+Conversions and their conjugates mirror each other, so the minimum is divided into forward and backward as the
+fastest program divides its time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
+from typing import NamedTuple
+
+from autopar.pricing import OpCost, Pricer
+from autopar.search.block_ilp import BlockIlp
+from autopar.search.saved import Saved
+from autopar.search.units import Chain, ParameterShard, Unit
+
+
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The ops `[start, stop)` of a unit in the block problem."""
+
+    ilp: BlockIlp
+    start: int
+    stop: int
+
+
+class Line(NamedTuple):
+    """What keeps b bytes takes at least `seconds` - `price` b."""
+
+    price: float
+    seconds: float
+
+    def seconds_at(self, num_bytes: float) -> float:
+        return self.seconds - self.price * num_bytes
+
+
+def relaxed(
+    device: Chain, fastest: Chain, degree: int, pricer: Pricer, stretches: Sequence[Stretch | None]
+) -> Chain:
+    """The bound of all programs on `degree` ranks, given the program of one device and its prices, the fastest
+    of all programs, and where units are in the block problem; without that, their collectives are left
+    out."""
+    known: dict[tuple[int, Stretch | None], Unit] = {}
+    units = []
+    for unit, like, stretch in zip(device.units, fastest.units, stretches, strict=True):
+        kind = (id(unit.recompute_s), stretch)
+        if kind not in known:
+            known[kind] = _Least(unit, like, degree, pricer, stretch).unit()
+        # Units that share what they compute again still do.
+        units.append(replace(unit, **_costs_of(known[kind]), saved=_saved(unit, known[kind], degree)))
+    parameters = {name: _shard(shard, degree) for name, shard in device.parameters.items()}
+    return replace(device, units=tuple(units), parameters=parameters)
+
+
+def _costs_of(unit: Unit) -> dict[str, object]:
+    return {name: getattr(unit, name) for name in ("cost", "recompute_s", "frontier")}
+
+
+def _saved(unit: Unit, like: Unit, degree: int) -> dict[str, Saved]:
+    """What a unit keeps under the names of one that shares its kernels."""
+    found = {name: _scaled(saved, degree) for name, saved in unit.saved.items()}
+    entering = found["full"]
+    for name, saved in like.saved.items():
+        if name not in found:
+            beside = saved.num_bytes - sum(entering.storages.values())
+            found[name] = Saved(entering.storages, beside, found["none"].peak_bytes)
+    return found
+
+
+def _scaled(saved: Saved, degree: int) -> Saved:
+    storages = {name: size // degree for name, size in saved.storages.items()}
+    return Saved(storages, saved.internal_bytes // degree, saved.peak_bytes // degree, saved.phase)
+
+
+def _shard(shard: ParameterShard, degree: int) -> ParameterShard:
+    elements, num_bytes = shard.num_elements // degree, shard.num_bytes // degree
+    return replace(shard, num_elements=elements, num_bytes=num_bytes, is_partial=False)
+
+
+class _Least:
+    """The least of one kind of unit."""
+
+    def __init__(
+        self, unit: Unit, like: Unit, degree: int, pricer: Pricer, stretch: Stretch | None
+    ) -> None:
+        self.device = unit
+        self.fastest = like
+        self.degree = degree
+        self.pricer = pricer
+        self.stretch = stretch
+        self.time_s = unit.cost.total_s / degree
+        if stretch is not None:
+            self.time_s = max(self.time_s, stretch.ilp.floor_s(stretch.start, stretch.stop))
+
+    def unit(self) -> Unit:
+        again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
+        least = replace(self.device, cost=self._cost(), recompute_s=again_s)
+        if self.stretch is None or not self.device.is_block:
+            return least
+        saved = dict(self.device.saved)
+        names = ["none"]
+        for number, (num_bytes, seconds) in enumerate(self._frontier()):
+            names.append(f"least-{number}")
+            again_s[names[-1]] = seconds - self.time_s
+            saved[names[-1]] = Saved({}, int(num_bytes))
+        return replace(least, frontier=tuple(names), saved=saved)
+
+    def _cost(self) -> OpCost:
+        whole = self.fastest.cost
+        share = whole.forward_total_s / whole.total_s if whole.total_s else 0.0
+        weight_s = self.device.cost.weight_s / self.degree
+        return OpCost(share * self.time_s, (1 - share) * self.time_s, weight_s=weight_s)
+
+    def _frontier(self) -> Iterator[tuple[float, float]]:
+        """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""
+        most, least = (self.device.saved[mode].num_bytes / self.degree for mode in ("none", "full"))
+        lines = [Line(0.0, self.time_s)]
+        for price in self._prices():
+            lines.append(Line(price, min(self.time_s + price * most, self._traded_s(price))))
+
+        def seconds(num_bytes: float) -> float:
+            return max(line.seconds_at(num_bytes) for line in lines)
+
+        corners = {least}
+        for one, other in combinations(lines, 2):
+            crossing = (other.seconds - one.seconds) / (other.price - one.price)
+            if least < crossing < most and seconds(crossing) <= one.seconds_at(crossing) * (1 + _ROUNDING):
+                corners.add(crossing)
+        for num_bytes in sorted(corners, reverse=True):
+            yield num_bytes, seconds(num_bytes)
+
+    def _prices(self) -> list[float]:
+        """What a byte is worth to the fastest program: where its own frontier bends."""
+        unit, found = self.fastest, set()
+        for one, other in pairwise(unit.frontier):
+            freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
+            if freed > 0:
+                found.add((unit.recompute_s[other] - unit.recompute_s[one]) / freed)
+        return sorted(found)
+
+    def _traded_s(self, price: float) -> float:
+        """h(λ) of the module."""
+        assert self.stretch is not None
+        unit, graph = self.device, self.stretch.ilp.problem.graph
+        forward_s = [self.pricer.priced(kernels).forward_total_s / self.degree for kernels in unit.kernels]
+        always_s = sum(s for s, again in zip(forward_s, unit.again["selective"], strict=True) if again)
+        at = {graph.ops[i].name: graph.representative[i] for i in range(self.stretch.start, self.stretch.stop)}
+        again_s = {
+            at[result.name]: forward_s[result.op] if unit.again["full"][result.op] else 0.0
+            for result in unit.results
+        }
+        entering = price * unit.saved["full"].num_bytes / self.degree
+        results_s = self.stretch.ilp.floor_s(self.stretch.start, self.stretch.stop, price, again_s)
+        return always_s + entering + results_s

@@ -1,0 +1,68 @@
+"""Every kind of model gets a plan: nothing in the search knows what a transformer is."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+import graphs
+from autopar import api
+from autopar.api import Space
+from autopar.plan import Plan
+from graphs import Capture
+from tests.autopar.small_models import cluster
+from tests.models import case
+
+DEVICES = 8
+KINDS = {
+    "decoder": "llama", "encoder": "bert", "encoder-decoder": "t5", "mixture of experts": "mixtral",
+    "vision transformer": "vit", "convolutions": "resnet", "skips": "unet", "embedding tables": "dlrm",
+    "two towers": "clip",
+}  # fmt: skip
+
+
+@cache
+def captured(name: str) -> Capture:
+    model = case(name)
+    return graphs.capture(model.build(), model.inputs, name=name)
+
+
+@pytest.mark.parametrize("space", ["programs", "whole"])
+@pytest.mark.parametrize("name", KINDS.values(), ids=KINDS)
+def test_gets_a_plan(name: str, space: Space) -> None:
+    model = captured(name)
+    plan = api.plan(model, cluster(DEVICES), global_batch=2 * DEVICES, space=space)
+    assert plan.parallelism.world_size == DEVICES
+    assert 0 < plan.certificate.bound_s <= plan.certificate.objective_s == plan.prediction.step_s
+    assert plan.certificate.gap < 0.05
+    assert plan.prediction.peak_memory_bytes <= plan.cluster.memory_bytes
+    assert Plan.model_validate_json(plan.to_json()).to_json() == plan.to_json()
+    assert set(plan.strategies) == {axis for axis, size in sizes(plan).items() if size > 1}
+
+
+@pytest.mark.parametrize("name", KINDS.values(), ids=KINDS)
+def test_every_parameter_has_a_placement_on_a_tensor_axis(name: str) -> None:
+    """Where one is asked for, on however little of the model it does anything."""
+    model = captured(name)
+    plan = api.plan(model, cluster(DEVICES), global_batch=DEVICES, tp=2)
+    placed = [path for pattern in plan.placements for path in matching(pattern, model)]
+    assert sorted(placed) == sorted(parameter.name for parameter in model.graph.parameters)
+
+
+def sizes(plan: Plan) -> dict[str, int]:
+    p = plan.parallelism
+    return {"dp": p.dp, "cp": p.cp, "tp": p.tp}
+
+
+def matching(pattern: str, model: Capture) -> list[str]:
+    """The parameters that a pattern of a plan stands for, `*` being one number of a path."""
+    parts = pattern.split(".")
+    return [
+        parameter.name
+        for parameter in model.graph.parameters
+        if len(split := parameter.name.split(".")) == len(parts)
+        and all(
+            want == part or (want == "*" and part.isdigit()) for want, part in zip(parts, split, strict=True)
+        )
+    ]
