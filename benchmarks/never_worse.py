@@ -32,7 +32,7 @@ from autopar.plan import Parallelism
 from autopar.records.clusters import cluster_of
 from autopar.records.configuration import Configuration, configuration
 from autopar.records.models import ModelKey, model_key, model_of
-from autopar.records.predict import FAILURES, Run, RunPredictor, by_model, captured, capacity_bytes
+from autopar.records.predict import FAILURES, Run, RunPredictor, by_model, capacity_bytes, captured
 from autopar.records.schema import Record, read_records
 from autopar.request import with_memory
 from autopar.search.outcome import Solved

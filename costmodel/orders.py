@@ -92,6 +92,7 @@ def rank_orders(
     return tuple(loop_order(schedule_name, rank, num_stages, num_microbatches, num_virtual) for rank in ranks)
 
 
+@lru_cache(maxsize=None)
 def peak_in_flight(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int = 1
 ) -> tuple[int, ...]:
@@ -140,7 +141,7 @@ def peak_activation_bytes(
     return tuple((flights * sizes[:, None, :]).sum(axis=2).max(axis=1).tolist())
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _fullest(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int
 ) -> NDArray[np.int64]:

@@ -61,6 +61,7 @@ class Op:
         saved_internal_bytes: bytes autograd keeps that are no tensor of the graph (log-sum-exp of attention,
             masks).
         window: how many keys each query of an attention attends to at most, where its mask says so.
+        inputs: names of the tensor arguments, in order, repeated where an argument repeats.
     """
 
     name: str
@@ -73,11 +74,10 @@ class Op:
     saved: tuple[str, ...] = ()
     saved_internal_bytes: int = 0
     window: int | None = None
+    inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the tensor arguments, in order, repeated where an argument repeats."""
-        return tuple(refs_in((self.args, dict(self.kwargs))))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(refs_in((self.args, dict(self.kwargs)))))
 
     @property
     def output(self) -> str:

@@ -28,7 +28,7 @@ but for tensors with several consumers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -211,7 +211,7 @@ class BlockIlp:
         costs = list(self.model.costs)
         for variable, seconds in added_s:
             costs[variable] += seconds
-        return replace(self.model, costs=costs)
+        return self.model.priced(costs)
 
     def solve(
         self,
@@ -273,8 +273,7 @@ class BlockIlp:
                 costs[variable] += min(price * part.result_bytes, least_s)
         key = tuple(costs)
         if key not in self._floors_s:
-            relaxed = replace(self.model, costs=costs, integer=[False] * len(costs))
-            self._floors_s[key] = solve(relaxed).bound
+            self._floors_s[key] = solve(self.model.priced(costs, relaxed=True)).bound
         return self._floors_s[key]
 
     def _assignment(self, values: Sequence[float]) -> Assignment:

@@ -131,14 +131,15 @@ class Bounds:
         contention = self.software.contention
         total_s = microbatch_s + max(contention * moved_s, moved_s - microbatch_s)
         pipeline_s = max(pipeline_floor_s(p, total_s), microbatch_s - device.weight_s / (p.tp * p.cp))
-        return pipeline_s + max(contention * sync_s, sync_s - total_s) / p.pp + self.update_s(p)
+        once_s = max(contention * sync_s, sync_s - total_s) / p.pp + self.update_s(p)
+        return pipeline_s + once_s + self.software.step_overhead_s
 
     def layout_s(self, p: Parallelism, microbatch_s: float, device: StageTable) -> float:
         """The same for every way to run the layout of `p`, the one that keeps least: nothing but its
         microbatches without a bubble, and the way of one of them through all stages."""
         microbatch_s += self._again_s(p, device)
         through_s = microbatch_s - device.weight_s / (p.tp * p.cp)
-        return max(p.num_microbatches * microbatch_s / p.pp, through_s)
+        return max(p.num_microbatches * microbatch_s / p.pp, through_s) + self.software.step_overhead_s
 
     def _again_s(self, p: Parallelism, device: StageTable) -> float:
         """What must at least be computed again for a microbatch, on all stages together.

@@ -140,7 +140,7 @@ class BranchAndBound:
         for layout in self.layouts:
             floor_s = self._layout_floor_s(layout)
             if floor_s is None:
-                self.outcome.pruned["memory floor"] += self._count(layout)
+                self.outcome.prune("memory floor", self._count(layout))
             else:
                 self._push(floor_s, LayoutNode(layout))
         while self._queue and self.floor_s < self.outcome.best_s * (1 - self.tolerance):
@@ -170,18 +170,20 @@ class BranchAndBound:
             case LayoutNode(layout, _):
                 microbatch_s, device = self._microbatch_floor_s(layout), self._device(layout)
                 for way in self._ways(layout):
-                    yield max(floor_s, self.planner.bounds.step_s(way, microbatch_s, device)), WayNode(way)
+                    step_s = self.planner.bounds.step_s(way, microbatch_s, device)
+                    schedule_s = self.planner.layer.schedule_floor_s(way)
+                    yield max(floor_s, step_s, schedule_s), WayNode(way)
             case WayNode(p, None):
                 program = self.planner.programs.program(p)
                 yield max(floor_s, self._way_floor_s(p, program)), WayNode(p, program)
             case WayNode(p, program, False):
                 # Memory may drive the way to other programs: what is closed here is closed for all.
-                least = program if p.tp == 1 else self.planner.programs.relaxed(p)
+                least = program if p.tp == 1 else self.planner.programs.relaxed(p, trades=False)
                 close_s = self.planner.layer.floor_s(least, p)
                 if close_s < float("inf"):
                     yield max(floor_s, close_s), node._replace(is_close=True)
                 else:
-                    self.outcome.pruned["out of memory"] += 1
+                    self.outcome.decide(p, "out of memory")
             case WayNode(_, _, True, None):
                 yield from self._draft(floor_s, node)
             case WayNode():
@@ -200,8 +202,8 @@ class BranchAndBound:
         if p.tp > 1 and fastest_s * (1 - NEGLIGIBLE) > floor_s:
             yield floor_s, SmallerNode(p, program.key.price_level + 1, fastest_s)
         elif draft is None:
-            self.outcome.pruned["out of memory"] += 1
-        else:
+            self.outcome.decide(p, "out of memory")
+        elif p.tp > 1:
             self.outcome.leave(floor_s)
 
     def _solve(self, floor_s: float, node: WayNode) -> Iterator[tuple[float, Node]]:
@@ -209,7 +211,7 @@ class BranchAndBound:
         assert node.program is not None
         solved = self.planner.layer.solve(node.program, node.p, node.draft)
         assert solved is not None, "what has a draft has units enough"
-        self.outcome.add(solved)
+        self.outcome.add(node.p, solved)
         if not solved.evaluated.fits:
             self.outcome.leave(floor_s)
         yield from ()
@@ -222,7 +224,7 @@ class BranchAndBound:
             if least is not None:
                 yield max(floor_s, least.bound_s), node._replace(is_close=True)
             elif fastest_s == float("inf"):
-                self.outcome.pruned["out of memory"] += 1
+                self.outcome.decide(p, "out of memory")
         elif price == len(MEMORY_PRICES) or floor_s >= fastest_s * (1 - NEGLIGIBLE):
             self.outcome.leave(floor_s)
         else:
@@ -254,7 +256,7 @@ class BranchAndBound:
         layer = self.planner.layer
         device = self.planner.floors.device(p.microbatch_size, p.ep)
         step_s = self.planner.bounds.step_s(p, layer.table(program).microbatch_s, device)
-        return max(step_s, layer.schedule_floor_s(program, p))
+        return max(step_s, layer.schedule_floor_s(p, program))
 
     def _device(self, layout: Layout) -> StageTable:
         return self.planner.floors.device(layout.microbatch_size, layout.ep)
@@ -280,26 +282,23 @@ class BranchAndBound:
         return ways(layout, self.planner.cluster, self.planner.degrees, self.planner.pins)
 
     def _count(self, layout: Layout) -> int:
-        key = (layout.pp, layout.num_microbatches, layout.dp, layout.tp * layout.cp, layout.cp > 1)
+        key = (layout.pp, layout.num_microbatches, layout.dp, layout.tp, layout.cp)
         if key not in self._num_ways:
             self._num_ways[key] = sum(1 for _ in self._ways(layout))
         return self._num_ways[key]
 
     def _count_left(self) -> None:
-        reason = self.stopped or "time floor"
-        left = {id(n.p): 1 for _, _, n in self._queue if isinstance(n, WayNode)}
-        number = len(left) + sum(
-            self._count(n.layout) for _, _, n in self._queue if isinstance(n, LayoutNode)
-        )
-        self.outcome.pruned[reason] = self.outcome.pruned.get(reason, 0) + number
+        """What is still in the queue; a way that was decided may have another program there."""
+        nodes = [node for _, _, node in self._queue]
+        left = {n.p for n in nodes if not isinstance(n, LayoutNode)} - self.outcome.decided.keys()
+        layouts = sum(self._count(n.layout) for n in nodes if isinstance(n, LayoutNode))
+        self.outcome.prune(self.stopped or "time floor", len(left) + layouts)
 
     def _report(self, node: Node, *, always: bool) -> None:
         if not always and self._arrivals - self._reported < REPORT_EVERY:
             return
         self._reported = self._arrivals
-        left = sum(self._count(n.layout) if isinstance(n, LayoutNode) else 1 for _, _, n in self._queue)
-        looking_at = str(node.p) if isinstance(node, WayNode) else ""
+        looking_at = "" if isinstance(node, LayoutNode) else str(node.p)
         gap = self.outcome.gap(self.floor_s)
-        self.report(
-            Progress(self.num_candidates - left, self.num_candidates, looking_at, self.outcome.best, gap)
-        )
+        best = self.outcome.best
+        self.report(Progress(self.outcome.num_decided, self.num_candidates, looking_at, best, gap))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autopar.plan import Parallelism
 from autopar.search.programs import Program, Programs
 from autopar.search.stages import StageTable
 
@@ -31,8 +30,7 @@ class Floors:
 
     def device(self, microbatch_size: int, ep: int) -> StageTable:
         """A microbatch on one device that has memory enough, its experts shared with `ep` others."""
-        p = Parallelism(microbatch_size=microbatch_size, ep=ep, dp_replicate=ep)
-        return self.table(self.programs.program(p))
+        return self.table(self.programs.device(microbatch_size, ep))
 
     def device_s(self, microbatch_size: int, ep: int) -> float:
         """Its time."""

@@ -9,6 +9,9 @@ from autopar.search.evaluate import Evaluated
 from autopar.search.programs import Program
 
 
+PRICED = "priced"
+
+
 @dataclass(frozen=True)
 class Solved:
     """A candidate with its program and its cost; with other cuts, or other things computed again, it takes no
@@ -26,15 +29,44 @@ class Solved:
 class Outcome:
     """The best so far, the best of every other mesh, and the floor under what was solved.
 
-    `pruned` counts candidates by why they were dropped.
+    `decided` has the candidates that were looked at to the end, and what became of them: they have a price,
+    or a reason why not.
     """
 
     def __init__(self) -> None:
         self.best: Solved | None = None
         self.floor_s = float("inf")
-        self.num_priced = 0
-        self.pruned = {"memory floor": 0, "time floor": 0, "out of memory": 0}
+        self.decided: dict[Parallelism, str] = {}
+        self._pruned = {"memory floor": 0, "time floor": 0, "out of memory": 0}
         self._by_mesh: dict[tuple[int, ...], Solved] = {}
+
+    @property
+    def num_priced(self) -> int:
+        """The candidates that have a price."""
+        return sum(what == PRICED for what in self.decided.values())
+
+    @property
+    def num_decided(self) -> int:
+        """The candidates that nothing more is to be found out about."""
+        return len(self.decided) + sum(self._pruned.values())
+
+    @property
+    def pruned(self) -> dict[str, int]:
+        """How many candidates were dropped, by why."""
+        found = dict(self._pruned)
+        for what in self.decided.values():
+            if what != PRICED:
+                found[what] = found.get(what, 0) + 1
+        return found
+
+    def prune(self, reason: str, number: int) -> None:
+        """Note that so many candidates were dropped together."""
+        self._pruned[reason] = self._pruned.get(reason, 0) + number
+
+    def decide(self, p: Parallelism, what: str) -> None:
+        """Note what became of a candidate; a price stays."""
+        if self.decided.get(p) != PRICED:
+            self.decided[p] = what
 
     @property
     def best_s(self) -> float:
@@ -46,19 +78,16 @@ class Outcome:
             return 1.0
         return max(0.0, 1 - min(floor_s, self.floor_s) / self.best_s)
 
-    def add(self, solved: Solved) -> bool:
-        """Note a candidate that was priced; whether it is the best so far."""
+    def add(self, candidate: Parallelism, solved: Solved) -> None:
+        """Note what a candidate comes to with one of its programs."""
+        self.decide(candidate, PRICED if solved.evaluated.fits else "out of memory")
         if not solved.evaluated.fits:
-            self.pruned["out of memory"] += 1
-            return False
-        self.num_priced += 1
+            return
         self.floor_s = min(self.floor_s, solved.bound_s)
         p = solved.parallelism
         mesh = (p.pp, p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate)
         self._by_mesh[mesh] = better(self._by_mesh.get(mesh), solved)
-        before = self.best
-        self.best = better(before, solved)
-        return self.best is not before
+        self.best = better(self.best, solved)
 
     def leave(self, floor_s: float) -> None:
         """Note that something was given up on which takes no less than this: it may yet fit."""

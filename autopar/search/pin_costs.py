@@ -12,9 +12,12 @@ from autopar.search.pins import Pins
 from autopar.search.placement import placed
 from autopar.search.planner import TOLERANCE, Planner
 
-MOST_WORK = 6000
-"""Arrivals in the queues of all these searches together, each a fraction of a millisecond to two: seconds on
-any machine, and the same pins priced on all of them."""
+MOST_WORK = 8000
+"""Arrivals in the queues of all these searches together, each a fraction of a millisecond to three: seconds
+on any machine, and the same pins priced on all of them."""
+
+MOST_OF_ONE = 3000
+"""Of them, those of one search, so that one pin does not leave the others without a price."""
 
 
 def pin_costs(
@@ -85,7 +88,7 @@ class PinPricer:
         except KeyboardInterrupt:
             self.work = 0
             return None
-        search.most_work = self.work
+        search.most_work = min(self.work, MOST_OF_ONE)
         search.outcome.best = best
         found = search.run().best
         self.work = 0 if search.stopped == "interrupted" else self.work - search.work

@@ -14,6 +14,8 @@ import numpy as np
 from autopar.errors import PinConflictError
 from autopar.search.axis_problem import AxisProblem
 from autopar.search.pin_conflicts import dividing_degrees
+from autopar.search.pin_placement import PINNED_AXES
+from autopar.search.pin_rules import placements_of
 from autopar.search.pin_stages import NamedUnit, named_units
 from autopar.search.pinned import BytesMoved
 from autopar.search.pins import Pins
@@ -101,14 +103,21 @@ class PinSpace:
 
     def admits(self, layout: Layout, replica: Callable[[int, int, int], Replica]) -> bool:
         """Whether every op has a strategy left on the layout's tensor axis; `replica` makes the programs of a
-        microbatch size, data size and context axis. `conflicts` keeps why not."""
+        microbatch size, data size and context axis. `conflicts` keeps why not.
+
+        How a parameter can lie is the same for every microbatch; which strategies there are is not.
+        """
         if layout.tp == 1 or not self.pins.placements:
             return True
-        key = (layout.microbatch_size, layout.cp, layout.tp)
-        if key not in self.conflicts:
-            graph = replica(layout.microbatch_size, 1, layout.cp).local.graph
-            self.conflicts[key] = self._conflict(graph, layout.tp)
-        return not self.conflicts[key]
+        size, cp = (layout.microbatch_size, layout.cp) if self._keys_are_pinned else (1, 1)
+        if (size, cp, layout.tp) not in self.conflicts:
+            graph = replica(size, 1, cp).local.graph
+            self.conflicts[size, cp, layout.tp] = self._conflict(graph, layout.tp)
+        return not self.conflicts[size, cp, layout.tp]
+
+    @cached_property
+    def _keys_are_pinned(self) -> bool:
+        return any(pin.placement is None for axis in PINNED_AXES for pin in placements_of(self.pins, axis))
 
     def _conflict(self, graph: OpGraph, tp: int) -> str:
         try:

@@ -13,20 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from autopar.plan import Parallelism
-from autopar.search.pool_cuts import (
-    LegTimes,
-    RouteCut,
-    StageTimes,
-    best_cuts,
-    seam_floors,
-)
+from autopar.search.pool_cuts import LegTimes, RouteCut, StageTimes, best_cuts, seam_floors
 from autopar.search.pool_legs import Legs
-from autopar.search.pool_routes import Leg, Route
+from autopar.search.pool_routes import SCHEDULE, Leg, Route
 from autopar.search.runs import AllRuns, Array
-from autopar.search.stages import Machine, Once, RunSums, StageTable, relief_s
+from autopar.search.stages import Machine, Once, RunSums, StageTable, Where, relief_s
 from costmodel import Overlap, peak_in_flight
 
 
@@ -75,12 +68,11 @@ class LegTable(StageTable):
         accumulation_s = np.min([way.accumulation_s for way in ways], axis=0)
         return LegTimes.of(self.unit_forward_s, self.unit_backward_s + accumulation_s, num_stages)
 
-    def stage(self, way: Way, flight: int, overlap: Overlap, possible: NDArray[np.bool_]) -> StageTimes:
-        """The stages with so many microbatches in flight, those left out that are not `possible`."""
+    def stage(self, way: Way, flight: int, overlap: Overlap, where: Where) -> StageTimes:
+        """The stages with so many microbatches in flight."""
         sums = self.sums
-        excess_bytes = np.where(possible, sums.saved_bytes - way.room_bytes / flight, 0.0)
-        again_s = relief_s(sums.segments, excess_bytes)
-        possible = possible & np.isfinite(again_s)
+        again_s = relief_s(sums.segments, sums.saved_bytes - way.room_bytes / flight)
+        possible = np.isfinite(again_s) & (True if where is None else where)
         backward_s = sums.backward_s + sums.runs.sums(way.accumulation_s) + np.where(possible, again_s, 0.0)
         gather_s, back_s, sync_s, optimizer_s = map(sums.runs.sums, way.once)
         units = sums.num_sharding_units
@@ -103,6 +95,7 @@ class RouteCuts:
         self._tables: dict[tuple[Leg, int], LegTable] = {}
         self._ways: dict[tuple[Leg, int], tuple[Way, ...]] = {}
         self._times: dict[tuple[Leg, int], LegTimes] = {}
+        self._best: dict[tuple[Leg, int, int | None], StageTimes] = {}
 
     def floor_s(self, route: Route, price: int) -> float:
         """No step takes less, whatever memory costs; infinite for too few units."""
@@ -113,9 +106,23 @@ class RouteCuts:
         floors_s, _ = seam_floors(times, route.num_microbatches)
         return float(floors_s.min(initial=np.inf)) + self._overhead_s
 
-    def cut(self, route: Route, price: int, cutoff_s: float, *, fitting: bool = True) -> RouteCut | None:
+    def least_s(self, route: Route, price: int, cutoff_s: float, *, fitting: bool = True) -> float:
+        """No step takes less, were each stage run in the way that suits it best; infinite for nothing below
+        the cutoff. Without `fitting` memory is no matter."""
+        times = [
+            replace(
+                self._leg_times(leg, price),
+                send_s=self.legs.sends_s(route, number, price),
+                ways=[self._best_stages(route, number, price, fitting)],
+            )
+            for number, leg in enumerate(route.legs)
+        ]
+        found = best_cuts(times, route.num_microbatches, cutoff_s - self._overhead_s)
+        return float("inf") if found is None else found.bound_s + self._overhead_s
+
+    def cut(self, route: Route, price: int, cutoff_s: float) -> RouteCut | None:
         """The best cuts and the best way to shard each leg, with the bound of the relaxation: no others are
-        below both that and the cutoff. Without `fitting` memory is no matter.
+        below both that and the cutoff.
 
         None where nothing fits memory, or nothing is below the cutoff. Ways that shard gradients are looked
         at apart from those that do not: all stages add gradients up faster then.
@@ -123,7 +130,7 @@ class RouteCuts:
         best: RouteCut | None = None
         limit_s = cutoff_s - self._overhead_s
         for ways in product(*(_alike(self._useful_ways(leg, price)) for leg in route.legs)):
-            times = [self._stage_times(route, n, price, mine, limit_s, fitting) for n, mine in enumerate(ways)]
+            times = [self._stage_times(route, number, price, mine) for number, mine in enumerate(ways)]
             found = best_cuts(times, route.num_microbatches, limit_s)
             if found is not None:
                 limit_s = found.bound_s
@@ -138,30 +145,40 @@ class RouteCuts:
             self._times[leg, price] = table.times(ways, leg.layout.pp)
         return self._times[leg, price]
 
-    def _stage_times(
-        self, route: Route, number: int, price: int, ways: Sequence[Way], limit_s: float, fitting: bool
-    ) -> LegTimes:
+    def _stage_times(self, route: Route, number: int, price: int, ways: Sequence[Way]) -> LegTimes:
         """The same for some of the ways to shard it, with their stages."""
         leg = route.legs[number]
+        flights = self._flights(route, number)
         return replace(
             self._table(leg, price).times(ways, leg.layout.pp),
             send_s=self.legs.sends_s(route, number, price),
-            ways=[self._stages(route, number, price, way if fitting else way.unlimited, limit_s) for way in ways],
+            ways=[self._stages(leg, price, way, flights) for way in ways],
         )
 
-    def _stages(
-        self, route: Route, number: int, price: int, way: Way, limit_s: float
-    ) -> list[StageTimes]:
-        """The stages of a leg; a run of units that alone exceeds the limit is none."""
-        leg = route.legs[number]
-        table, m = self._table(leg, price), route.num_microbatches
-        flights = peak_in_flight("1F1B", route.num_stages, m, 1)[route.first_stage(number) :][: leg.layout.pp]
-        possible = m * (table.sums.forward_s + table.sums.backward_s) < limit_s
+    def _flights(self, route: Route, number: int) -> tuple[int, ...]:
+        """Microbatches in flight on the stages of a leg."""
+        flights = peak_in_flight(SCHEDULE, route.num_stages, route.num_microbatches, 1)
+        first = route.first_stage(number)
+        return flights[first : first + route.legs[number].layout.pp]
+
+    def _best_stages(self, route: Route, number: int, price: int, fitting: bool) -> list[StageTimes]:
+        """The stages of a leg, each in the way that is best for it."""
+        leg, flights = route.legs[number], self._flights(route, number)
+        for flight in set(flights):
+            key = (leg, price, flight if fitting else None)
+            if key not in self._best:
+                ways = [way if fitting else way.unlimited for way in self._useful_ways(leg, price)]
+                self._best[key] = _fastest([self._stages(leg, price, way, (flight,))[0] for way in ways])
+        known = {flight: self._best[leg, price, flight if fitting else None] for flight in set(flights)}
+        known = {flight: times._replace(in_flight=flight) for flight, times in known.items()}
+        return [known[flight] for flight in flights]
+
+    def _stages(self, leg: Leg, price: int, way: Way, flights: Sequence[int]) -> list[StageTimes]:
+        """The stages of a leg with so many microbatches in flight."""
+        table = self._table(leg, price)
         where = self.legs.planners[leg.pool].layer.where(table.chain.units)
-        if where is not None:
-            possible &= where
         overlap = self.legs.evaluators[leg.pool].overlap
-        known = {flight: table.stage(way, flight, overlap, possible) for flight in set(flights)}
+        known = {flight: table.stage(way, flight, overlap, where) for flight in set(flights)}
         return [known[flight] for flight in flights]
 
     @property
@@ -188,6 +205,16 @@ class RouteCuts:
                     ways = [other for other in ways if not _is_as_good(way, other)] + [way]
             self._ways[leg, price] = tuple(ways)
         return self._ways[leg, price]
+
+
+def _fastest(ways: Sequence[StageTimes]) -> StageTimes:
+    """What no way undercuts: a longer forward makes a stage with as much to do only earlier."""
+    return StageTimes(
+        np.min([way.microbatch_s for way in ways], axis=0),
+        np.max([way.forward_s for way in ways], axis=0),
+        np.min([way.once_s for way in ways], axis=0),
+        ways[0].in_flight,
+    )
 
 
 def _is_as_good(one: Way, other: Way) -> bool:

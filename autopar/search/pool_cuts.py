@@ -20,9 +20,9 @@ first rank then has to do once a step, and of what the stage itself has to do on
 
     best_1(i) = V_il        best_s(i) = min over j of max(V_ij, best_{s-1}(j))
 
-is exact for stages up to seam l. P depends on the seams alone, so they are gone through one by one, those first
-that promise most. Where leg q takes W_q of a microbatch, with n stages and S_{q+1} seconds of it after it, the
-above (k = 1) makes
+is exact for stages up to seam l. P depends on the seams alone, so they are gone through one by one, those
+first that promise most. Where leg q takes W_q of a microbatch, with n stages and S_{q+1} seconds of it after
+it, the above (k = 1) makes
 
     P + S_{q+1} + (m - 1 - n) W_q / p_q      and      A_q + W_q / (1 - (1 - 1/m)^p_q) + R_q
 
@@ -121,18 +121,20 @@ def seam_floors(legs: Sequence[LegTimes], num_microbatches: int) -> tuple[Vector
     m = num_microbatches
     seams = _all_seams(len(legs[0].send_s), tuple(leg.num_stages for leg in legs))
     sends_s = [leg.send_s[seams[:, q]] for q, leg in enumerate(legs)]
-    works_s = [
-        sum(before[seams[:, q + 1]] - before[seams[:, q]] for before in leg.before_s)
+    parts_s = [
+        [before[seams[:, q + 1]] - before[seams[:, q]] for before in leg.before_s]
         for q, leg in enumerate(legs)
     ]
-    path_s = sum(works_s) + 2 * sum(sends_s)
+    path_s = sum(forward_s + backward_s for forward_s, backward_s in parts_s) + 2 * sum(sends_s)
     floors_s = path_s + (m - 1) * np.max(sends_s, axis=0)
     after_s, num_after = np.zeros(len(seams)), 0
-    for leg, work_s, send_s in reversed(list(zip(legs, works_s, sends_s, strict=True))):
-        p = leg.num_stages
+    for leg, (forward_s, backward_s), send_s in reversed(list(zip(legs, parts_s, sends_s, strict=True))):
+        p, work_s = leg.num_stages, forward_s + backward_s
+        most = min(num_after + p, m)
         alone_s = work_s / (1 - (1 - 1 / m) ** p)
         floors_s = np.maximum(floors_s, path_s - after_s - work_s + alone_s)
-        if num_after + p < m:
+        floors_s = np.maximum(floors_s, path_s + ((m - 1) * work_s - (most - 1) * forward_s) / p)
+        if most < m:
             floors_s = np.maximum(floors_s, path_s + after_s + (m - 1 - num_after) / p * work_s)
         after_s, num_after = after_s + work_s + 2 * send_s, num_after + p
     return floors_s, seams
@@ -211,7 +213,7 @@ def _values(
     here = slice(first, last + 1)
     forward_s, backward_s = (before[here] - before[first] for before in leg.before_s)
     arrival_s, return_s = offsets.arrival_s + forward_s, offsets.return_s + backward_s
-    round_trip_s = (offsets.path_s - arrival_s - return_s)[:, None]
+    after_s = offsets.path_s - arrival_s - return_s
     no_run = np.tri(len(arrival_s), dtype=bool)
     known: dict[int, Matrix] = {}
     for times in stages:
@@ -220,9 +222,9 @@ def _values(
         w, microbatch_s = times.in_flight, times.microbatch_s[here, here]
         is_none = no_run | np.isinf(microbatch_s)
         microbatch_s = np.where(is_none, 0.0, microbatch_s)
-        busy_s = np.maximum(
-            m * microbatch_s, round_trip_s + (m - 1) * microbatch_s - (w - 1) * times.forward_s[here, here]
-        )
+        round_trip_s = microbatch_s + after_s
+        busy_s = round_trip_s + (m - 1) * microbatch_s - (w - 1) * times.forward_s[here, here]
+        busy_s = np.maximum(busy_s, m * microbatch_s)
         for k in {1, (m - 1) // w} if m > w else ():
             busy_s = np.maximum(busy_s, (k + 1) * round_trip_s + (m - 1 - k * w) * microbatch_s)
         last_s = np.maximum(return_s[:, None] + offsets.first_once_s, times.once_s[here, here])

@@ -26,7 +26,6 @@ from autopar.search.describe import (
     rule_warnings,
     tokens_per_sample,
 )
-from autopar.search.evaluate import Evaluated
 from autopar.search.outcome import Solved
 from autopar.search.placement import rank_groups
 from autopar.search.pool_legs import Legs
@@ -41,7 +40,7 @@ def build_pool_plan(legs: Legs, result: PoolsResult, solve_s: float | None = Non
     assert result.best is not None, "without a plan there is nothing to describe"
     best = Prices(legs).finished(result.best)
     capture = legs.planners[0].capture
-    solved = [_solved(best, number) for number in range(len(best.legs))]
+    solved = [best.solved(number) for number in range(len(best.legs))]
     pools = tuple(_pool_plan(legs, best, number, solved[number]) for number in range(len(best.legs)))
     return Plan(
         model=model_summary(capture),
@@ -63,19 +62,6 @@ def route_label(priced: PricedRoute, legs: Legs) -> str:
     """A short name, such as `dgx-h100*32: dp16 tp4 pp4 ... -> dgx-a100*32: ...`."""
     parts = (f"{legs.pools.pools[leg.pool].id}: {leg.parallelism}" for leg in priced.legs)
     return " -> ".join(parts)
-
-
-def _solved(priced: PricedRoute, number: int) -> Solved:
-    """One leg as the candidate of a single cluster, whose units outside of the leg keep everything."""
-    leg, first = priced.legs[number], priced.route.first_stage(number)
-    ends = (*priced.cuts, len(leg.choices))
-    own = range(ends[first], ends[first + leg.parallelism.pp])
-    names = tuple(name if unit in own else "none" for unit, name in enumerate(leg.choices))
-    evaluated = Evaluated(
-        leg.parallelism, leg.program.chain, priced.cuts, names, leg.stages, priced.step, leg.ledgers,
-        leg.memory_bytes,
-    )  # fmt: skip
-    return Solved(evaluated, leg.program, priced.bound_s)
 
 
 def _pool_plan(legs: Legs, priced: PricedRoute, number: int, solved: Solved) -> PoolPlan:

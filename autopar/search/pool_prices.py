@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autopar.plan import Parallelism
+from autopar.search.evaluate import Evaluated
+from autopar.search.outcome import Solved
 from autopar.search.pool_cuts import RouteCut, moves
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_routes import SCHEDULE, Route
@@ -68,6 +70,19 @@ class PricedRoute:
     def fits(self) -> bool:
         """Whether every device has memory enough."""
         return all(leg.excess_bytes <= 0 for leg in self.legs)
+
+    def solved(self, number: int) -> Solved:
+        """The route as a candidate of one cluster, seen from one of its legs, where units of other legs keep
+        everything."""
+        leg, first = self.legs[number], self.route.first_stage(number)
+        ends = (*self.cuts, len(leg.choices))
+        own = range(ends[first], ends[first + leg.parallelism.pp])
+        names = tuple(name if unit in own else "none" for unit, name in enumerate(leg.choices))
+        evaluated = Evaluated(
+            leg.parallelism, leg.program.chain, self.cuts, names, leg.stages,
+            replace(self.step, total_s=self.step_s), leg.ledgers, leg.memory_bytes,
+        )  # fmt: skip
+        return Solved(evaluated, leg.program, self.bound_s)
 
     @property
     def rank(self) -> tuple[object, ...]:

@@ -76,7 +76,7 @@ def _legs(pool: int, planner: Planner, samples: int, global_batch: int) -> Itera
         if remainder or samples % dp or dp % ep or dp not in pins.values("dp", (dp,)):
             continue
         layout = Layout(samples // dp, tp, cp, ep, pp, dp, global_batch // samples)
-        is_wanted = layout.microbatch_size in pins.values("microbatch_size", (layout.microbatch_size,))
-        if pp < planner.num_units and is_wanted:
-            if planner.pin_space.admits(layout, planner.programs.replica):
-                yield Leg(pool, layout)
+        if pp >= planner.num_units or not pins.values("microbatch_size", (layout.microbatch_size,)):
+            continue
+        if planner.pin_space.admits(layout, planner.programs.replica):
+            yield Leg(pool, layout)

@@ -1,9 +1,11 @@
 """The search over pools of different devices: routes, cheapest lower bound first, until the best is proven.
 
-    route        one device's arithmetic, divided over the devices of each leg    `PoolSearch._device_floor_s`
-      ↓          each leg's own program, messages at the seams                    `RouteCuts.floor_s`
-      ↓          stages cut, ways to shard, memory met with fractions of variants `RouteCuts.cut`
-    plan         whole variants, exact schedule and memory                        `Prices.solve`
+    route        one device's arithmetic, divided over all of each leg           `PoolSearch._device_leg`
+      ↓          the least that strategies on the tensor axis take               `Programs.relaxed`
+      ↓          each leg's own program, messages at the seams                   `RouteCuts.floor_s`
+      ↓          stages cut, memory met with fractions of variants               `RouteCuts.least_s`
+      ↓          the same for each way to shard the legs                         `RouteCuts.cut`
+    plan         whole variants, exact schedule and memory                       `Prices.solve`
 
 As in `autopar.search.branch`, what comes first in the queue is looked at more closely, and the first in the
 queue is the bound. Each pool by itself is a candidate too, with the whole search of `autopar.search.planner`:
@@ -23,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.errors import PinConflictError, SearchTimeoutError
-from autopar.search.floors import Floors
+from autopar.search.block_ilp import MANY_MICROBATCHES
+from autopar.search.outcome import Solved
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner, SearchResult
 from autopar.search.pool_bounds import RouteCuts
@@ -33,13 +36,16 @@ from autopar.search.pool_prices import PricedRoute, Prices
 from autopar.search.pool_routes import Leg, Route, routes
 from autopar.search.programs import MEMORY_PRICES
 from autopar.search.space import parallelism
-from autopar.search.stages import state_bytes
+from autopar.search.stages import StageTable, state_bytes
 
-TOLERANCE = 5e-3
+TOLERANCE = 1e-2
 """The gap at which a search is done."""
 
 PROMISING = 0.95
 """A route's price is some percent above its bound: below this part of the best, the bound promises more."""
+
+SMALL = 4
+"""The microbatches up to this size have one that stands for them in floors; the largest stands for others."""
 
 NUM_RUNNERS_UP = 4
 
@@ -48,12 +54,12 @@ Report = Callable[[str, int, int], None]
 
 
 class RouteNode(NamedTuple):
-    """A route with the price of memory of its programs, once they were made, and its cuts with the cutoff at
-    which they were made."""
+    """A route with the price of memory of its programs, how closely it was looked at (`depth`, the steps
+    above), and its cuts with the cutoff at which they were made."""
 
     route: Route
     price: int = 0
-    is_made: bool = False
+    depth: int = 0
     cut: RouteCut | None = None
     cutoff_s: float = float("inf")
 
@@ -102,7 +108,7 @@ class PoolSearch:
         self.alone: tuple[int, SearchResult] | None = None
         self.solved: list[PricedRoute] = []
         self._fate: dict[Route | int, str] = {}
-        self._device_times: dict[Leg, LegTimes] = {}
+        self._leg_times: dict[tuple[Leg, int], LegTimes] = {}
         self._capacity: dict[Leg, float] = {}
         self._queue: list[tuple[float, int, Node]] = []
         self._arrivals = 0
@@ -120,8 +126,11 @@ class PoolSearch:
 
     @property
     def _alone_s(self) -> float:
-        found = None if self.alone is None else self.alone[1].best
-        return float("inf") if found is None else found.evaluated.step_s
+        return float("inf") if self._found_alone is None else self._found_alone.evaluated.step_s
+
+    @property
+    def _found_alone(self) -> Solved | None:
+        return None if self.alone is None else self.alone[1].best
 
     def run(self) -> PoolsResult:
         """Search until the best is proven, or time or the user says so. Raises SearchTimeoutError when there
@@ -132,8 +141,8 @@ class PoolSearch:
             stopped = "interrupted"
         if stopped is not None and self.best_s == float("inf"):
             raise SearchTimeoutError(
-                f"no plan yet when the search was stopped ({stopped}): {self.num_candidates} candidates, none "
-                "priced; allow more time, or pin some settings"
+                f"no plan yet when the search was stopped ({stopped}): {self.num_candidates} candidates, "
+                "none priced; allow more time, or pin some settings"
             )
         bounds_s = [entry[0] for entry in self._queue[:1]]
         if self.alone is not None:
@@ -160,7 +169,7 @@ class PoolSearch:
             self._push(self._alone_floor_s(planner), AloneNode(pool))
         for route in self.routes:
             if self._may_fit(route):
-                self._push(self._device_floor_s(route), RouteNode(route))
+                self._push(self._seams_s(route, self._device_leg), RouteNode(route))
             else:
                 self._fate[route] = "memory floor"
         while self._queue and self._queue[0][0] < self.best_s * (1 - TOLERANCE):
@@ -183,9 +192,16 @@ class PoolSearch:
         match node:
             case AloneNode(pool):
                 self._search_alone(pool)
-            case RouteNode(route, price, False):
-                made_s = self.cuts.floor_s(route, price)
-                yield max(floor_s, made_s), node._replace(is_made=True)
+            case RouteNode(route, _, 0):
+                yield max(floor_s, self._seams_s(route, self._tensor_leg)), node._replace(depth=1)
+            case RouteNode(route, price, 1):
+                yield max(floor_s, self.cuts.floor_s(route, price)), node._replace(depth=2)
+            case RouteNode(route, price, 2):
+                least_s = self.cuts.least_s(route, price, self.best_s)
+                if least_s < float("inf"):
+                    yield max(floor_s, least_s), node._replace(depth=3)
+                else:
+                    yield from self._smaller(floor_s, node)
             case RouteNode(_, _, _, cut, cutoff_s):
                 if cut is None or cutoff_s > self.best_s:  # the nearer the cutoff, the tighter the bound
                     yield from self._cut(floor_s, node)
@@ -200,9 +216,6 @@ class PoolSearch:
             if node.cut is None and cut.bound_s < PROMISING * self.best_s:
                 self._note(self.prices.solve(node.route, node.price, cut))
             yield max(floor_s, cut.bound_s), known
-        elif self.cuts.cut(node.route, node.price, self.best_s, fitting=False) is not None:
-            self._fate.setdefault(node.route, "out of memory")
-            yield from self._smaller(floor_s, node)
 
     def _solve(self, floor_s: float, node: RouteNode, cut: RouteCut) -> Iterator[tuple[float, Node]]:
         """Price a route; where memory binds, smaller programs may do better."""
@@ -224,20 +237,28 @@ class PoolSearch:
             self.best = priced
 
     def _smaller(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, Node]]:
-        """The same route with programs of the next price of memory, which take no less."""
+        """The same route with programs of the next price of memory, which take no less; nothing where it was
+        not for memory."""
+        least_s = self.cuts.least_s(node.route, node.price, self.best_s, fitting=False)
+        if least_s == float("inf"):
+            return
+        self._fate.setdefault(node.route, "out of memory")
         price = node.price + 1
         if price < len(MEMORY_PRICES) and any(leg.layout.tp > 1 for leg in node.route.legs):
-            yield floor_s, RouteNode(node.route, price)
+            yield max(floor_s, least_s), RouteNode(node.route, price, depth=1)
 
     def _search_alone(self, pool: int) -> None:
+        """Search one pool for what is better than the best so far."""
         planner = self.planners[pool]
         planner.deadline = self.deadline
+        through = None if self.best is None else self.best.solved(0)
+        known = [each for each in (self._found_alone, through) if each is not None]
         try:
-            found = planner.search()
+            found = planner.search(min(known, key=lambda each: each.evaluated.step_s, default=None))
         except PinConflictError:
             self._fate[pool] = "pins"
             return
-        self._fate[pool] = "solved" if found.best is not None else "out of memory"
+        self._fate[pool] = "solved" if found.num_solved else "time floor"
         if found.best is not None and found.best.evaluated.step_s < self._alone_s:
             self.alone = pool, found
 
@@ -269,31 +290,47 @@ class PoolSearch:
             self._capacity[leg] = layout.pp * room / held if held else float("inf")
         return self._capacity[leg]
 
-    def _device_floor_s(self, route: Route) -> float:
-        """No step takes less: one device's arithmetic for every unit, divided over all of a leg."""
+    def _seams_s(self, route: Route, times_of: Callable[[Leg], LegTimes]) -> float:
+        """No step takes less if units take this."""
         times = [
-            replace(self._device_leg(leg), send_s=self.legs.crossing_s(route, number))
+            replace(times_of(leg), send_s=self.legs.crossing_s(route, number))
             for number, leg in enumerate(route.legs)
         ]
         return float(seam_floors(times, route.num_microbatches)[0].min(initial=np.inf))
 
     def _device_leg(self, leg: Leg) -> LegTimes:
-        """Half the batch takes at least half as long, so the largest microbatch stands for all of them."""
-        if leg not in self._device_times:
-            layout, planner = leg.layout, self.planners[leg.pool]
-            floors = Floors(planner.programs, self.largest, planner.layer.table)
-            table = floors.device(self.largest, layout.ep)
-            share = layout.microbatch_size / self.largest / (layout.tp * layout.cp)
-            self._device_times[leg] = LegTimes.of(
-                share * table.unit_forward_s, share * table.unit_backward_s, layout.pp
-            )
-        return self._device_times[leg]
+        """One device's arithmetic, divided over all of the leg."""
+        layout, planner = leg.layout, self.planners[leg.pool]
+        size = self._reference(layout.microbatch_size)
+        table = planner.layer.table(planner.programs.device(size, layout.ep))
+        return self._scaled(leg, table, layout.microbatch_size / size / (layout.tp * layout.cp))
+
+    def _tensor_leg(self, leg: Leg) -> LegTimes:
+        """The same with what any strategies on the tensor axis take."""
+        layout, planner = leg.layout, self.planners[leg.pool]
+        if layout.tp == 1 or layout.cp > 1 or layout.microbatch_size > SMALL:
+            return self._device_leg(leg)
+        p = parallelism(microbatch_size=SMALL, num_microbatches=MANY_MICROBATCHES, tp=layout.tp, ep=layout.ep,
+                        dp_shard=layout.dp)  # fmt: skip
+        table = planner.layer.table(planner.programs.relaxed(p))
+        return self._scaled(leg, table, layout.microbatch_size / SMALL)
+
+    def _scaled(self, leg: Leg, table: StageTable, share: float) -> LegTimes:
+        key = leg, id(table)
+        if key not in self._leg_times:
+            times = LegTimes.of(share * table.unit_forward_s, share * table.unit_backward_s, leg.layout.pp)
+            self._leg_times[key] = times
+        return self._leg_times[key]
+
+    def _reference(self, microbatch_size: int) -> int:
+        """The microbatch that stands for one of this size: half the batch takes at least half as long."""
+        return SMALL if microbatch_size <= SMALL < self.largest else self.largest
 
     def _alone_floor_s(self, planner: Planner) -> float:
         """No step on one pool takes less: one device's arithmetic for the whole batch, divided over all."""
-        floors = Floors(planner.programs, self.largest, planner.layer.table)
         degrees = planner.pins.values("ep", planner.degrees.ep)
-        whole_s = min((floors.device_s(self.global_batch, ep) for ep in degrees), default=0.0)
+        programs = [planner.programs.device(self.global_batch, ep) for ep in degrees]
+        whole_s = min((planner.layer.table(program).microbatch_s for program in programs), default=0.0)
         return whole_s / planner.cluster.num_devices
 
     # --- what to say ----------------------------------------------------------------------------------------

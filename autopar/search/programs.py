@@ -112,7 +112,7 @@ class Programs:
         self._ilps: dict[ProgramKey, BlockIlp] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._context_floors_s: dict[tuple[int, int, int], float] = {}
-        self._relaxed: dict[ProgramKey, Program] = {}
+        self._relaxed: dict[tuple[ProgramKey, bool], Program] = {}
         self._propagated: Assignment | None = None
 
     def under(self, rules: Rules) -> Programs:
@@ -154,17 +154,21 @@ class Programs:
             local = localize(local, assignment)
         return Program(key, self._chain(whole, local, key, {}), solution, program.strategies)
 
-    def relaxed(self, p: Parallelism) -> Program:
+    def device(self, microbatch_size: int, ep: int = 1) -> Program:
+        """The program of one device that has memory enough, its experts shared with `ep` others."""
+        return self.program(Parallelism(microbatch_size=microbatch_size, ep=ep, dp_replicate=ep))
+
+    def relaxed(self, p: Parallelism, *, trades: bool = True) -> Program:
         """What no program of a candidate's layout can beat, whatever memory costs: a program but for its
-        strategies."""
+        strategies. A quick one without `trades` (`autopar.search.relaxed`)."""
         key = self._key(p, 0)
-        if key not in self._relaxed:
-            alone = Parallelism(microbatch_size=p.microbatch_size, ep=p.ep, dp_replicate=p.ep)
-            device, degree = self.program(alone).chain, p.tp * p.cp
+        if (key, trades) not in self._relaxed:
+            device, degree = self.device(p.microbatch_size, p.ep).chain, p.tp * p.cp
             where = self._stretches(key, device, degree)
-            chain = relaxed(device, self.program(p).chain, degree, self._pricer(1, 1, p.ep, 1), where)
-            self._relaxed[key] = Program(key, chain, None, {})
-        return self._relaxed[key]
+            fastest, pricer = self.program(p).chain, self._pricer(1, 1, p.ep, 1)
+            chain = relaxed(device, fastest, degree, pricer, where, trades=trades)
+            self._relaxed[key, trades] = Program(key, chain, None, {})
+        return self._relaxed[key, trades]
 
     def _stretches(self, key: ProgramKey, device: Chain, degree: int) -> list[Stretch | None]:
         """Where units are in the axis's problem, of which experts that are dealt out are no part."""

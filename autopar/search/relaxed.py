@@ -53,17 +53,23 @@ class Line(NamedTuple):
 
 
 def relaxed(
-    device: Chain, fastest: Chain, degree: int, pricer: Pricer, stretches: Sequence[Stretch | None]
+    device: Chain,
+    fastest: Chain,
+    degree: int,
+    pricer: Pricer,
+    stretches: Sequence[Stretch | None],
+    *,
+    trades: bool = True,
 ) -> Chain:
     """The bound of all programs on `degree` ranks, given the program of one device and its prices, the fastest
     of all programs, and where units are in the block problem; without that, their collectives are left
-    out."""
+    out. Without `trades` blocks that compute again are thought to communicate no more than others."""
     known: dict[tuple[int, Stretch | None], Unit] = {}
     units = []
     for unit, like, stretch in zip(device.units, fastest.units, stretches, strict=True):
         kind = (id(unit.recompute_s), stretch)
         if kind not in known:
-            known[kind] = _Least(unit, like, degree, pricer, stretch).unit()
+            known[kind] = _Least(unit, like, degree, pricer, stretch).unit(trades)
         # Units that share what they compute again still do.
         units.append(replace(unit, **_costs_of(known[kind]), saved=_saved(unit, known[kind], degree)))
     parameters = {name: _shard(shard, degree) for name, shard in device.parameters.items()}
@@ -110,10 +116,10 @@ class _Least:
         if stretch is not None:
             self.time_s = max(self.time_s, stretch.ilp.floor_s(stretch.start, stretch.stop))
 
-    def unit(self) -> Unit:
+    def unit(self, trades: bool) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
         least = replace(self.device, cost=self._cost(), recompute_s=again_s)
-        if self.stretch is None or not self.device.is_block:
+        if not trades or self.stretch is None or not self.device.is_block:
             return least
         saved = dict(self.device.saved)
         names = ["none"]

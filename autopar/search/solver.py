@@ -45,6 +45,19 @@ class LinearModel:
     bounds: list[tuple[float, float]] = field(default_factory=list)
     integer: list[bool] = field(default_factory=list)
     rows: list[tuple[float, float, tuple[Term, ...]]] = field(default_factory=list)
+    _constraints: list[model_pb2.ModelProto] = field(default_factory=list, repr=False, compare=False)
+
+    def priced(self, costs: Sequence[float], *, relaxed: bool = False) -> LinearModel:
+        """The same rows at other costs; no variable need be whole where `relaxed`. The rows are shared: add
+        none to either model."""
+        integer = [False] * len(costs) if relaxed else self.integer
+        return replace(self, costs=list(costs), integer=integer)
+
+    def constraints(self) -> model_pb2.ModelProto:
+        """The rows as the solver takes them, made once for all models that share them."""
+        if not self._constraints:
+            self._constraints.append(_constraints_proto(self.rows))
+        return self._constraints[0]
 
     def variable(
         self, cost: float = 0.0, lower: float = 0.0, upper: float = 1.0, *, integer: bool = False
@@ -242,11 +255,17 @@ def _model_proto(
     priced = [index for index, cost in enumerate(model.costs) if cost]
     proto.objective.linear_coefficients.ids.extend(priced)
     proto.objective.linear_coefficients.values.extend(scale * model.costs[index] for index in priced)
+    proto.MergeFrom(model.constraints())
+    return proto
+
+
+def _constraints_proto(given: Sequence[tuple[float, float, tuple[Term, ...]]]) -> model_pb2.ModelProto:
+    proto = model_pb2.ModelProto()
     rows = proto.linear_constraints
-    rows.ids.extend(range(len(model.rows)))
-    rows.lower_bounds.extend(lower for lower, _, _ in model.rows)
-    rows.upper_bounds.extend(upper for _, upper, _ in model.rows)
-    entries = [(row, *term) for row, (_, _, terms) in enumerate(model.rows) for term in _in_order(terms)]
+    rows.ids.extend(range(len(given)))
+    rows.lower_bounds.extend(lower for lower, _, _ in given)
+    rows.upper_bounds.extend(upper for _, upper, _ in given)
+    entries = [(row, *term) for row, (_, _, terms) in enumerate(given) for term in _in_order(terms)]
     matrix = proto.linear_constraint_matrix
     matrix.row_ids.extend(row for row, _, _ in entries)
     matrix.column_ids.extend(column for _, column, _ in entries)

@@ -60,12 +60,16 @@ class StageLayer:
             self._tables[key] = program, table, Variants(table)
         return self._tables[key][1:]
 
-    def schedule_floor_s(self, program: Program, p: Parallelism) -> float:
-        """No step takes less, whatever the data axes do; 0 where cuts are still open."""
+    def schedule_floor_s(self, p: Parallelism, program: Program | None = None) -> float:
+        """No step takes less, whatever the data axes do; 0 where cuts are still open. Without a program, that
+        of one device is divided over the ranks of all stages."""
         if p.num_virtual_stages == 1:
             return 0.0
         cuts = self._even(p)
-        return float("inf") if cuts is None else self.table(program).schedule_floor_s(p, cuts)
+        if cuts is None:
+            return float("inf")
+        table, degree = (self._device(p), p.tp * p.cp) if program is None else (self.table(program), 1)
+        return table.schedule_floor_s(p, cuts) / degree + self.evaluator.era.step_overhead_s
 
     def floor_s(self, program: Program, p: Parallelism) -> float:
         """No step takes less; infinite where memory, or the number of units, allows no stages at all. Quick
@@ -73,7 +77,10 @@ class StageLayer:
         if p.pp > 1 and p.num_virtual_stages == 1:
             return 0.0
         cuts = self._even(p)
-        return float("inf") if cuts is None else self.table(program).even_bound_s(p, self._machine(p), cuts)
+        if cuts is None:
+            return float("inf")
+        bound_s = self.table(program).even_bound_s(p, self._machine(p), cuts)
+        return bound_s + self.evaluator.era.step_overhead_s
 
     def draft(self, program: Program, p: Parallelism) -> Draft | None:
         """The cuts of a way and its bound; None where memory, or the number of units, allows none."""
@@ -88,11 +95,14 @@ class StageLayer:
         bound_s = self._relaxed_s(variants, evaluated)
         return None if bound_s == float("inf") else Draft(cuts, bound_s)
 
+    def _device(self, p: Parallelism) -> StageTable:
+        return self.table(self.programs.device(p.microbatch_size, p.ep))
+
     def _even(self, p: Parallelism) -> tuple[int, ...] | None:
-        """Even for the fastest program; smaller ones are cut alike."""
+        """Even for one device; the programs of all ranks are cut alike."""
         if p.pp == 1:
             return (0,)
-        table = self.table(self.programs.program(p))
+        table = self._device(p)
         return table.even(p.pp * p.num_virtual_stages, self.where(table.chain.units))
 
     def _machine(self, p: Parallelism) -> Machine:

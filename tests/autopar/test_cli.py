@@ -273,6 +273,19 @@ def test_evaluate_says_no_with_exit_code_1_when_it_does_not_fit(run, model: str,
     assert run("evaluate", model, "local-cpu*2", "--global-batch", 8, "-q")[0] == 0
 
 
+def test_evaluate_takes_offloading_an_order_of_axes_and_what_is_usable(run, model: str) -> None:
+    words = ("evaluate", model, "dgx-a100", "--global-batch", 64, "--format", "json", "-q")
+    unusual = ("--tp", 2, "--pp", 2, "--axis-order", "tp,pp,dp_replicate", "--offload", "optimizer")
+    problem = ("--memory-gb", 20, "--policy", "sgd-fp32", "--precision", "fp8", "--software", "te-2024")
+    plan = Plan.model_validate_json(run(*words, *unusual, *problem)[1])
+    assert list(plan.parallelism.mesh) == ["tp", "pp", "dp_replicate"]
+    assert plan.parallelism.offload == "optimizer"
+    assert (plan.cluster.memory_bytes, plan.prediction.software) == (20e9, "te-2024")
+    code, _, err = run(*words, "--axis-order", "tp,dp")
+    assert code == 2
+    assert "axis_order has 'dp'" in err
+
+
 def test_degrees_that_do_not_fit_the_devices_are_bad_input(run, model: str) -> None:
     code, _, err = run("evaluate", model, "local-cpu*2", "--global-batch", 8, "--tp", 3, "-q")
     assert code == 2

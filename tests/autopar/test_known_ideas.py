@@ -107,14 +107,14 @@ def test_the_sequence_is_split_between_the_products() -> None:
 def test_many_heads_and_slow_links_go_from_sequence_to_heads() -> None:
     """Ulysses, arXiv:2309.14509, section 3: of N ranks each sends 4/N of a tensor and receives as much, where
     gathering keys and values receives almost two whole ones."""
-    plan = planned(decoder(key_heads=16), cluster(4, per_node=1), 1, cp=4, tp=1, pp=1)
+    plan = planned(decoder(key_heads=16), cluster(4, per_node=1), 1, cp=4, tp=1, pp=1, space="whole")
     assert plan.strategies["cp"][ATTENTION] == HEADS
 
 
 def test_few_key_heads_are_gathered() -> None:
     """Llama 3, arXiv:2407.21783, section 3.3.2: keys and values are small beside queries, gathering them is
     cheap."""
-    plan = planned(decoder(key_heads=4), cluster(4, per_node=1), 1, cp=4, tp=1, pp=1)
+    plan = planned(decoder(key_heads=4), cluster(4, per_node=1), 1, cp=4, tp=1, pp=1, space="whole")
     assert plan.strategies["cp"][ATTENTION] == ROWS
 
 

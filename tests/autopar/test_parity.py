@@ -73,6 +73,8 @@ TRIALS = {
         _trial("bert", dtype=torch.bfloat16, tp=2),
         _trial("gpt2", dtype=torch.bfloat16, pp=2, num_microbatches=2),
         _trial("mixtral", tp=2),
+        _trial("gpt2", 0, dp_shard=2, zero_stage=2, num_microbatches=2, offload="optimizer"),
+        _trial("mlp", 2, tp=2, offload="optimizer"),
         *(_trial(model, seed, tp=2) for model in ("mlp", "gpt2", "llama", "bert") for seed in range(2)),
     ),
     4: (

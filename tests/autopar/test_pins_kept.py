@@ -120,6 +120,14 @@ CASES = [
         has(tp=2, sequence_parallel=False),
     ),
     Case(
+        "--tp 2 --no-sequence-parallel --pin embed:tp=Replicate",
+        "{tp: 2, sequence_parallel: false, placements: {embed: {tp: Replicate}}}",
+        {"tp": 2, "sequence_parallel": False, "placements": {"embed": {"tp": "Replicate"}}},
+        lambda plan: (
+            plan.placements["embed.weight"].startswith("tp R") and has(sequence_parallel=False)(plan)
+        ),
+    ),
+    Case(
         "--recompute selective",
         "recompute: selective",
         {"recompute": "selective"},

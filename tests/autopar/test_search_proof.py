@@ -32,10 +32,10 @@ from tests.autopar.test_known_ideas import decoder
 from tests.autopar.tiny_models import KINDS, all_plans, num_plans, programs_of, tiny
 
 ROUNDING = 1e-9
-MOST_PLANS = 150
-WORST = 0.02
-"""The most that a plan may cost above the optimum: the search stops at its tolerance, and stages are judged
-by what can be added up before they are put to the test of the schedule."""
+MOST_PLANS = 80
+WORST = 0.05
+"""The most that a plan may cost above the optimum. The search stops at its tolerance; stages are judged by
+what can be added up before a schedule puts them to the test, and memory is taken off in whole variants."""
 
 PINNED = ("microbatch_size", "tp", "cp", "pp", "dp_shard", "zero_stage", "schedule", "num_virtual_stages")
 STATE_BYTES = 16
@@ -77,11 +77,11 @@ def is_said(p: Parallelism, name: str) -> bool:
     return p.pp > 1 or name not in ("schedule", "num_virtual_stages")
 
 
-@pytest.mark.parametrize("seed", range(70))
+@pytest.mark.parametrize("seed", range(50))
 def test_no_plan_is_better_than_the_bound_and_none_much_better_than_the_one_found(seed: int) -> None:
     rng = random.Random(seed)
     everything = random_planner(rng)
-    for _ in range(3):
+    for _ in range(4):
         planner = pinned(everything, rng)
         fitting = [found for found in all_plans(planner) if found.fits]
         result = planner.search()
@@ -191,7 +191,8 @@ def test_the_plan_costs_what_its_certificate_says(seed: int) -> None:
         return
     again = repriced(Plan.model_validate_json(plan.to_json()), tiny.__wrapped__(*shape), machine)
     assert again.step_s == pytest.approx(plan.certificate.objective_s, rel=1e-9)
-    assert again.peak_memory_bytes == pytest.approx(plan.prediction.peak_memory_bytes, rel=1e-9)
+    # Two replicas stand for any number: a mean over all samples keeps a byte more or less.
+    assert again.peak_memory_bytes == pytest.approx(plan.prediction.peak_memory_bytes, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))

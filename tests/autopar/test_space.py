@@ -1,0 +1,89 @@
+"""The space: what it lists, and that floors hold for all of it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from autopar.records.clusters import cluster_of
+from autopar.records.configuration import configuration
+from autopar.records.schema import Record, read_records
+from autopar.search.describe import training_policy
+from autopar.search.pins import Pins
+from autopar.search.planner import Planner
+from autopar.search.space import Degrees, divisors, layouts, longest_tensor_axis, virtual_stages
+from tests.autopar.small_models import cluster, tower
+
+PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published.json"
+
+
+@cache
+def published() -> tuple[Record, ...]:
+    """One complete run for every combination of the settings that are tested here."""
+    runs = {
+        (r.cluster.accelerator, r.cluster.n_devices, r.batch, r.parallelism): r
+        for r in read_records(PUBLISHED)
+        if r.tier in ("A", "B")
+    }
+    return tuple(runs.values())
+
+
+def test_microbatches_have_every_size_that_divides_the_batch_of_a_replica() -> None:
+    degrees = Degrees((1, 2), (1,), (1,), num_units=4)
+    found = [layout for layout in layouts(cluster(4), 96, degrees, Pins()) if layout.dp == 4]
+    assert sorted(layout.microbatch_size for layout in found) == [1, 2, 3, 4, 6, 8, 12, 24]
+    assert all(layout.microbatch_size * layout.num_microbatches * layout.dp == 96 for layout in found)
+
+
+@pytest.mark.parametrize(
+    ("pp", "num_blocks", "expected"),
+    [
+        (8, 96, {2, 3, 4, 6, 12}),  # GPT-3 175B
+        (4, 80, {2, 4, 5, 10, 20}),  # Llama 70B
+        (16, 126, {2, 4, 8}),  # Llama 405B: embedding and head stand for a block each
+        (2, 48, {2, 3, 4, 6, 8, 12, 24}),
+    ],
+)
+def test_virtual_stages_deal_the_blocks_out_evenly(pp: int, num_blocks: int, expected: set[int]) -> None:
+    found = virtual_stages("Interleaved1F1B", pp, num_blocks)
+    assert expected <= set(found)
+    assert list(found) == sorted(found)
+    assert 1 not in found
+    assert virtual_stages("ZBVZeroBubble", pp, num_blocks) == (2,)
+
+
+def test_a_tensor_axis_may_leave_the_scale_up_domain_but_not_the_cluster() -> None:
+    assert longest_tensor_axis(cluster(4)) == 4
+    assert longest_tensor_axis(cluster(64, per_node=4)) == 8
+
+
+def test_what_was_run_and_published_is_in_the_space() -> None:
+    assert len(published()) > 100
+    missing = [record.id for record in published() if not listed(record)]
+    assert missing == []
+
+
+def listed(record: Record) -> bool:
+    how, machine = configuration(record), cluster_of(record)
+    p = how.known
+    degrees = Degrees(
+        tuple(n for n in divisors(machine.num_devices) if n <= longest_tensor_axis(machine)),
+        (p.cp,),
+        (p.ep,),
+        record.model.layers,
+    )
+    found = layouts(machine, p.global_batch, degrees, Pins(pp=p.pp))
+    sizes = {layout.microbatch_size for layout in found if (layout.tp, layout.dp) == (p.tp, p.dp)}
+    stages = {1, *virtual_stages(p.schedule, p.pp, record.model.layers)}
+    return p.microbatch_size in sizes and p.num_virtual_stages in stages
+
+
+def test_floors_hold_for_sizes_that_do_not_divide_each_other() -> None:
+    planner = Planner(tower(), cluster(4, 16e9), training_policy(tower().graph), global_batch=24)
+    assert {2, 3, 8} <= {layout.microbatch_size for layout in planner.layouts}
+    for p in planner.candidates():
+        if p.pp == p.cp == 1 and p.zero_stage == 0:
+            microbatch_s = planner.layer.table(planner.programs.program(p)).microbatch_s
+            assert planner.floors.tensor_s(p.microbatch_size, p.tp, p.ep) <= microbatch_s * (1 + 1e-9), str(p)
