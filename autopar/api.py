@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graphs
 from autopar.errors import InvalidParallelismError
 from autopar.plan import Alternative, Certificate, Offload, Parallelism, Plan, Recompute, ScheduleName
-from autopar.request import Precision, cluster_of, policy_of, software_of
+from autopar.request import Precision, cluster_of, machine_of, policy_of, software_of
 from autopar.search import attempts
 from autopar.search.branch import Progress
 from autopar.search.describe import (
@@ -24,14 +24,15 @@ from autopar.search.describe import (
     memory_excess,
 )
 from autopar.search.outcome import Solved
-from autopar.search.pin_conflicts import check_emitted, check_pins
+from autopar.search.pin_conflicts import check_emitted, check_model, check_pins
 from autopar.search.pin_costs import MOST_WORK, PinPricer, with_pin_costs
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner, SearchResult
+from autopar.search.pool_plan import plan_pools
 from autopar.search.validate import check_parallelism
 from costmodel import OptimizerPolicy, Software
 from graphs import Capture
-from hardware_db import Cluster, slice_shapes
+from hardware_db import Cluster, Pools, slice_shapes
 
 Inputs = Mapping[str, Tensor] | Callable[[int], Mapping[str, Tensor]]
 
@@ -70,7 +71,7 @@ Model = nn.Module | Capture | Buildable
 
 def plan(
     model: Model,
-    cluster: Cluster | str | Path,
+    cluster: Cluster | Pools | str | Path,
     *,
     inputs: Inputs | None = None,
     global_batch: int,
@@ -99,7 +100,8 @@ def plan(
 
     Args:
         model: a module (with `inputs`), a capture, or a `ModelSpec`.
-        cluster: as `hardware_db.cluster` takes it: `"dgx-h100*8"`, a named cluster, a file, or a `Cluster`.
+        cluster: as `hardware_db.cluster` takes it: `"dgx-h100*8"`, a named cluster, a file, or a `Cluster`;
+            or pools of different devices, `"dgx-h100*32 + dgx-a100*32"`, a file of them, or `Pools`.
         inputs: keyword tensors of the module's forward, labels included, or a function from a batch size to
             them.
         global_batch: samples in one optimizer step.
@@ -120,7 +122,8 @@ def plan(
         memory_bytes: what may be used of each device's memory; by default all of it.
 
     Of a machine whose links can be switched, every shape of so many chips is tried. Where nothing fits, the
-    optimizer's states are offloaded to the hosts, and the plan's warnings say so.
+    optimizer's states are offloaded to the hosts, and the plan's warnings say so. Pools get a pipeline
+    through them, or the best plan for one of them where that is faster; their pins are not priced.
 
     Raises InfeasibleError when nothing fits, PinConflictError when the pins leave nothing to choose, or ask
     for what the space has not, SearchTimeoutError when the limit passes first, CostModelError for an unknown
@@ -134,13 +137,19 @@ def plan(
     _check_batch(global_batch)
     if space == "programs":
         check_emitted(settings)
-    machine, era = cluster_of(cluster, memory_bytes), software_of(software)
+    machine, era = machine_of(cluster, memory_bytes), software_of(software)
     if progress is not None:
         progress("capture", 0, 1)
     capture = captured(model, inputs, name)
     if progress is not None:
         progress("capture", 1, 1)
     policy = policy_of(policy, capture.graph)
+    if isinstance(machine, Pools):
+        return _plan_pools(
+            machine, capture, policy, era, global_batch=global_batch, pins=settings,
+            time_limit_s=time_limit_s, progress=progress, whole_space=space == "whole",
+            low_precision=precision,
+        )  # fmt: skip
     check_pins(settings, capture.graph, machine.num_devices, global_batch)
     for shorten in (True, False):
         found = attempts.search(
@@ -169,6 +178,40 @@ def plan(
     if not (settings and price_pins):
         return plan
     return with_pin_costs(plan, PinPricer(planner, settings, best, work=0 if result.stopped else MOST_WORK))
+
+
+def _plan_pools(
+    pools: Pools,
+    capture: Capture,
+    policy: OptimizerPolicy,
+    era: Software,
+    *,
+    global_batch: int,
+    pins: Pins,
+    time_limit_s: float | None,
+    progress: Callback | None,
+    whole_space: bool,
+    low_precision: str | None,
+) -> Plan:
+    """The best plan for pools of different devices."""
+    check_model(pins, capture.graph)
+
+    def report(best: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"search: {best}", done, total)
+
+    for shorten in (True, False):
+        planners = [
+            Planner(
+                capture, pool, policy, era, global_batch=global_batch, pins=pins, time_limit_s=time_limit_s,
+                shorten=shorten, whole_space=whole_space, low_precision=low_precision,
+            )
+            for pool in pools.pools
+        ]  # fmt: skip
+        found = plan_pools(planners, pools, time_limit_s=time_limit_s, report=report)
+        if found is not None:
+            return found
+    raise AssertionError("at full depth the search prices what the plan is made of")
 
 
 def evaluate(

@@ -54,6 +54,12 @@ def compile(  # the name users expect, as in torch.compile
             f"{capture.graph.num_parameters:,} parameters, or other sizes or dtypes of inputs. Plan it "
             "anew, or pass the model as it was planned"
         )
+    if plan.pools:
+        kinds = ", ".join(pool.cluster.id for pool in plan.pools)
+        raise RewriteError(
+            f"the plan is a pipeline through {len(plan.pools)} pools of different devices ({kinds}), which "
+            "can be planned and explained but not yet emitted; plan for one of them"
+        )
     return rewrite(capture, plan)
 
 

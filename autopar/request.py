@@ -12,7 +12,7 @@ from autopar.pricing import DEFAULT_SOFTWARE
 from autopar.search.describe import size, training_policy
 from costmodel import OptimizerPolicy, Software, optimizer_policy, software
 from graphs.ir import OpGraph
-from hardware_db import Cluster
+from hardware_db import Cluster, Pools
 
 Precision = Literal["fp8", "fp4"]
 """What products with parameters inside repeated blocks may run in, if not in the model's own precision."""
@@ -22,6 +22,15 @@ def cluster_of(cluster: Cluster | str | Path, memory_bytes: float | None = None)
     """The cluster, with no more than `memory_bytes` of each device to be used. Raises HardwareError."""
     found = cluster if isinstance(cluster, Cluster) else hardware_db.cluster(str(cluster))
     return found if memory_bytes is None else with_memory(found, memory_bytes, "given by the user")
+
+
+def machine_of(cluster: Cluster | Pools | str | Path, memory_bytes: float | None = None) -> Cluster | Pools:
+    """The same for what may be pools of different devices, each with so much memory."""
+    found = cluster if isinstance(cluster, Cluster | Pools) else hardware_db.cluster_or_pools(str(cluster))
+    found = found.collapsed() if isinstance(found, Pools) else found
+    if isinstance(found, Cluster):
+        return cluster_of(found, memory_bytes)
+    return replace(found, pools=tuple(cluster_of(pool, memory_bytes) for pool in found.pools))
 
 
 def with_memory(cluster: Cluster, memory_bytes: float, why: str) -> Cluster:

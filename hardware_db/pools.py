@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from hardware_db import catalog
 from hardware_db.build import cluster_of_nodes
@@ -80,9 +80,10 @@ def join_pools(
 ) -> Pools:
     """Pools joined by the link given, or else by the slowest of their own networks.
 
-    Pools of one id are numbered. Raises HardwareError as `Pools` does.
+    Pools of one id are numbered, and a torus keeps the shape that it has. Raises HardwareError as `Pools`
+    does.
     """
-    apart = _numbered(pools)
+    apart = tuple(replace(pool, slices=()) for pool in _numbered(pools))
     rate, latency_s = _slowest_link(apart) if apart else (0.0, 0.0)
     id = name or " + ".join(pool.id for pool in apart)
     return Pools(
@@ -185,5 +186,5 @@ def _inside(pool: Cluster) -> tuple[Level, ...]:
 def _kind(pool: Cluster) -> tuple[object, ...]:
     """All but name and size."""
     outermost = replace(pool.levels[-1], num_devices=1)
-    costs = pool.host_memory_bytes_per_device, pool.price_usd_per_device_hour
-    return pool.device, pool.node_id, pool.devices_per_node, pool.levels[:-1], outermost, costs
+    others = {each.name for each in fields(Cluster)} - {"id", "name", "num_devices", "levels", "notes"}
+    return pool.levels[:-1], outermost, *(getattr(pool, name) for name in sorted(others))

@@ -8,7 +8,18 @@ from textwrap import wrap
 
 from autopar.report import units
 from autopar.report.table import INDENT, table
-from autopar.report.view import PinPrice, Recomputed, Report, RunnerUp, Search, Stage, Training, Verdict
+from autopar.report.view import (
+    PinPrice,
+    Pool,
+    Ranks,
+    Recomputed,
+    Report,
+    RunnerUp,
+    Search,
+    Stage,
+    Training,
+    Verdict,
+)
 
 WIDTH = 100
 
@@ -19,7 +30,7 @@ def render(report: Report) -> str:
         _head(report),
         _warnings(report.warnings),
         _training(report.training),
-        _mesh(report),
+        _pools(report.pools) or _mesh(report),
         _stages(report.stages),
         _recomputation(report.recomputation),
         _placements(report),
@@ -105,14 +116,27 @@ def _mesh(report: Report) -> list[str]:
     titles = ("mesh: one rank", f"mesh: {report.num_devices} ranks")
     title = f"mesh: {product} = {report.num_devices} ranks, outermost axis first"
     title = titles[len(axes)] if len(axes) < len(titles) else title
-    return [title, *table(axes), *table(report.settings), *_ranks(report)]
+    return [title, *table(axes), *table(report.settings), *_ranks(report.ranks)]
 
 
-def _ranks(report: Report) -> list[str]:
+def _pools(pools: Sequence[Pool]) -> list[str]:
+    """The legs of a pipeline through pools: nothing else reaches out of one."""
+    lines = []
+    for pool in pools:
+        last = pool.first_stage + pool.num_stages - 1
+        stages = f"stages {pool.first_stage}-{last}" if pool.num_stages > 1 else f"stage {last}"
+        ranks = f"ranks {pool.first_rank}-{pool.first_rank + pool.num_devices - 1}"
+        lines.append(
+            f"{INDENT}{pool.cluster}: {stages} on {ranks}, {pool.num_devices} x {pool.device}, "
+            f"{pool.collective_library}"
+        )
+        lines += [2 * INDENT + pool.parallelism, *(INDENT + line for line in _ranks(pool.ranks))]
+    return ["pools, in the order of the pipeline (groups by ranks of the pool)", *lines] if lines else []
+
+
+def _ranks(ranks: Sequence[Ranks]) -> list[str]:
     """Who communicates along each axis; lines, as there may be many levels of links."""
-    lines = (
-        f"{each.axis}: {each.num_groups} groups, ranks {each.first} on {each.links}" for each in report.ranks
-    )
+    lines = (f"{each.axis}: {each.num_groups} groups, ranks {each.first} on {each.links}" for each in ranks)
     return [
         wrapped
         for line in lines

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from autopar.errors import AutoparError
 from autopar.module_paths import module_ranges
 from autopar.plan import Parallelism, Plan, Recomputation
+from autopar.ranks import RankGroups
 from costmodel import end_to_end_training_s, scale_factor, stage_ranks
 
 COMPUTING = frozenset({"compute", "recompute", "pipeline_bubble", "optimizer"})
@@ -110,6 +111,22 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """One kind of device: the part of the pipeline that runs on it, and who communicates there, on ranks that
+    count from the pool's first one."""
+
+    cluster: str
+    device: str
+    num_devices: int
+    collective_library: str
+    first_rank: int
+    first_stage: int
+    num_stages: int
+    parallelism: str
+    ranks: tuple[Ranks, ...]
+
+
+@dataclass(frozen=True)
 class Recomputed:
     """Blocks, ranges abbreviated, whose backward computes again what `what` says."""
 
@@ -172,6 +189,7 @@ class Report:
     axes: tuple[Axis, ...]
     ranks: tuple[Ranks, ...]
     settings: tuple[tuple[str, str], ...]
+    pools: tuple[Pool, ...]
     blocks: tuple[Block, ...]
     operations: tuple[Operation, ...]
     stages: tuple[Stage, ...]
@@ -192,15 +210,16 @@ def view(plan: Plan, token_budget: float | None = None) -> Report:
         model=plan.model.name,
         num_parameters=plan.model.num_parameters,
         cluster=plan.cluster.name,
-        num_devices=plan.parallelism.world_size,
+        num_devices=_num_devices(plan),
         device=plan.cluster.device,
         global_batch=plan.parallelism.global_batch,
         tokens_per_step=plan.parallelism.global_batch * plan.model.tokens_per_sample,
         verdict=_verdict(plan),
         training=None if token_budget is None else _training(plan, token_budget),
-        axes=_axes(plan),
-        ranks=_ranks(plan),
+        axes=() if plan.pools else _axes(plan),
+        ranks=_ranks(plan.rank_groups),
         settings=_settings(plan.parallelism, plan.prediction.software),
+        pools=_pools(plan),
         blocks=group_placements(getattr(plan, "placements", {})),
         operations=_operations(plan),
         stages=_stages(plan),
@@ -236,7 +255,7 @@ def _computed_again(each: Recomputation) -> str:
 
 
 def _verdict(plan: Plan) -> Verdict:
-    predicted, world_size = plan.prediction, plan.parallelism.world_size
+    predicted, world_size = plan.prediction, _num_devices(plan)
     exposed_s = sum(seconds for name, seconds in predicted.terms_s.items() if name not in COMPUTING)
     scaling = None
     if predicted.single_device_step_s is not None:
@@ -248,7 +267,7 @@ def _verdict(plan: Plan) -> Verdict:
         status=plan.certificate.status,
         gap=plan.certificate.gap,
         fits=plan.fits,
-        parallelism=str(plan.parallelism),
+        parallelism=" -> ".join(str(pool.parallelism) for pool in plan.pools) or str(plan.parallelism),
         step_s=predicted.step_s,
         tokens_per_s=predicted.tokens_per_s,
         mfu=predicted.mfu,
@@ -270,7 +289,7 @@ def _training(plan: Plan, tokens: float) -> Training:
         raise AutoparError(f"a token budget is a positive number, got {tokens:g}")
     recompute = plan.parallelism.recompute == "full"
     executed_flops_per_s = plan.prediction.model_flops_per_s_per_device * (8 / 6 if recompute else 1)
-    world_size = plan.parallelism.world_size
+    world_size = _num_devices(plan)
     predicted_s = tokens / plan.prediction.tokens_per_s
     price = plan.cluster.price_usd_per_device_hour
     return Training(
@@ -307,7 +326,29 @@ def _axes(plan: Plan) -> tuple[Axis, ...]:
     return tuple(found)
 
 
-def _ranks(plan: Plan) -> tuple[Ranks, ...]:
+def _num_devices(plan: Plan) -> int:
+    """Devices that the plan uses."""
+    return plan.cluster.num_devices if plan.pools else plan.parallelism.world_size
+
+
+def _pools(plan: Plan) -> tuple[Pool, ...]:
+    return tuple(
+        Pool(
+            pool.cluster.id,
+            pool.cluster.device,
+            pool.cluster.num_devices,
+            pool.collective_library,
+            pool.first_rank,
+            pool.first_stage,
+            pool.parallelism.pp,
+            str(pool.parallelism),
+            _ranks(pool.rank_groups),
+        )
+        for pool in plan.pools
+    )
+
+
+def _ranks(groups: Iterable[RankGroups]) -> tuple[Ranks, ...]:
     return tuple(
         Ranks(
             each.axis,
@@ -319,7 +360,7 @@ def _ranks(plan: Plan) -> tuple[Ranks, ...]:
             each.first,
             each.met_on,
         )
-        for each in plan.rank_groups
+        for each in groups
     )
 
 

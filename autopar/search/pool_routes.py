@@ -49,9 +49,12 @@ class Route(NamedTuple):
 
 
 def routes(planners: Sequence[Planner], global_batch: int, pins: Pins) -> Iterator[Route]:
-    """All routes, in a fixed order. Of the pins, `pp` counts the stages of all legs, a `mesh` leaves none,
-    and every leg keeps to the others."""
-    if SCHEDULE not in pins.values("schedule", (SCHEDULE,)) or pins.mesh is not None:
+    """All routes, in a fixed order. Of the pins, `pp` counts the stages of all legs, and every leg keeps to
+    the others; a `mesh`, which is of one cluster, leaves none, nor does offloading."""
+    is_possible = SCHEDULE in pins.values("schedule", (SCHEDULE,)) and 1 in pins.values(
+        "num_virtual_stages", (1,)
+    )
+    if not is_possible or pins.mesh is not None or "none" not in pins.values("offload", ("none",)):
         return
     fewest, most = planners[0].pin_space.num_stages(planners[0].num_units)
     for samples in divisors(global_batch):

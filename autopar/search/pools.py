@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from autopar.search.pool_bounds import RouteCuts
 from autopar.search.pool_cuts import LegTimes, RouteCut, seam_floors
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_prices import PricedRoute, Prices
-from autopar.search.pool_routes import Leg, Route, routes
+from autopar.search.pool_routes import SCHEDULE, Leg, Route, routes
 from autopar.search.programs import MEMORY_PRICES
 from autopar.search.space import parallelism
 from autopar.search.stages import StageTable, state_bytes
@@ -77,7 +77,7 @@ Node = RouteNode | AloneNode
 class PoolsResult:
     """What the search found: the best route, None where none fits or where `alone`, a pool and what was found
     on it, is faster. `runners_up` are the best routes with other pools, degrees or order; `pruned` counts
-    candidates by why they were dropped."""
+    candidates by why they were dropped; `tried_alone` are the pools that were searched by themselves."""
 
     best: PricedRoute | None
     alone: tuple[int, SearchResult] | None
@@ -86,11 +86,12 @@ class PoolsResult:
     num_candidates: int
     num_solved: int
     pruned: dict[str, int]
+    tried_alone: Mapping[int, SearchResult]
     stopped: str | None = None
 
 
 class PoolSearch:
-    """One search through `legs`, within pins. Raises PinConflictError when they leave no candidate."""
+    """One search through `legs`, within pins."""
 
     def __init__(
         self, legs: Legs, global_batch: int, pins: Pins, time_limit_s: float | None, report: Report | None
@@ -107,6 +108,8 @@ class PoolSearch:
         self.best: PricedRoute | None = None
         self.alone: tuple[int, SearchResult] | None = None
         self.solved: list[PricedRoute] = []
+        self._conflicts: list[str] = []
+        self._tried_alone: dict[int, SearchResult] = {}
         self._fate: dict[Route | int, str] = {}
         self._leg_times: dict[tuple[Leg, int], LegTimes] = {}
         self._capacity: dict[Leg, float] = {}
@@ -133,8 +136,11 @@ class PoolSearch:
         return None if self.alone is None else self.alone[1].best
 
     def run(self) -> PoolsResult:
-        """Search until the best is proven, or time or the user says so. Raises SearchTimeoutError when there
-        is no plan by then."""
+        """Search until the best is proven, or time or the user says so.
+
+        Raises SearchTimeoutError when there is no plan by then, and PinConflictError when the pins leave no
+        candidate.
+        """
         try:
             stopped = self._run()
         except KeyboardInterrupt:
@@ -144,9 +150,13 @@ class PoolSearch:
                 f"no plan yet when the search was stopped ({stopped}): {self.num_candidates} candidates, "
                 "none priced; allow more time, or pin some settings"
             )
+        if len(self._conflicts) == self.num_candidates:
+            raise PinConflictError(
+                f"no pipeline goes through the pools with the pins, in which pp counts the stages on all of "
+                f"them and the schedule is {SCHEDULE}; nor does one pool alone: {self._conflicts[0]}"
+            )
         bounds_s = [entry[0] for entry in self._queue[:1]]
-        if self.alone is not None:
-            bounds_s.append(self.alone[1].bound_s)
+        bounds_s += [found.bound_s for found in self._tried_alone.values()]
         fates = Counter(self._fate.values())
         num_solved = fates.pop("solved", 0)
         fates[stopped or "time floor"] += self.num_candidates - len(self._fate)
@@ -160,6 +170,7 @@ class PoolSearch:
             num_candidates=self.num_candidates,
             num_solved=num_solved,
             pruned={"memory floor": 0, "time floor": 0, "out of memory": 0, **fates},
+            tried_alone=self._tried_alone,
             stopped=stopped,
         )
 
@@ -224,7 +235,6 @@ class PoolSearch:
             priced = self.prices.polished(priced)
         self._note(priced)
         if priced.fits:
-            self._fate[node.route] = "solved"
             self.solved.append(priced)
         else:
             self._fate.setdefault(node.route, "out of memory")
@@ -233,8 +243,10 @@ class PoolSearch:
             yield from self._smaller(floor_s, node)
 
     def _note(self, priced: PricedRoute) -> None:
-        if priced.fits and (self.best is None or priced.rank < self.best.rank):
-            self.best = priced
+        if priced.fits:
+            self._fate[priced.route] = "solved"
+            if self.best is None or priced.rank < self.best.rank:
+                self.best = priced
 
     def _smaller(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, Node]]:
         """The same route with programs of the next price of memory, which take no less; nothing where it was
@@ -255,9 +267,13 @@ class PoolSearch:
         known = [each for each in (self._found_alone, through) if each is not None]
         try:
             found = planner.search(min(known, key=lambda each: each.evaluated.step_s, default=None))
-        except PinConflictError:
+        except PinConflictError as error:
             self._fate[pool] = "pins"
+            self._conflicts.append(str(error))
             return
+        except SearchTimeoutError:
+            return
+        self._tried_alone[pool] = found
         self._fate[pool] = "solved" if found.num_solved else "time floor"
         if found.best is not None and found.best.evaluated.step_s < self._alone_s:
             self.alone = pool, found

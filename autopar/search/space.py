@@ -35,7 +35,7 @@ TENSOR_REACH = 2
 """The scale-up domains that a tensor axis may span: beyond one it pays only where links are fast, or where
 memory leaves no choice."""
 
-SHORTEST_CONTEXT = 512
+SHORTEST_CONTEXT = 2048
 """The fewest positions that a context axis leaves a rank."""
 
 
@@ -174,13 +174,14 @@ def _schedules(
 
 @cache
 def virtual_stages(schedule: ScheduleName, pp: int, num_blocks: int) -> tuple[int, ...]:
-    """The stages that each of `pp` ranks may have: the usual numbers, and for "Interleaved1F1B" all that deal
-    the blocks out evenly, by themselves or with what comes before and after counted as a block each."""
+    """The stages that each of `pp` ranks may have: for "Interleaved1F1B" the numbers that deal the blocks out
+    evenly, by themselves or with what comes before and after counted as a block each; the usual ones where
+    none does, and for other schedules."""
     usual = VIRTUAL_STAGES.get(schedule, (1, 2))
     if schedule != "Interleaved1F1B" or not num_blocks:
         return usual
     even = {n for total in (num_blocks, num_blocks + 2) if total % pp == 0 for n in divisors(total // pp)}
-    return tuple(sorted({*usual, *even} - {1}))
+    return tuple(sorted(even - {1})) or usual
 
 
 @cache

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple
 
 from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated, Evaluator
-from autopar.search.outcome import Solved
+from autopar.search.outcome import Solved, better
 from autopar.search.programs import Program, Programs
 from autopar.search.stages import Machine, Options, StageTable, Where
 from autopar.search.units import Unit
@@ -115,16 +116,30 @@ class StageLayer:
         )
 
     def solve(self, program: Program, p: Parallelism, draft: Draft | None = None) -> Solved | None:
-        """The best cuts and variants, those of the `draft` where there is one; where nothing fits, those that
-        come nearest. None for fewer units than stages."""
+        """The best cuts and variants, those of the `draft` among them; where nothing fits, those that come
+        nearest. None for fewer units than stages.
+
+        A draft counts the slowest stage alone, and frees fractions: cuts that memory had no say in, or that
+        are even, may be better once the schedule and whole variants have theirs.
+        """
         draft = draft or self.draft(program, p) or self._unfitting(program, p)
         if draft is None:
             return None
+        cuts = [draft.cuts]
+        if p.pp > 1 and p.num_virtual_stages == 1:
+            free = self._unfitting(program, p)
+            cuts += [each for each in (free and free.cuts, self._even(p)) if each is not None]
+        return reduce(
+            better, (self._solved(program, p, each, draft.bound_s) for each in dict.fromkeys(cuts))
+        )
+
+    def _solved(self, program: Program, p: Parallelism, cuts: tuple[int, ...], bound_s: float) -> Solved:
+        """The variants that fit into given cuts."""
         table, _ = self._of(program)
-        evaluated = self.evaluator.evaluate(table.chain, p, draft.cuts, table.base)
+        evaluated = self.evaluator.evaluate(table.chain, p, cuts, table.base)
         if not evaluated.fits:
             evaluated = self._fitting(program, evaluated)
-        return Solved(evaluated, program, min(draft.bound_s, evaluated.step_s))
+        return Solved(evaluated, program, min(bound_s, evaluated.step_s))
 
     def _unfitting(self, program: Program, p: Parallelism) -> Draft | None:
         """Cuts for a way that does not fit."""

@@ -26,7 +26,7 @@ from graphs.ir import OpGraph
 from tests.autopar.graph_builder import GraphBuilder
 
 CLUSTER = hardware_db.cluster("dgx-h100")
-MOST_COMBINATIONS = 5_000
+MOST_COMBINATIONS = 3_000
 
 
 def pricer(size: int) -> Pricer:

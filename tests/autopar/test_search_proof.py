@@ -21,13 +21,13 @@ from autopar.search.describe import training_policy
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.experts import deal_out_experts
 from autopar.search.pins import Pins
-from autopar.search.planner import Planner
+from autopar.search.planner import TOLERANCE, Planner
 from autopar.search.replicas import without_order
 from autopar.search.units import Unit, build_chain
 from costmodel import Group
 from graphs import Capture
 from hardware_db import Cluster
-from tests.autopar.small_models import cluster
+from tests.autopar.small_models import cluster, tower
 from tests.autopar.test_known_ideas import decoder
 from tests.autopar.tiny_models import KINDS, all_plans, num_plans, programs_of, tiny
 
@@ -213,3 +213,17 @@ def test_less_memory_never_makes_a_faster_plan(seed: int) -> None:
         assert less.best is not None
         assert less.best.evaluated.step_s >= more.bound_s * (1 - ROUNDING)
         assert less.best.evaluated.step_s >= more.best.evaluated.step_s * (1 - WORST)
+
+
+@pytest.mark.parametrize(("depth", "pp", "microbatch_size"), [(16, 4, 2), (12, 4, 1), (16, 8, 1)])
+def test_cuts_are_no_worse_for_a_little_less_memory(depth: int, pp: int, microbatch_size: int) -> None:
+    """Stages that shed layers because memory is short may turn out faster than those that need not."""
+    pins = {"tp": 1, "pp": pp, "schedule": "1F1B", "microbatch_size": microbatch_size}
+    fastest_s = 0.0
+    for memory_bytes in (600e6, 500e6, 450e6, 400e6, 350e6, 300e6):
+        machine = cluster(pp, memory_bytes)
+        result = planner_of(tower(depth=depth, sequence=1024), machine, 16, **pins).search()
+        assert result.best is not None
+        step_s = result.best.evaluated.step_s
+        assert step_s >= fastest_s * (1 - TOLERANCE)
+        fastest_s = max(fastest_s, step_s)
