@@ -72,7 +72,7 @@ class PricedRoute:
         return all(leg.excess_bytes <= 0 for leg in self.legs)
 
     def solved(self, number: int) -> Solved:
-        """The route as a candidate of one cluster, seen from one of its legs, where units of other legs keep
+        """The route as a candidate of one cluster, seen from one of its legs; units of other legs keep
         everything."""
         leg, first = self.legs[number], self.route.first_stage(number)
         ends = (*self.cuts, len(leg.choices))

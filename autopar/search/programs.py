@@ -163,14 +163,14 @@ class Programs:
         strategies. A quick one without `trades` (`autopar.search.relaxed`)."""
         key = self._key(p, 0)
         if (key, trades) not in self._relaxed:
-            device, degree = self.device(p.microbatch_size, p.ep).chain, p.tp * p.cp
-            where = self._stretches(key, device, degree)
+            device = self.device(p.microbatch_size, p.ep).chain
+            where = self._stretches(key, device)
             fastest, pricer = self.program(p).chain, self._pricer(1, 1, p.ep, 1)
-            chain = relaxed(device, fastest, degree, pricer, where, trades=trades)
+            chain = relaxed(device, fastest, p.tp, p.cp, pricer, where, trades=trades)
             self._relaxed[key, trades] = Program(key, chain, None, {})
         return self._relaxed[key, trades]
 
-    def _stretches(self, key: ProgramKey, device: Chain, degree: int) -> list[Stretch | None]:
+    def _stretches(self, key: ProgramKey, device: Chain) -> list[Stretch | None]:
         """Where units are in the axis's problem, of which experts that are dealt out are no part."""
         if key.ep > 1:
             return [None] * len(device.units)

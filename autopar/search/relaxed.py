@@ -55,15 +55,17 @@ class Line(NamedTuple):
 def relaxed(
     device: Chain,
     fastest: Chain,
-    degree: int,
+    tp: int,
+    cp: int,
     pricer: Pricer,
     stretches: Sequence[Stretch | None],
     *,
     trades: bool = True,
 ) -> Chain:
-    """The bound of all programs on `degree` ranks, given the program of one device and its prices, the fastest
+    """The bound of all programs on `tp` `cp` ranks, given the program of one device and its prices, the fastest
     of all programs, and where units are in the block problem; without that, their collectives are left
     out. Without `trades` blocks that compute again are thought to communicate no more than others."""
+    degree = tp * cp
     known: dict[tuple[int, Stretch | None], Unit] = {}
     units = []
     for unit, like, stretch in zip(device.units, fastest.units, stretches, strict=True):
@@ -72,7 +74,7 @@ def relaxed(
             known[kind] = _Least(unit, like, degree, pricer, stretch).unit(trades)
         # Units that share what they compute again still do.
         units.append(replace(unit, **_costs_of(known[kind]), saved=_saved(unit, known[kind], degree)))
-    parameters = {name: _shard(shard, degree) for name, shard in device.parameters.items()}
+    parameters = {name: _shard(shard, tp) for name, shard in device.parameters.items()}
     return replace(device, units=tuple(units), parameters=parameters)
 
 
@@ -96,8 +98,8 @@ def _scaled(saved: Saved, degree: int) -> Saved:
     return Saved(storages, saved.internal_bytes // degree, saved.peak_bytes // degree, saved.phase)
 
 
-def _shard(shard: ParameterShard, degree: int) -> ParameterShard:
-    elements, num_bytes = shard.num_elements // degree, shard.num_bytes // degree
+def _shard(shard: ParameterShard, tp: int) -> ParameterShard:
+    elements, num_bytes = shard.num_elements // tp, shard.num_bytes // tp
     return replace(shard, num_elements=elements, num_bytes=num_bytes, is_partial=False)
 
 
