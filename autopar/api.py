@@ -27,7 +27,7 @@ from autopar.search.outcome import Solved
 from autopar.search.pin_conflicts import check_emitted, check_model, check_pins
 from autopar.search.pin_costs import MOST_WORK, PinPricer, with_pin_costs
 from autopar.search.pins import Pins
-from autopar.search.planner import Planner, SearchResult
+from autopar.search.planner import NUM_RUNNERS_UP, Planner, SearchResult
 from autopar.search.pool_plan import plan_pools
 from autopar.search.validate import check_parallelism
 from costmodel import OptimizerPolicy, Software
@@ -69,6 +69,7 @@ class Buildable(Protocol):
 Model = nn.Module | Capture | Buildable
 
 
+@graphs.uncollected()
 def plan(
     model: Model,
     cluster: Cluster | Pools | str | Path,
@@ -92,6 +93,7 @@ def plan(
     pins: Pins | Mapping[str, object] | str | Path | None = None,
     space: Space = "programs",
     price_pins: bool = True,
+    runners_up: int = NUM_RUNNERS_UP,
     policy: OptimizerPolicy | str | None = None,
     precision: Precision | None = None,
     memory_bytes: float | None = None,
@@ -115,6 +117,8 @@ def plan(
         pins: more of what is fixed or forbidden (`autopar.search.pins.Pins`), a mapping, or a file.
         space: "programs" is what `compile` can write today; "whole" adds context and expert parallelism and
             the schedules that split backwards, which can be priced and explained.
+        runners_up: how many of the best plans with other meshes to keep (`Plan.alternatives`), beside plain DDP
+            and FSDP.
         price_pins: find out what each pin costs (`Plan.pin_costs`), by searching again without it.
         policy: what the optimizer keeps for a parameter, or one of `costmodel.optimizer_policies()`; by
             default AdamW in the precision of the model.
@@ -157,7 +161,7 @@ def plan(
                 Planner(
                     capture, shape, policy, era, global_batch=global_batch, pins=settings,
                     time_limit_s=time_limit_s, report=_reporter(progress), shorten=shorten,
-                    whole_space=space == "whole", low_precision=precision,
+                    whole_space=space == "whole", low_precision=precision, num_runners_up=runners_up,
                 )
                 for shape in slice_shapes(machine)
             ]

@@ -16,8 +16,8 @@ from autopar.report.table import table
 from autopar.search.describe import training_policy
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.given import GivenPrograms, evaluate_given
-from autopar.search.outcome import NUM_RUNNERS_UP
 from autopar.search.pins import Pins
+from autopar.search.planner import NUM_RUNNERS_UP
 from autopar.search.shallow import shallow
 from autopar.search.space import Degrees, layouts, ways
 from autopar.search.units import RECOMPUTE_MODES

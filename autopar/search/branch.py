@@ -12,7 +12,8 @@ looked at more closely, which raises its floor, splits it, or prices it:
     plan           whole variants, exact schedule and memory               `StageLayer.solve`
 
 When the first in the queue costs no less than the best plan, nothing can beat that. Stopped before, by time
-or by hand, the first in the queue is the bound. Ties are broken by order of arrival: the same input takes the
+or by hand, the first in the queue is the bound. So that there is a plan by then, now and then the likeliest way
+that memory allows is priced out of turn (`_dive`), and after the proof some more, to be runners-up. Ties are broken by order of arrival: the same input takes the
 same way through the space whatever the machine's load.
 """
 
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
 
 NEGLIGIBLE = 1e-3
 """What other programs could gain that is not worth making them: a part of the gap."""
+
+DIVES_EVERY = 1.5
+"""By how much the work grows from one dive to the next: so their number grows like its logarithm."""
+
+MOST_DIVES = 3
+"""How often a dive is repeated that hit upon something that does not fit."""
 
 REPORT_EVERY = 256
 """Arrivals in the queue between two reports of progress."""
@@ -103,7 +110,9 @@ class BranchAndBound:
         self.stopped: str | None = None
         self.most_work: int | None = None
         self._queue: list[tuple[float, int, Node]] = []
+        self._likely: list[tuple[float, int, WayNode]] = []
         self._arrivals = 0
+        self._next_dive = 0.0
         self._reported = 0
         self._num_ways: dict[object, int] = {}
 
@@ -156,11 +165,38 @@ class BranchAndBound:
             heapq.heappop(self._queue)
             for entry in found:
                 self._push(*entry)
+            if self._likely and self._arrivals >= self._next_dive:
+                self._dive()
             self._report(node, always=self.outcome.best is not best)
 
     def _push(self, floor_s: float, node: Node) -> None:
         heapq.heappush(self._queue, (floor_s, self._arrivals, node))
         self._arrivals += 1
+
+    def _dive(self) -> None:
+        """Price the likeliest ways, until one fits; they stay in the queue."""
+        self._next_dive = DIVES_EVERY * self._arrivals
+        for _ in range(MOST_DIVES):
+            solved = self._price_likeliest()
+            if solved is None or solved.evaluated.fits:
+                return
+
+    def _price_likeliest(self) -> Solved | None:
+        while self._likely:
+            _, _, node = heapq.heappop(self._likely)
+            if node.p not in self.outcome.decided:
+                assert node.program is not None
+                solved = self.planner.layer.solve(node.program, node.p)
+                if solved is not None:
+                    self.outcome.offer(node.p, solved)
+                return solved
+        return None
+
+    def price_more(self, number: int) -> None:
+        """Price more meshes, the likeliest first, until there are so many beside the best."""
+        for _ in range(MOST_DIVES * number):
+            if self.outcome.num_meshes > number or self._price_likeliest() is None:
+                return
 
     def _expand(self, floor_s: float, node: Node) -> Iterator[tuple[float, Node]]:
         """What a node turns into, each with its floor."""
@@ -181,7 +217,9 @@ class BranchAndBound:
                 least = program if p.tp == 1 else self.planner.programs.relaxed(p, trades=False)
                 close_s = self.planner.layer.floor_s(least, p)
                 if close_s < float("inf"):
-                    yield max(floor_s, close_s), node._replace(is_close=True)
+                    close_s = max(floor_s, close_s)
+                    heapq.heappush(self._likely, (close_s, self._arrivals, node))
+                    yield close_s, node._replace(is_close=True)
                 else:
                     self.outcome.decide(p, "out of memory")
             case WayNode(_, _, True, None):

@@ -79,11 +79,17 @@ class Outcome:
         return max(0.0, 1 - min(floor_s, self.floor_s) / self.best_s)
 
     def add(self, candidate: Parallelism, solved: Solved) -> None:
-        """Note what a candidate comes to with one of its programs."""
+        """Note what a candidate comes to with one of its programs, which then is done with."""
         self.decide(candidate, PRICED if solved.evaluated.fits else "out of memory")
+        if solved.evaluated.fits:
+            self.floor_s = min(self.floor_s, solved.bound_s)
+        self.offer(candidate, solved)
+
+    def offer(self, candidate: Parallelism, solved: Solved) -> None:
+        """Note a price of a candidate that is not done with yet."""
         if not solved.evaluated.fits:
             return
-        self.floor_s = min(self.floor_s, solved.bound_s)
+        self.decide(candidate, PRICED)
         p = solved.parallelism
         mesh = (p.pp, p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate)
         self._by_mesh[mesh] = better(self._by_mesh.get(mesh), solved)
@@ -92,6 +98,11 @@ class Outcome:
     def leave(self, floor_s: float) -> None:
         """Note that something was given up on which takes no less than this: it may yet fit."""
         self.floor_s = min(self.floor_s, floor_s)
+
+    @property
+    def num_meshes(self) -> int:
+        """The meshes of which one candidate has a price."""
+        return len(self._by_mesh)
 
     def runners_up(self, number: int) -> tuple[Solved, ...]:
         """The best of other meshes, in order."""

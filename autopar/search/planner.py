@@ -89,12 +89,14 @@ class Planner:
         shorten: bool = True,
         whole_space: bool = True,
         low_precision: str | None = None,
+        num_runners_up: int = NUM_RUNNERS_UP,
     ) -> None:
         self.cluster = cluster
         self.capture = capture
         self.policy = policy
         self.global_batch = global_batch
         self.whole_space = whole_space
+        self.num_runners_up = num_runners_up
         self.pins = pins or Pins()
         self.pin_space = PinSpace(self.pins, capture.graph)
         self.bounds = Bounds(capture, cluster, policy, era)
@@ -205,13 +207,15 @@ class Planner:
         search = BranchAndBound(self, self.layouts, TOLERANCE, self.report, self.deadline)
         search.outcome.best = incumbent
         outcome = search.run()
+        if search.stopped is None:
+            search.price_more(self.num_runners_up)
         if outcome.best is None and search.stopped is not None:
             raise SearchTimeoutError(
                 f"no plan yet when the search was stopped ({search.stopped}): "
                 f"{search.num_candidates} candidates, none priced; allow more time, or pin some settings"
             )
         best = None if outcome.best is incumbent else outcome.best
-        found = () if best is None else (best, *outcome.runners_up(NUM_RUNNERS_UP))
+        found = () if best is None else (best, *outcome.runners_up(self.num_runners_up))
         found = tuple(sorted((placed(each, self.evaluator) for each in found), key=rank))
         return SearchResult(
             best=found[0] if found else None,

@@ -1,7 +1,7 @@
 """The search over pools of different devices: routes, cheapest lower bound first, until the best is proven.
 
-    route        one device's arithmetic, divided over all of each leg           `PoolSearch._device_leg`
-      ↓          the least that strategies on the tensor axis take               `Programs.relaxed`
+    route        one device's arithmetic, divided over all of each leg           `RouteFloors.device_s`
+      ↓          the least that strategies on the tensor axis take               `RouteFloors.tensor_s`
       ↓          each leg's own program, messages at the seams                   `RouteCuts.floor_s`
       ↓          stages cut, memory met with fractions of variants               `RouteCuts.least_s`
       ↓          the same for each way to shard the legs                         `RouteCuts.cut`
@@ -18,34 +18,28 @@ import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
+from math import lcm
 from typing import NamedTuple
 
-import numpy as np
-
 from autopar.errors import PinConflictError, SearchTimeoutError
-from autopar.search.block_ilp import MANY_MICROBATCHES
 from autopar.search.outcome import Solved
 from autopar.search.pins import Pins
-from autopar.search.planner import Planner, SearchResult
+from autopar.search.planner import SearchResult
 from autopar.search.pool_bounds import RouteCuts
-from autopar.search.pool_cuts import LegTimes, RouteCut, seam_floors
+from autopar.search.pool_cuts import RouteCut
+from autopar.search.pool_floors import RouteFloors
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_prices import PricedRoute, Prices
-from autopar.search.pool_routes import SCHEDULE, Leg, Route, routes
+from autopar.search.pool_routes import SCHEDULE, Route, routes
 from autopar.search.programs import MEMORY_PRICES
-from autopar.search.space import parallelism
-from autopar.search.stages import StageTable, state_bytes
 
 TOLERANCE = 1e-2
 """The gap at which a search is done."""
 
 PROMISING = 0.95
 """A route's price is some percent above its bound: below this part of the best, the bound promises more."""
-
-SMALL = 4
-"""The microbatches up to this size have one that stands for them in floors; the largest stands for others."""
 
 NUM_RUNNERS_UP = 4
 
@@ -104,15 +98,14 @@ class PoolSearch:
         self.deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self.report = report or (lambda best, done, total: None)
         self.routes = tuple(routes(self.planners, global_batch, pins))
-        self.largest = max((leg.layout.microbatch_size for r in self.routes for leg in r.legs), default=1)
+        sizes = (leg.layout.microbatch_size for route in self.routes for leg in route.legs)
+        self.floors = RouteFloors(legs, lcm(*sizes))
         self.best: PricedRoute | None = None
         self.alone: tuple[int, SearchResult] | None = None
         self.solved: list[PricedRoute] = []
         self._conflicts: list[str] = []
         self._tried_alone: dict[int, SearchResult] = {}
         self._fate: dict[Route | int, str] = {}
-        self._leg_times: dict[tuple[Leg, int], LegTimes] = {}
-        self._capacity: dict[Leg, float] = {}
         self._queue: list[tuple[float, int, Node]] = []
         self._arrivals = 0
 
@@ -177,10 +170,10 @@ class PoolSearch:
     def _run(self) -> str | None:
         """Go through the queue; what stopped it, if not the proof."""
         for pool, planner in enumerate(self.planners):
-            self._push(self._alone_floor_s(planner), AloneNode(pool))
+            self._push(self.floors.alone_s(planner), AloneNode(pool))
         for route in self.routes:
-            if self._may_fit(route):
-                self._push(self._seams_s(route, self._device_leg), RouteNode(route))
+            if self.floors.may_fit(route):
+                self._push(self.floors.device_s(route), RouteNode(route))
             else:
                 self._fate[route] = "memory floor"
         while self._queue and self._queue[0][0] < self.best_s * (1 - TOLERANCE):
@@ -204,7 +197,7 @@ class PoolSearch:
             case AloneNode(pool):
                 self._search_alone(pool)
             case RouteNode(route, _, 0):
-                yield max(floor_s, self._seams_s(route, self._tensor_leg)), node._replace(depth=1)
+                yield max(floor_s, self.floors.tensor_s(route)), node._replace(depth=1)
             case RouteNode(route, price, 1):
                 yield max(floor_s, self.cuts.floor_s(route, price)), node._replace(depth=2)
             case RouteNode(route, price, 2):
@@ -284,70 +277,6 @@ class PoolSearch:
             return priced.bound_s
         cut = self.cuts.cut(priced.route, priced.price, self.best_s)
         return self.best_s if cut is None else max(priced.bound_s, cut.bound_s)
-
-    # --- floors ---------------------------------------------------------------------------------------------
-
-    def _may_fit(self, route: Route) -> bool:
-        """Whether the model's blocks fit at all, sharded as far as that goes and all computed again."""
-        return sum(map(self._most_blocks, route.legs)) >= len(self.planners[0].capture.graph.blocks)
-
-    def _most_blocks(self, leg: Leg) -> float:
-        """No more blocks fit the devices of a leg."""
-        if leg not in self._capacity:
-            planner, layout = self.planners[leg.pool], leg.layout
-            offload = planner.pins.offload or "none"
-            sharded = parallelism(dp_shard=layout.dp, zero_stage=3, cp=layout.cp, offload=offload)
-            per_element = state_bytes(sharded, planner.policy, layout.dp * layout.cp)
-            state = per_element * planner.bounds.block_parameters / (layout.tp * layout.ep)
-            samples = layout.microbatch_size / (layout.tp * layout.cp)
-            device = planner.cluster.device
-            room = device.memory_bytes - device.efficiency.reserved_memory_bytes
-            held = state + samples * planner.bounds.block_saved_bytes["full"]
-            self._capacity[leg] = layout.pp * room / held if held else float("inf")
-        return self._capacity[leg]
-
-    def _seams_s(self, route: Route, times_of: Callable[[Leg], LegTimes]) -> float:
-        """No step takes less if units take this."""
-        times = [
-            replace(times_of(leg), send_s=self.legs.crossing_s(route, number))
-            for number, leg in enumerate(route.legs)
-        ]
-        return float(seam_floors(times, route.num_microbatches)[0].min(initial=np.inf))
-
-    def _device_leg(self, leg: Leg) -> LegTimes:
-        """One device's arithmetic, divided over all of the leg."""
-        layout, planner = leg.layout, self.planners[leg.pool]
-        size = self._reference(layout.microbatch_size)
-        table = planner.layer.table(planner.programs.device(size, layout.ep))
-        return self._scaled(leg, table, layout.microbatch_size / size / (layout.tp * layout.cp))
-
-    def _tensor_leg(self, leg: Leg) -> LegTimes:
-        """The same with what any strategies on the tensor axis take."""
-        layout, planner = leg.layout, self.planners[leg.pool]
-        if layout.tp == 1 or layout.cp > 1 or layout.microbatch_size > SMALL:
-            return self._device_leg(leg)
-        p = parallelism(microbatch_size=SMALL, num_microbatches=MANY_MICROBATCHES, tp=layout.tp, ep=layout.ep,
-                        dp_shard=layout.dp)  # fmt: skip
-        table = planner.layer.table(planner.programs.relaxed(p))
-        return self._scaled(leg, table, layout.microbatch_size / SMALL)
-
-    def _scaled(self, leg: Leg, table: StageTable, share: float) -> LegTimes:
-        key = leg, id(table)
-        if key not in self._leg_times:
-            times = LegTimes.of(share * table.unit_forward_s, share * table.unit_backward_s, leg.layout.pp)
-            self._leg_times[key] = times
-        return self._leg_times[key]
-
-    def _reference(self, microbatch_size: int) -> int:
-        """The microbatch that stands for one of this size: half the batch takes at least half as long."""
-        return SMALL if microbatch_size <= SMALL < self.largest else self.largest
-
-    def _alone_floor_s(self, planner: Planner) -> float:
-        """No step on one pool takes less: one device's arithmetic for the whole batch, divided over all."""
-        degrees = planner.pins.values("ep", planner.degrees.ep)
-        programs = [planner.programs.device(self.global_batch, ep) for ep in degrees]
-        whole_s = min((planner.layer.table(program).microbatch_s for program in programs), default=0.0)
-        return whole_s / planner.cluster.num_devices
 
     # --- what to say ----------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def random_legs(random: np.random.Generator, num_stages: tuple[int, ...], m: int
     """Legs whose units differ, and take other times on each pool; nothing is computed again or done once."""
     num_units = sum(num_stages) + 3
     flights = list(peak_in_flight("1F1B", sum(num_stages), m, 1))
-    legs = []
+    legs: list[LegTimes] = []
     for p in num_stages:
         forward_s, backward_s = random.uniform(0.5, 2.0, (2, num_units)) * random.uniform(0.5, 3.0)
         leg = LegTimes.of(forward_s, backward_s, p)

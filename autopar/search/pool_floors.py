@@ -1,0 +1,102 @@
+"""What no pipeline through pools can beat, before the programs of its legs are made.
+
+As in `autopar.search.floors`: half the batch takes at least half as long, so one microbatch stands for all
+those that divide it, and work that is split over n ranks takes no less than a part in n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from autopar.search.block_ilp import MANY_MICROBATCHES
+from autopar.search.planner import Planner
+from autopar.search.pool_cuts import LegTimes, seam_floors
+from autopar.search.pool_legs import Legs
+from autopar.search.pool_routes import Leg, Route
+from autopar.search.space import parallelism
+from autopar.search.stages import StageTable, state_bytes
+
+SMALL = 4
+"""The microbatch that stands for those that divide it."""
+
+
+class RouteFloors:
+    """Floors on routes whose microbatches, on any replica, all divide `common` samples."""
+
+    def __init__(self, legs: Legs, common: int) -> None:
+        self.legs = legs
+        self.common = common
+        self._leg_times: dict[tuple[Leg, int], LegTimes] = {}
+        self._capacity: dict[Leg, float] = {}
+
+    def may_fit(self, route: Route) -> bool:
+        """Whether the model's blocks fit at all, sharded as far as that goes and all computed again."""
+        return sum(map(self._most_blocks, route.legs)) >= len(self.legs.planners[0].capture.graph.blocks)
+
+    def _most_blocks(self, leg: Leg) -> float:
+        """No more blocks fit the devices of a leg."""
+        if leg not in self._capacity:
+            planner, layout = self.legs.planners[leg.pool], leg.layout
+            offload = planner.pins.offload or "none"
+            sharded = parallelism(dp_shard=layout.dp, zero_stage=3, cp=layout.cp, offload=offload)
+            per_element = state_bytes(sharded, planner.policy, layout.dp * layout.cp)
+            state = per_element * planner.bounds.block_parameters / (layout.tp * layout.ep)
+            samples = layout.microbatch_size / (layout.tp * layout.cp)
+            device = planner.cluster.device
+            room = device.memory_bytes - device.efficiency.reserved_memory_bytes
+            held = state + samples * planner.bounds.block_saved_bytes["full"]
+            self._capacity[leg] = layout.pp * room / held if held else float("inf")
+        return self._capacity[leg]
+
+    def device_s(self, route: Route) -> float:
+        """No step takes less: one device's arithmetic, divided over all of each leg."""
+        return self._seams_s(route, self._device_leg)
+
+    def tensor_s(self, route: Route) -> float:
+        """The same with what any strategies on the tensor axis take."""
+        return self._seams_s(route, self._tensor_leg)
+
+    def _seams_s(self, route: Route, times_of: Callable[[Leg], LegTimes]) -> float:
+        times = [
+            replace(times_of(leg), send_s=self.legs.crossing_s(route, number))
+            for number, leg in enumerate(route.legs)
+        ]
+        return float(seam_floors(times, route.num_microbatches)[0].min(initial=np.inf))
+
+    def _device_leg(self, leg: Leg) -> LegTimes:
+        """One device's arithmetic, divided over all of the leg."""
+        layout, planner = leg.layout, self.legs.planners[leg.pool]
+        size = self._reference(layout.microbatch_size)
+        table = planner.layer.table(planner.programs.device(size, layout.ep))
+        return self._scaled(leg, table, layout.microbatch_size / size / (layout.tp * layout.cp))
+
+    def _tensor_leg(self, leg: Leg) -> LegTimes:
+        """The same with what any strategies on the tensor axis take."""
+        layout, planner = leg.layout, self.legs.planners[leg.pool]
+        if layout.tp == 1 or layout.cp > 1 or SMALL % layout.microbatch_size:
+            return self._device_leg(leg)
+        p = parallelism(microbatch_size=SMALL, num_microbatches=MANY_MICROBATCHES, tp=layout.tp, ep=layout.ep,
+                        dp_shard=layout.dp)  # fmt: skip
+        table = planner.layer.table(planner.programs.relaxed(p))
+        return self._scaled(leg, table, layout.microbatch_size / SMALL)
+
+    def _scaled(self, leg: Leg, table: StageTable, share: float) -> LegTimes:
+        key = leg, id(table)
+        if key not in self._leg_times:
+            times = LegTimes.of(share * table.unit_forward_s, share * table.unit_backward_s, leg.layout.pp)
+            self._leg_times[key] = times
+        return self._leg_times[key]
+
+    def _reference(self, microbatch_size: int) -> int:
+        """The microbatch that stands for one of this size."""
+        return self.common if SMALL % microbatch_size else SMALL
+
+    def alone_s(self, planner: Planner) -> float:
+        """No step on one pool takes less: one device's arithmetic for the whole batch, divided over all."""
+        degrees = planner.pins.values("ep", planner.degrees.ep)
+        programs = [planner.programs.device(planner.global_batch, ep) for ep in degrees]
+        whole_s = min((planner.layer.table(program).microbatch_s for program in programs), default=0.0)
+        return whole_s / planner.cluster.num_devices
