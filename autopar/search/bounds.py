@@ -23,18 +23,31 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Protocol
 
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import DEFAULT_SOFTWARE, Pricer
 from autopar.search.data_axes import data_groups
 from autopar.search.saved import MODES, Saved, SavedActivations
-from autopar.search.stages import StageTable, state_bytes
+from autopar.search.stages import state_bytes
 from autopar.search.units import unit_starts
 from costmodel import OptimizerPolicy, Software, peak_in_flight, software
 from costmodel.orders import SPLIT_BACKWARD_SCHEDULES
 from graphs import Capture
 from graphs.ir import OpGraph
 from hardware_db import Cluster
+
+
+class DeviceSums(Protocol):
+    """The sums of a microbatch on one device that floors are made of."""
+
+    @property
+    def microbatch_s(self) -> float: ...
+    @property
+    def weight_s(self) -> float: ...
+    @property
+    def all_saved_bytes(self) -> float: ...
+    def least_relief_s(self, excess_bytes: float) -> float: ...
 
 
 class Bounds:
@@ -122,7 +135,7 @@ class Bounds:
         """What the last unit holds beside what it keeps of one sample: all else is still kept then."""
         return min(saved.working_bytes for saved in self._units[-1][2].values()) / self.batch
 
-    def step_s(self, p: Parallelism, microbatch_s: float, device: StageTable) -> float:
+    def step_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """No step with this parallelism takes less, if a microbatch takes `microbatch_s` on one rank of all
         stages together; `device` has the sums of the same microbatch on one device."""
         microbatch_s += self._again_s(p, device)
@@ -134,14 +147,14 @@ class Bounds:
         once_s = max(contention * sync_s, sync_s - total_s) / p.pp + self.update_s(p)
         return pipeline_s + once_s + self.software.step_overhead_s
 
-    def layout_s(self, p: Parallelism, microbatch_s: float, device: StageTable) -> float:
+    def layout_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """The same for every way to run the layout of `p`, the one that keeps least: nothing but its
         microbatches without a bubble, and the way of one of them through all stages."""
         microbatch_s += self._again_s(p, device)
         through_s = microbatch_s - device.weight_s / (p.tp * p.cp)
         return max(p.num_microbatches * microbatch_s / p.pp, through_s) + self.software.step_overhead_s
 
-    def _again_s(self, p: Parallelism, device: StageTable) -> float:
+    def _again_s(self, p: Parallelism, device: DeviceSums) -> float:
         """What must at least be computed again for a microbatch, on all stages together.
 
         However activations are split, a rank r with k_r microbatches in flight keeps no more of each than

@@ -201,9 +201,9 @@ class BranchAndBound:
     def _expand(self, floor_s: float, node: Node) -> Iterator[tuple[float, Node]]:
         """What a node turns into, each with its floor."""
         match node:
-            case LayoutNode(layout, False) if layout.tp * layout.cp > 1:
+            case LayoutNode(layout, False):
                 yield max(floor_s, self._close_floor_s(layout)), LayoutNode(layout, True)
-            case LayoutNode(layout, _):
+            case LayoutNode(layout, True):
                 microbatch_s, device = self._microbatch_floor_s(layout), self._device(layout)
                 for way in self._ways(layout):
                     step_s = self.planner.bounds.step_s(way, microbatch_s, device)
@@ -275,7 +275,7 @@ class BranchAndBound:
         p = self._lightest(layout)
         if self.planner.bounds.memory_bytes(p) > self.planner.cluster.device.memory_bytes:
             return None
-        device = self._device(layout)
+        device = self.planner.floors.share(layout.microbatch_size, layout.ep)
         inner = layout.tp * layout.cp
         return self.planner.bounds.layout_s(self._freest(layout), device.microbatch_s / inner, device)
 

@@ -1,26 +1,52 @@
 """What a microbatch takes at least, before the program of a layout is made.
 
 Prices are the larger of constants and terms linear in the work, rounded up to whole tiles, so splitting work
-over n ranks never divides its time by more than n, and half the batch takes at least half as long. Hence
+over n ranks never divides its time by more than n, and so is it with a batch and a part that divides it.
+Hence
 
-    T(b, tp, cp, ep) ≥ T(b, 1, 1, ep) / (tp cp)
-                     ≥ T(B, tp, 1, ep) b / (B cp)         with the strategies of the tensor axis, b ≤ B
+    T(b, tp, cp, ep) ≥ T(b, 1, 1, ep) / (tp cp) ≥ T(B, 1, 1, ep) b / (B tp cp)
+                     ≥ T(B, tp, 1, ep) b / (B cp)         with the strategies of the tensor axis
 
-where B is the largest microbatch that is considered. The first is one program, the second the relaxation of
-one block problem for each degree. A context axis adds what attention must see of other ranks, whichever way
-is cheaper: its keys and values gathered, or all four of its tensors sent to where heads are whole.
+where B is a multiple of all microbatch sizes. The first line is one program, the second the relaxation of one
+block problem for each degree. A context axis adds what attention must see of other ranks, whichever way is
+cheaper: its keys and values gathered, or all four of its tensors sent to where heads are whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from autopar.search.programs import Program, Programs
 from autopar.search.stages import StageTable
 
 
+@dataclass(frozen=True)
+class Share:
+    """A part of a microbatch, as a floor: the least share of its sums that the part has."""
+
+    whole: StageTable
+    part: float
+
+    @property
+    def microbatch_s(self) -> float:
+        return self.part * self.whole.microbatch_s
+
+    @property
+    def weight_s(self) -> float:
+        return self.part * self.whole.weight_s
+
+    @property
+    def all_saved_bytes(self) -> float:
+        return self.part * self.whole.all_saved_bytes
+
+    def least_relief_s(self, excess_bytes: float) -> float:
+        return self.part * self.whole.least_relief_s(excess_bytes / self.part)
+
+
 class Floors:
-    """Floors on a microbatch's time; `table` makes the sums of a program."""
+    """Floors on a microbatch's time. `largest` is a multiple of all microbatch sizes; `table` makes the sums
+    of a program."""
 
     def __init__(self, programs: Programs, largest: int, table: Callable[[Program], StageTable]) -> None:
         self.programs = programs
@@ -31,6 +57,10 @@ class Floors:
     def device(self, microbatch_size: int, ep: int) -> StageTable:
         """A microbatch on one device that has memory enough, its experts shared with `ep` others."""
         return self.table(self.programs.device(microbatch_size, ep))
+
+    def share(self, microbatch_size: int, ep: int) -> Share:
+        """The same from the sums of the largest: a program for all sizes."""
+        return Share(self.device(self.largest, ep), microbatch_size / self.largest)
 
     def device_s(self, microbatch_size: int, ep: int) -> float:
         """Its time."""
