@@ -23,6 +23,7 @@ from autopar.search.describe import (
     impossible_baseline,
     memory_excess,
 )
+from autopar.search.effort import Effort
 from autopar.search.outcome import Solved
 from autopar.search.pin_conflicts import check_emitted, check_model, check_pins
 from autopar.search.pin_costs import MOST_WORK, PinPricer, with_pin_costs
@@ -117,8 +118,8 @@ def plan(
         pins: more of what is fixed or forbidden (`autopar.search.pins.Pins`), a mapping, or a file.
         space: "programs" is what `compile` can write today; "whole" adds context and expert parallelism and
             the schedules that split backwards, which can be priced and explained.
-        runners_up: how many of the best plans with other meshes to keep (`Plan.alternatives`), beside plain DDP
-            and FSDP.
+        runners_up: how many of the best plans with other meshes to keep (`Plan.alternatives`), beside plain
+            DDP and FSDP.
         price_pins: find out what each pin costs (`Plan.pin_costs`), by searching again without it.
         policy: what the optimizer keeps for a parameter, or one of `costmodel.optimizer_policies()`; by
             default AdamW in the precision of the model.
@@ -155,6 +156,7 @@ def plan(
             low_precision=precision,
         )  # fmt: skip
     check_pins(settings, capture.graph, machine.num_devices, global_batch)
+    effort = Effort()
     for shorten in (True, False):
         found = attempts.search(
             [
@@ -162,6 +164,7 @@ def plan(
                     capture, shape, policy, era, global_batch=global_batch, pins=settings,
                     time_limit_s=time_limit_s, report=_reporter(progress), shorten=shorten,
                     whole_space=space == "whole", low_precision=precision, num_runners_up=runners_up,
+                    effort=effort,
                 )
                 for shape in slice_shapes(machine)
             ]
@@ -175,7 +178,7 @@ def plan(
     plan = build_plan(
         planner,
         best,
-        _certificate(result, best, time.monotonic() - started),
+        _certificate(result, best, effort, time.monotonic() - started),
         _alternatives(result, best, global_batch, machine.num_devices),
         warnings=(found.remark,) if found.remark else (),
     )
@@ -204,11 +207,12 @@ def _plan_pools(
         if progress is not None:
             progress(f"search: {best}", done, total)
 
+    effort = Effort()
     for shorten in (True, False):
         planners = [
             Planner(
                 capture, pool, policy, era, global_batch=global_batch, pins=pins, time_limit_s=time_limit_s,
-                shorten=shorten, whole_space=whole_space, low_precision=low_precision,
+                shorten=shorten, whole_space=whole_space, low_precision=low_precision, effort=effort,
             )
             for pool in pools.pools
         ]  # fmt: skip
@@ -348,7 +352,7 @@ def _agree(full: Solved, short: Solved) -> bool:
     return full is short or (close and full.evaluated.fits)
 
 
-def _certificate(result: SearchResult, best: Solved, solve_s: float) -> Certificate:
+def _certificate(result: SearchResult, best: Solved, effort: Effort, solve_s: float) -> Certificate:
     step_s = best.evaluated.step_s
     bound_s = min(step_s, result.bound_s)
     return Certificate(
@@ -358,6 +362,7 @@ def _certificate(result: SearchResult, best: Solved, solve_s: float) -> Certific
         num_candidates=result.num_candidates,
         num_solved=result.num_solved,
         pruned=result.pruned,
+        layers=effort.layers(),
         solve_s=solve_s,
     )
 

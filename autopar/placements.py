@@ -8,7 +8,8 @@ collective forward and the conjugate one backward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,20 @@ Placement = Shard | Replicate | Partial
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A tensor on one mesh axis: placement of its value and of its gradient."""
+    """A tensor on one mesh axis: placement of its value and of its gradient.
+
+    The search keeps many things by state, so its hash is worked out once.
+    """
 
     value: Placement
     grad: Placement
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.value, self.grad)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         return f"{self.value}" if isinstance(self.value, Shard) else f"{self.value}/{self.grad}"
@@ -61,6 +72,7 @@ RP = State(Replicate(), Partial())
 PR = State(Partial(), Replicate())
 
 
+@lru_cache(maxsize=4096)
 def sharded(dim: int, sections: tuple[int, ...] | None = None) -> State:
     """The state of a tensor split along `dim`: value and gradient lie alike."""
     return State(Shard(dim, sections), Shard(dim, sections))

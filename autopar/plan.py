@@ -34,6 +34,12 @@ ScheduleName = costmodel.ScheduleName
 PLANNED_SCHEDULES: tuple[ScheduleName, ...] = ("GPipe", "1F1B", "Interleaved1F1B")
 
 
+def has_program(schedule: ScheduleName, num_stages: int, num_microbatches: int) -> bool:
+    """Whether a pipeline can be emitted. torch's 1F1B refuses fewer microbatches than stages; its other
+    schedules run them."""
+    return schedule in PLANNED_SCHEDULES and (schedule != "1F1B" or num_microbatches >= num_stages)
+
+
 class Frozen(BaseModel):
     """A value: immutable, and an unknown field is an error."""
 
@@ -174,8 +180,8 @@ class PoolPlan(Frozen):
     """One pool's part of a pipeline through several: the stages `[first_stage, first_stage + parallelism.pp)`
     on world ranks from `first_rank` on.
 
-    `parallelism`, `rank_groups`, `strategies` and `placements` are as in `Plan`, for the pool by itself, whose
-    ranks count from 0: no group but the pipeline's reaches out of it.
+    `parallelism`, `rank_groups`, `strategies` and `placements` are as in `Plan`, for the pool by itself,
+    whose ranks count from 0: no group but the pipeline's reaches out of it.
     """
 
     cluster: ClusterSummary
@@ -235,6 +241,21 @@ class PinCost(Frozen):
     cost_s: float = Field(description="by how much a step takes longer for the pin")
 
 
+class LayerEffort(Frozen):
+    """What one layer of the search had to solve: how many problems, and the largest of them."""
+
+    layer: str = Field(description="see `autopar.search.effort.Layer`")
+    num_problems: int
+    num_variables: int
+    num_rows: int
+    num_integer: int = Field(description="of the variables, those that must be whole")
+    cpu_s: float | None = Field(
+        default=None,
+        exclude=True,
+        description="processor time; left out of the JSON: it is not deterministic",
+    )
+
+
 class Certificate(Frozen):
     """How far the plan can be from the best one under this cost model, and what was looked at.
 
@@ -248,6 +269,7 @@ class Certificate(Frozen):
     num_candidates: int
     num_solved: int
     pruned: Mapping[str, int]
+    layers: tuple[LayerEffort, ...] = ()
     solve_s: float | None = Field(
         default=None, exclude=True, description="left out of the JSON: it is not deterministic"
     )
@@ -265,8 +287,8 @@ class Plan(Frozen):
     how every parameter lies on the tensor axis, `*` standing for the numbers of repeated blocks.
     `recomputation` lists every block that computes something again; the others keep all.
 
-    Where devices are of several kinds, `pools` has the parts of the pipeline in their order, each with what it
-    runs; `parallelism` then is that of the first, with all pipeline stages.
+    Where devices are of several kinds, `pools` has the parts of the pipeline in their order, each with what
+    it runs; `parallelism` then is that of the first, with all pipeline stages.
     """
 
     version: Literal[3] = PLAN_VERSION

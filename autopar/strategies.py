@@ -95,8 +95,11 @@ def settle(state: State, requires_grad: bool) -> State:
     return RR if state == RP and not requires_grad else state
 
 
-def natural_sections(graph: OpGraph, axis_size: int) -> Mapping[int, tuple[Sections, ...]]:
-    """The ways in which some op of the graph cuts a dimension into parts, by the size of the dimension.
+def natural_sections(
+    graph: OpGraph, axis_size: int, most: int | None = None
+) -> Mapping[int, tuple[Sections, ...]]:
+    """The ways in which some op of the graph cuts a dimension into parts, at `most` so many, by the size of
+    the dimension.
 
     A projection whose output is later split into q, k and v must shard each of the three. It cannot know that
     from its own rule, so every op is offered the cuts that others of the graph need for dimensions of that
@@ -111,7 +114,7 @@ def natural_sections(graph: OpGraph, axis_size: int) -> Mapping[int, tuple[Secti
             if factor in rule.unsplittable:
                 continue
             for side, index, dim, names in _dims(rule):
-                if factor in names:
+                if factor in names and (most is None or _major(rule, factor, names) <= most):
                     cut = _own_sections(rule, factor, side, index, dim, names)
                     if cut is not None and len(cut) > 1 and all(part % axis_size == 0 for part in cut):
                         found.setdefault(sum(cut), {})[cut] = None
@@ -187,10 +190,14 @@ def _own_sections(rule: Rule, factor: str, side: str, index: int, dim: int, name
     given = rule.sections.get((side, index, dim))
     if given is not None:
         return given
-    position = names.index(factor)
-    major = prod(rule.sizes[name] for name in names[:position])
-    minor = prod(rule.sizes[name] for name in names[position + 1 :])
+    major = _major(rule, factor, names)
+    minor = prod(rule.sizes[name] for name in names[names.index(factor) + 1 :])
     return None if major == 1 else (rule.sizes[factor] * minor,) * major
+
+
+def _major(rule: Rule, factor: str, names: Dim) -> int:
+    """How often a dimension goes through all of a factor."""
+    return prod(rule.sizes[name] for name in names[: names.index(factor)])
 
 
 def _dims(rule: Rule) -> Iterator[tuple[str, int, int, Dim]]:

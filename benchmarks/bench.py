@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "benchmarks" / "bench_rows.json"
@@ -35,11 +35,15 @@ HEAD = (
     "row", "model", "devices", "CPU s", "limit", "process CPU s", "peak GB", "limit", "gap", "step s",
     "solved", "verdict",
 )  # fmt: skip
+LAYERS_HEAD = ("row", "layer", "problems", "variables", "rows", "integer", "CPU s")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A planning problem; `max_cpu_s` and `max_bytes` are what it may take, None where it is only watched."""
+    """A planning problem; `max_cpu_s` and `max_bytes` are what it may take, None where it is only watched.
+
+    The whole space is searched, unless the row is of what programs can be written for.
+    """
 
     name: str
     model: str
@@ -48,6 +52,7 @@ class Row:
     seq_len: int | None = None
     num_layers: int | None = None
     pins: Mapping[str, Any] = field(default_factory=dict)
+    space: Literal["programs", "whole"] = "whole"
     max_cpu_s: float | None = None
     max_bytes: float | None = None
     others: str = ""
@@ -57,7 +62,8 @@ class Row:
 class Result:
     """What a row took, and the plan; with an `error`, no plan.
 
-    `cpu_s` is processor time after the import of torch, `process_cpu_s` that of the whole process.
+    `cpu_s` is processor time after the import of torch, `process_cpu_s` that of the whole process; `layers`
+    are those of the certificate.
     """
 
     cpu_s: float = 0.0
@@ -70,6 +76,7 @@ class Result:
     num_solved: int = 0
     num_candidates: int = 0
     pruned: Mapping[str, int] = field(default_factory=dict)
+    layers: Sequence[Mapping[str, Any]] = ()
     error: str = ""
 
 
@@ -89,7 +96,9 @@ def measured(row: Row) -> Result:
         spec.config.num_hidden_layers = row.num_layers
         spec = models.from_hugging_face_config(spec.config, row.name, seq_len=row.seq_len)
     pins = {key: tuple(value) if isinstance(value, list) else value for key, value in row.pins.items()}
-    found = autopar.plan(spec, row.cluster, global_batch=row.global_batch, pins=pins or None)
+    found = autopar.plan(
+        spec, row.cluster, global_batch=row.global_batch, pins=pins or None, space=row.space, price_pins=False
+    )
     certificate = found.certificate
     return Result(
         cpu_s=time.process_time() - before_s,
@@ -102,6 +111,9 @@ def measured(row: Row) -> Result:
         num_solved=certificate.num_solved,
         num_candidates=certificate.num_candidates,
         pruned=dict(certificate.pruned),
+        layers=[
+            {name: getattr(each, name) for name in type(each).model_fields} for each in certificate.layers
+        ],
     )
 
 
@@ -161,10 +173,21 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def report(found: Sequence[tuple[Row, Result]]) -> str:
-    """Two tables: what rows took and may take; their plans, what was pruned, and what other planners take."""
+    """Three tables: what rows took and may take; their plans, what was pruned, and what other planners take;
+    and what the layers of each search had to solve."""
     taken = [cells(row, result) for row, result in found]
     plans = [(row.name, result.plan or "-", _pruned(result), row.others or "-") for row, result in found]
-    return "\n\n".join([markdown(HEAD, taken), markdown(("row", "plan", "pruned", "others"), plans)])
+    layers = [line for row, result in found for line in _layers(row, result)]
+    tables = (HEAD, taken), (("row", "plan", "pruned", "others"), plans), (LAYERS_HEAD, layers)
+    return "\n\n".join(markdown(head, lines) for head, lines in tables)
+
+
+def _layers(row: Row, result: Result) -> Iterator[tuple[str, ...]]:
+    """A line for each layer; the sizes are those of its largest problem."""
+    for layer in result.layers:
+        sizes = (layer[name] for name in ("num_variables", "num_rows", "num_integer"))
+        numbers = (f"{size:,}" if layer["num_variables"] else "-" for size in sizes)
+        yield row.name, layer["layer"], f"{layer['num_problems']:,}", *numbers, f"{layer['cpu_s']:.2f}"
 
 
 def _pruned(result: Result) -> str:

@@ -39,7 +39,7 @@ class Sweep:
         self.machine = cluster(CLUSTER)
         self.captured_bytes = peak_bytes()
         began_s = time.process_time()
-        degrees = Degrees(TENSOR_DEGREES, (1,), (1,), NUM_LAYERS, ("1F1B", "Interleaved1F1B"))
+        degrees = Degrees(TENSOR_DEGREES, (1,), (1,), NUM_LAYERS, programs_only=True)
         self.candidates = tuple(
             p.model_copy(update={"recompute": mode})
             for layout in layouts(self.machine, GLOBAL_BATCH, degrees, Pins())

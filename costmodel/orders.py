@@ -9,7 +9,7 @@ the same rank (`v_orders`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import compress, pairwise
 from operator import sub
 from typing import Literal, get_args
@@ -92,7 +92,7 @@ def rank_orders(
     return tuple(loop_order(schedule_name, rank, num_stages, num_microbatches, num_virtual) for rank in ranks)
 
 
-@lru_cache(maxsize=None)
+@cache
 def peak_in_flight(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int = 1
 ) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from autopar.report.view import (
     Report,
     RunnerUp,
     Search,
+    SearchLayer,
     Stage,
     Training,
     Verdict,
@@ -252,6 +253,23 @@ def _search(search: Search, verdict: Verdict) -> list[str]:
     pruned = ", ".join(f"{number:,} by {reason}" for reason, number in search.pruned if number)
     text = f"search: {search.num_candidates:,} candidates, {search.num_solved:,} solved"
     text += f", pruned: {pruned}" if pruned else ""
-    return wrap(
-        f"{text}; no plan can be faster than {units.seconds(search.bound_s)}", WIDTH, subsequent_indent=INDENT
-    )
+    text += f"; no plan can be faster than {units.seconds(search.bound_s)}"
+    return [*wrap(text, WIDTH, subsequent_indent=INDENT), *_layers(search.layers)]
+
+
+def _layers(layers: Sequence[SearchLayer]) -> list[str]:
+    """What each layer had to solve; no sizes where nothing is chosen, no times of a plan from a file."""
+    if not layers:
+        return []
+    rows: list[tuple[str, ...]] = [("layer", "problems", "variables", "rows", "integer", "CPU time")]
+    for each in layers:
+        sizes = (each.num_variables, each.num_rows, each.num_integer)
+        rows.append(
+            (
+                each.name,
+                f"{each.num_problems:,}",
+                *(f"{size:,}" if each.num_variables else "-" for size in sizes),
+                "-" if each.cpu_s is None else units.seconds(each.cpu_s),
+            )
+        )
+    return [f"{INDENT}problems of each layer, and the size of the largest", *table(rows, right=range(1, 6))]

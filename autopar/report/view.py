@@ -164,13 +164,27 @@ class PinPrice:
 
 
 @dataclass(frozen=True)
+class SearchLayer:
+    """What one layer of the search solved: the size is that of its largest problem, `cpu_s` the processor
+    time of all, None for a plan that was read from a file."""
+
+    name: str
+    num_problems: int
+    num_variables: int
+    num_rows: int
+    num_integer: int
+    cpu_s: float | None
+
+
+@dataclass(frozen=True)
 class Search:
-    """What was looked at."""
+    """What was looked at, and what each layer of the search had to solve for it."""
 
     num_candidates: int
     num_solved: int
     pruned: tuple[tuple[str, int], ...]
     bound_s: float
+    layers: tuple[SearchLayer, ...]
 
 
 @dataclass(frozen=True)
@@ -237,6 +251,17 @@ def view(plan: Plan, token_budget: float | None = None) -> Report:
             plan.certificate.num_solved,
             tuple(plan.certificate.pruned.items()),
             plan.certificate.bound_s,
+            tuple(
+                SearchLayer(
+                    each.layer,
+                    each.num_problems,
+                    each.num_variables,
+                    each.num_rows,
+                    each.num_integer,
+                    each.cpu_s,
+                )
+                for each in plan.certificate.layers
+            ),
         ),
         warnings=plan.warnings,
     )

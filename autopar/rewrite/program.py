@@ -12,7 +12,7 @@ from autopar.data_parallel import data_parallel
 from autopar.errors import RewriteError
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import RR, Partial, State
-from autopar.plan import PLANNED_SCHEDULES, Plan
+from autopar.plan import PLANNED_SCHEDULES, Plan, has_program
 from autopar.rewrite.context import ProgramContext
 from autopar.rewrite.emit import block_patterns, emit_model, format_source, parameter_tables
 from autopar.rewrite.parity import PARITY
@@ -163,6 +163,11 @@ def _check(graph: OpGraph, plan: Plan) -> None:
         raise RewriteError(
             f"schedule={parallelism.schedule!r} can be evaluated but not yet emitted; use one of "
             f"{', '.join(PLANNED_SCHEDULES)}"
+        )
+    if not has_program(parallelism.schedule, parallelism.pp, parallelism.num_microbatches):
+        raise RewriteError(
+            f"torch's {parallelism.schedule} needs a microbatch for each of its {parallelism.pp} stages, got "
+            f"{parallelism.num_microbatches}; use smaller microbatches, fewer stages, or schedule='GPipe'"
         )
     for axis, size, what in (("cp", parallelism.cp, "context"), ("ep", parallelism.ep, "expert")):
         if size > 1:

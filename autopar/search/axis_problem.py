@@ -163,7 +163,7 @@ class AxisProblem:
         distinct = replace(graph, ops=tuple(graph.ops[index] for index in self.instances), blocks=())
         sections = {
             size: tuple(cut for cut in cuts if len(cut) <= MOST_SECTIONS)
-            for size, cuts in natural_sections(distinct, self.size).items()
+            for size, cuts in natural_sections(distinct, self.size, MOST_SECTIONS).items()
         }
         self.offered = {index: self._offered(index, sections) for index in self.instances}
         self._conversion_s: dict[tuple[int, bool, State, State], float | None] = {}

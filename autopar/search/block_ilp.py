@@ -36,6 +36,7 @@ from autopar.errors import SearchTimeoutError
 from autopar.localize import Assignment
 from autopar.placements import RP, RR, Partial, Shard, State
 from autopar.search.axis_problem import AxisProblem, Reader, TensorClass
+from autopar.search.effort import Effort, clocked
 from autopar.search.solver import LinearModel, Size, Term, solve
 from autopar.strategies import stored_state
 
@@ -70,29 +71,30 @@ class AxisSolution:
 
 
 class Part(NamedTuple):
-    """What a variable stands for: an op, or a change of `tensors` which `op` reads or makes, in `count`
-    instances; `op` is a representative.
+    """What a variable stands for: an op, or a change of `tensors` which `op` reads or makes, in
+    `num_instances`; `op` is a representative.
 
-    It leaves `result_bytes` a rank. Of a change, making them again would take `again_s`.
+    It leaves `result_bytes` a rank; of a change, `states` are those before and after.
     """
 
     op: int
-    count: int
+    num_instances: int
     result_bytes: float
     tensors: TensorClass | None = None
     is_made: bool = False
-    again_s: float = 0.0
+    states: tuple[State, State] = (RR, RR)
 
 
 class BlockIlp:
     """The program of one problem, row by row: built once, solved at any price of memory.
 
     Costs of its variables are time; `reductions_s` and the bytes by variable say what else to add, and
-    `parts` whose time it is.
+    `parts` whose time it is. What is solved is noted with the `effort`.
     """
 
-    def __init__(self, problem: AxisProblem) -> None:
+    def __init__(self, problem: AxisProblem, effort: Effort | None = None) -> None:
         self.problem = problem
+        self.effort = effort or Effort()
         self.model = LinearModel()
         self.reductions_s: dict[int, float] = {}
         self.activation_bytes: dict[int, float] = {}
@@ -107,11 +109,15 @@ class BlockIlp:
     def _choose(self, index: int) -> tuple[int, ...]:
         found = []
         problem = self.problem
-        costs = zip(problem.offered[index], problem.op_times_s[index], problem.saved_bytes[index], strict=True)
+        costs = zip(
+            problem.offered[index], problem.op_times_s[index], problem.saved_bytes[index], strict=True
+        )
         for strategy, time_s, num_bytes in costs:
             variable = self.model.variable(time_s, integer=True)
             self.activation_bytes[variable] = num_bytes
-            self.parts[variable] = Part(index, problem.instances[index], problem.result_bytes(index, strategy))
+            self.parts[variable] = Part(
+                index, problem.instances[index], problem.result_bytes(index, strategy)
+            )
             found.append(variable)
         self.model.row(1, 1, [(variable, 1.0) for variable in found])
         return tuple(found)
@@ -213,6 +219,7 @@ class BlockIlp:
             costs[variable] += seconds
         return self.model.priced(costs)
 
+    @clocked("operators")
     def solve(
         self,
         num_microbatches: float = 1,
@@ -221,6 +228,7 @@ class BlockIlp:
     ) -> AxisSolution:
         """The cheapest assignment; raises SearchTimeoutError when the limit passes before there is any."""
         solution = solve(self.priced(num_microbatches, price), time_limit_s=time_limit_s)
+        self.effort.solved("operators", solution.size)
         if not solution.values:
             raise SearchTimeoutError(
                 f"no strategies for axis {self.problem.axis!r} were found within {time_limit_s} s; "
@@ -246,14 +254,14 @@ class BlockIlp:
         maker = tensors.producer if isinstance(made.value, Partial) else None
         op = reader.op if maker is None else maker[0]
         num_bytes = problem.graph.tensors[tensors.name].num_bytes / problem.parts(state)
-        again_s = problem.conversion_again_s(tensors.name, made, state)
-        return Part(op, tensors.count, num_bytes, tensors, maker is not None, again_s)
+        return Part(op, tensors.count, num_bytes, tensors, maker is not None, (made, state))
 
+    @clocked("operator floors")
     def floor_s(
         self, start: int, stop: int, price: float = 0.0, again_s: Mapping[int, float] | None = None
     ) -> float:
-        """What ops `[start, stop)`, one block or ops outside of all, take at least, with the sums of what they
-        make and the other conversions of what they read, whatever is chosen anywhere.
+        """What ops `[start, stop)`, one block or ops outside of all, take at least, with the sums of what
+        they make and the other conversions of what they read, whatever is chosen anywhere.
 
         With `again_s`, the least seconds in which some of the ops run again, their results and those of
         conversions are kept at so many seconds a byte, or made again, whichever costs less.
@@ -267,13 +275,18 @@ class BlockIlp:
             near = made if part.is_made else read
             if part.op not in ops or (part.tensors and near.isdisjoint(part.tensors.members)):
                 continue
-            costs[variable] = self.model.costs[variable] / part.count
+            costs[variable] = self.model.costs[variable] / part.num_instances
             if again_s is not None:
-                least_s = part.again_s if part.tensors else again_s.get(part.op, 0.0)
+                if part.tensors is None:
+                    least_s = again_s.get(part.op, 0.0)
+                else:
+                    least_s = self.problem.conversion_again_s(part.tensors.name, *part.states)
                 costs[variable] += min(price * part.result_bytes, least_s)
         key = tuple(costs)
         if key not in self._floors_s:
-            self._floors_s[key] = solve(self.model.priced(costs, relaxed=True)).bound
+            solution = solve(self.model.priced(costs, relaxed=True))
+            self.effort.solved("operator floors", solution.size)
+            self._floors_s[key] = solution.bound
         return self._floors_s[key]
 
     def _assignment(self, values: Sequence[float]) -> Assignment:

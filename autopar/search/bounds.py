@@ -22,12 +22,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
-from functools import cached_property
-from typing import Protocol
+from functools import cache, cached_property
+from typing import NamedTuple, Protocol
 
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import DEFAULT_SOFTWARE, Pricer
-from autopar.search.data_axes import data_groups
+from autopar.search.data_axes import data_groups, least_update_s
 from autopar.search.saved import MODES, Saved, SavedActivations
 from autopar.search.stages import state_bytes
 from autopar.search.units import unit_starts
@@ -36,6 +36,15 @@ from costmodel.orders import SPLIT_BACKWARD_SCHEDULES
 from graphs import Capture
 from graphs.ir import OpGraph
 from hardware_db import Cluster
+
+
+class DataAxes(NamedTuple):
+    """Bandwidth time of the data axes over all stages, with every microbatch and once a step, and bytes of a
+    parameter's model states."""
+
+    moved_s: float
+    sync_s: float
+    state_bytes: float
 
 
 class DeviceSums(Protocol):
@@ -62,6 +71,7 @@ class Bounds:
         self.graph: OpGraph = capture.graph
         self.num_parameters = capture.graph.num_parameters
         self.batch = 2  # the reference batch of a capture
+        self._known: dict[tuple[object, ...], DataAxes] = {}
 
     @cached_property
     def saved_bytes(self) -> dict[Recompute, float]:
@@ -139,7 +149,7 @@ class Bounds:
         """No step with this parallelism takes less, if a microbatch takes `microbatch_s` on one rank of all
         stages together; `device` has the sums of the same microbatch on one device."""
         microbatch_s += self._again_s(p, device)
-        moved_s, sync_s = self._data_traffic_s(p)
+        moved_s, sync_s, _ = self._data(p)
         # What moves behind computing slows it down; what does not fit behind it comes on top.
         contention = self.software.contention
         total_s = microbatch_s + max(contention * moved_s, moved_s - microbatch_s)
@@ -162,15 +172,23 @@ class Bounds:
         least seconds a byte.
         """
         inner = p.tp * p.cp
-        states = state_bytes(p, self.policy, data_groups(p)[0].size) * self.num_parameters / (inner * p.ep)
+        states = self._data(p).state_bytes * self.num_parameters / (inner * p.ep)
         device_bytes = self.cluster.device.memory_bytes
         reserved = self.cluster.device.efficiency.reserved_memory_bytes
-        flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
+        shares, least = _shares(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
         # States are somewhere: taken off where they cost the least room.
-        room = (device_bytes - reserved) * sum(p.num_virtual_stages / flight for flight in flights)
-        room -= states * p.cp * p.num_virtual_stages / max(flights)
+        room = (device_bytes - reserved) * shares - states * p.cp * least
         kept = room * inner / (1 + self.software.fragmentation)
         return device.least_relief_s(device.all_saved_bytes - kept) / inner
+
+    def _data(self, p: Parallelism) -> DataAxes:
+        """What the data axes do, whatever the schedule."""
+        key = (p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate, p.zero_stage, p.offload, p.num_microbatches)
+        if key not in self._known:
+            self._known[key] = DataAxes(
+                *self._data_traffic_s(p), state_bytes(p, self.policy, data_groups(p)[0].size)
+            )
+        return self._known[key]
 
     def _data_traffic_s(self, p: Parallelism) -> tuple[float, float]:
         """Bandwidth time of the data axes, over all stages: with every microbatch, and once a step.
@@ -222,11 +240,17 @@ class Bounds:
         return len(self.graph.blocks) / sum(1 / (state + flight * saved) for flight in flights)
 
     def update_s(self, p: Parallelism) -> float:
-        """The optimizer's traffic at the device's full bandwidth."""
-        if p.offload != "none":
-            return 0.0
+        """The optimizer's update of an average rank."""
         share = self.num_parameters / (p.pp * p.tp * p.ep * (p.dp_shard * p.cp if p.zero_stage else 1))
-        return self.policy.update_bytes * share / self.cluster.device.memory_bandwidth_bytes_per_s
+        return share * least_update_s(p, self.policy, self._pricer)
+
+
+@cache
+def _shares(schedule: str, pp: int, num_microbatches: int, num_virtual_stages: int) -> tuple[float, float]:
+    """The part of its memory that a microbatch may have, summed over all ranks, and the least of them."""
+    flights = peak_in_flight(schedule, pp, num_microbatches, num_virtual_stages)
+    shares = [num_virtual_stages / flight for flight in flights]
+    return sum(shares), min(shares)
 
 
 def pipeline_floor_s(p: Parallelism, total_s: float) -> float:

@@ -12,9 +12,10 @@ looked at more closely, which raises its floor, splits it, or prices it:
     plan           whole variants, exact schedule and memory               `StageLayer.solve`
 
 When the first in the queue costs no less than the best plan, nothing can beat that. Stopped before, by time
-or by hand, the first in the queue is the bound. So that there is a plan by then, now and then the likeliest way
-that memory allows is priced out of turn (`_dive`), and after the proof some more, to be runners-up. Ties are broken by order of arrival: the same input takes the
-same way through the space whatever the machine's load.
+or by hand, the first in the queue is the bound. So that there is a plan by then, now and then the likeliest
+way that memory allows is priced out of turn (`_dive`), and after the proof some more, to be runners-up. Ties
+are broken by order of arrival: the same input takes the same way through the space whatever the machine's
+load.
 """
 
 from __future__ import annotations
@@ -136,10 +137,12 @@ class BranchAndBound:
         """No candidate takes less."""
         return min(self.outcome.best_s, self.floor_s, self.outcome.floor_s)
 
-    def run(self) -> Outcome:
-        """Search until the best is proven, or until time or the user says so."""
+    def run(self, num_runners_up: int = 0) -> Outcome:
+        """Search until the best is proven, and price some more meshes, or until time or the user says so."""
         try:
             self._run()
+            if self.stopped is None:
+                self._price_more(num_runners_up)
         except KeyboardInterrupt:
             self.stopped = "interrupted"
         self._count_left()
@@ -192,7 +195,7 @@ class BranchAndBound:
                 return solved
         return None
 
-    def price_more(self, number: int) -> None:
+    def _price_more(self, number: int) -> None:
         """Price more meshes, the likeliest first, until there are so many beside the best."""
         for _ in range(MOST_DIVES * number):
             if self.outcome.num_meshes > number or self._price_likeliest() is None:

@@ -17,6 +17,7 @@ from autopar.pricing import Pricer
 from autopar.search.axis_problem import LOSS_STATES, AxisProblem, Prices
 from autopar.search.block_ilp import MANY_MICROBATCHES, BlockIlp
 from autopar.search.cut import cheapest_cut
+from autopar.search.effort import Effort
 from autopar.search.replicas import without_order
 from autopar.strategies import Strategy, strategies
 from graphs.ir import Op, OpGraph
@@ -38,9 +39,9 @@ class ContextProblem(AxisProblem):
         self._whole_heads = whole_heads
         super().__init__(graph, "cp", size, prices, counts)
 
-    def solution(self) -> Assignment:
+    def solution(self, effort: Effort) -> Assignment:
         """The cheapest assignment. Gradients of weights are summed once a step, with the data axes."""
-        return BlockIlp(self).solve(MANY_MICROBATCHES).assignment
+        return BlockIlp(self, effort).solve(MANY_MICROBATCHES).assignment
 
     def _offered(
         self, index: int, sections: Mapping[int, tuple[tuple[int, ...], ...]]

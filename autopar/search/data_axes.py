@@ -45,6 +45,9 @@ from hardware_db import Cluster
 EXPERT_AXES = ("dp_shard", "dp_replicate", "cp", "tp")
 """Axes whose ranks divide experts among them, in the order in which they are taken."""
 
+_MANY = 1e12
+"""More parameters than a rank has."""
+
 
 def strides(p: Parallelism) -> dict[str, int]:
     """How far neighbours along each mesh axis lie apart: row-major in `axis_order`."""
@@ -85,11 +88,16 @@ def data_groups(p: Parallelism, *, experts: bool = False) -> tuple[Group, Group]
     return Group.of(*sharding), Group.of(*left.values())
 
 
+def device_policy(p: Parallelism, policy: OptimizerPolicy) -> OptimizerPolicy:
+    """What of the policy's states is on the device."""
+    return on_device(policy) if p.offload == "optimizer" else policy
+
+
 def held_states(elements: Elements, p: Parallelism, policy: OptimizerPolicy) -> Ledger:
     """Parameters, gradients and optimizer states of one rank, on its device."""
-    policy = on_device(policy) if p.offload == "optimizer" else policy
+    here = device_policy(p, policy)
     ledgers = [
-        model_state_ledger(num_elements, policy, p.zero_stage, data_groups(p, experts=experts)[0].size)
+        model_state_ledger(num_elements, here, p.zero_stage, data_groups(p, experts=experts)[0].size)
         for experts, num_elements in elements.items()
     ]
     return reduce(add, ledgers)
@@ -132,6 +140,14 @@ def optimizer_s(
         return pricer.work_s(0, policy.update_bytes * num_updated, torch.float32)
     update = offloaded_update(num_updated, policy, pricer.cluster)
     return update.exposed_s(pricer.era.gradient_sync_overlap * backward_s)
+
+
+def least_update_s(p: Parallelism, policy: OptimizerPolicy, pricer: Pricer) -> float:
+    """What `optimizer_s` is at least for each parameter that a rank updates: launching costs nothing, and
+    gradients that go to the host hide altogether."""
+    if p.offload == "none":
+        return pricer.work_s(0, policy.update_bytes * _MANY, torch.float32) / _MANY
+    return offloaded_update(1.0, policy, pricer.cluster).exposed_s(inf)
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,19 +128,24 @@ class Evaluator:
         self, stages: Sequence[StageWork], chain: Chain, p: Parallelism, cuts: Sequence[int]
     ) -> StepCost:
         """The cost of a step over stages of a chain, with the messages between them."""
-        pricer = self.placed(p)
-        received = [chain.units[first].received_bytes for first in cuts[1:]]
-        messages_s = {num_bytes: self._message_s(num_bytes, p, pricer) for num_bytes in set(received)}
+        messages_s = self.messages_s(chain, p)
         return step_cost(
             stages,
             p.num_microbatches,
             p.schedule,
             p.num_virtual_stages,
-            [messages_s[num_bytes] for num_bytes in received],
+            [messages_s[first] for first in cuts[1:]],
             self.overlap,
             blocking_sends=self.era.blocking_sends,
             overhead_s=self.era.step_overhead_s,
         )
+
+    def messages_s(self, chain: Chain, p: Parallelism) -> list[float]:
+        """The messages with which each unit would begin a stage."""
+        pricer = self.placed(p)
+        received = [unit.received_bytes for unit in chain.units]
+        known = {num_bytes: self._message_s(num_bytes, p, pricer) for num_bytes in set(received)}
+        return [known[num_bytes] for num_bytes in received]
 
     def _message_s(self, num_bytes: float, p: Parallelism, pricer: Pricer) -> float:
         """What passes from a stage to the next; without sequence parallelism all of a tensor axis have it."""

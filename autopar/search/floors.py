@@ -7,7 +7,7 @@ Hence
     T(b, tp, cp, ep) ≥ T(b, 1, 1, ep) / (tp cp) ≥ T(B, 1, 1, ep) b / (B tp cp)
                      ≥ T(B, tp, 1, ep) b / (B cp)         with the strategies of the tensor axis
 
-where B is a multiple of all microbatch sizes. The first line is one program, the second the relaxation of one
+where B is a multiple of b. The first line is one program, the second the relaxation of one
 block problem for each degree. A context axis adds what attention must see of other ranks, whichever way is
 cheaper: its keys and values gathered, or all four of its tensors sent to where heads are whole.
 """
@@ -19,6 +19,10 @@ from dataclasses import dataclass
 
 from autopar.search.programs import Program, Programs
 from autopar.search.stages import StageTable
+
+POWER_OF_TWO = 32
+"""Block problems are made for a multiple of all sizes that no higher power of two divides, if that will do: of
+larger ones launches and latencies are too small a part to tell."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Floors:
         self.programs = programs
         self.largest = largest
         self.table = table
-        self._tensor_s: dict[int, float] = {}
+        self._tensor_s: dict[tuple[int, int], float] = {}
 
     def device(self, microbatch_size: int, ep: int) -> StageTable:
         """A microbatch on one device that has memory enough, its experts shared with `ep` others."""
@@ -71,10 +75,18 @@ class Floors:
         device_s = self.device_s(microbatch_size, ep) / tp
         if ep > 1 or tp == 1:  # the problem of the axis is that of whole experts
             return device_s
-        if tp not in self._tensor_s:
-            self._tensor_s[tp] = self.programs.floor_s(self.largest, tp) / self.largest
-        return max(device_s, microbatch_size * self._tensor_s[tp])
+        multiple = self._multiple(microbatch_size)
+        if (tp, multiple) not in self._tensor_s:
+            self._tensor_s[tp, multiple] = self.programs.floor_s(multiple, tp) / multiple
+        return max(device_s, microbatch_size * self._tensor_s[tp, multiple])
+
+    def _multiple(self, microbatch_size: int) -> int:
+        multiple = self.largest
+        while multiple % (2 * POWER_OF_TWO) == 0 and multiple // 2 % microbatch_size == 0:
+            multiple //= 2
+        return multiple
 
     def context_s(self, microbatch_size: int, tp: int, cp: int) -> float:
         """What attention adds to a microbatch for a context axis."""
         return self.programs.context_floor_s(microbatch_size, tp, cp) if cp > 1 else 0.0
+

@@ -8,7 +8,6 @@ from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated
 from autopar.search.programs import Program
 
-
 PRICED = "priced"
 
 

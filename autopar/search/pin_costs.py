@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from autopar.errors import PinConflictError
 from autopar.plan import PinCost, Plan
 from autopar.search.branch import BranchAndBound, Progress
 from autopar.search.outcome import Solved
@@ -85,6 +86,8 @@ class PinPricer:
         planner = self.planner.under(pins)
         try:
             search = BranchAndBound(planner, planner.layouts, TOLERANCE, _silent, planner.deadline)
+        except PinConflictError:
+            return best  # what the pin asks for is not even tried without it
         except KeyboardInterrupt:
             self.work = 0
             return None

@@ -13,6 +13,7 @@ from autopar.errors import PinConflictError, SearchTimeoutError
 from autopar.plan import Parallelism
 from autopar.search.bounds import Bounds
 from autopar.search.branch import BranchAndBound, Progress
+from autopar.search.effort import Effort
 from autopar.search.evaluate import Evaluator
 from autopar.search.experts import num_experts
 from autopar.search.floors import Floors
@@ -24,6 +25,7 @@ from autopar.search.pins import Pins
 from autopar.search.placement import placed, placed_chain
 from autopar.search.programs import MEMORY_PRICES, PINNED, Programs
 from autopar.search.replicas import SEQUENCE
+from autopar.search.solver import Size
 from autopar.search.space import (
     SHORTEST_CONTEXT,
     Degrees,
@@ -90,7 +92,9 @@ class Planner:
         whole_space: bool = True,
         low_precision: str | None = None,
         num_runners_up: int = NUM_RUNNERS_UP,
+        effort: Effort | None = None,
     ) -> None:
+        self.effort = effort or Effort()
         self.cluster = cluster
         self.capture = capture
         self.policy = policy
@@ -102,8 +106,9 @@ class Planner:
         self.bounds = Bounds(capture, cluster, policy, era)
         self.evaluator = Evaluator(cluster, policy, era)
         self.programs = Programs(
-            capture, cluster, era, rules=self.pins, shorten=shorten, low_precision=low_precision
-        )
+            capture, cluster, era, rules=self.pins, shorten=shorten, low_precision=low_precision,
+            effort=self.effort,
+        )  # fmt: skip
         self.layer = StageLayer(self.programs, self.evaluator, self.pin_space.options, self.pin_space.where)
         self.deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self.report = report or (lambda progress: None)
@@ -135,16 +140,11 @@ class Planner:
         fewest, most = self.pin_space.num_stages(self.num_units)
         tp = self.pin_space.tensor_degrees(self._tensor_degrees())
         num_blocks = len(self.capture.graph.blocks)
-        if not self.whole_space:
-            return Degrees(tp, (1,), (1,), most, ("1F1B", "Interleaved1F1B"), fewest, num_blocks)
-        return Degrees(
-            tp=tp,
-            cp=self._context_degrees(),
-            ep=tuple(n for n in divisors(experts) if self.cluster.num_devices % n == 0) if experts else (1,),
-            num_units=most,
-            fewest_stages=fewest,
-            num_blocks=num_blocks,
-        )
+        free = Degrees(tp, (1,), (1,), most, fewest, num_blocks, programs_only=not self.whole_space)
+        if free.programs_only:
+            return free
+        ep = tuple(n for n in divisors(experts) if self.cluster.num_devices % n == 0) if experts else (1,)
+        return free._replace(cp=self._context_degrees(), ep=ep)
 
     def _tensor_degrees(self) -> tuple[int, ...]:
         """Degrees within reach by which most of the parameters can be split."""
@@ -206,14 +206,13 @@ class Planner:
         """
         search = BranchAndBound(self, self.layouts, TOLERANCE, self.report, self.deadline)
         search.outcome.best = incumbent
-        outcome = search.run()
-        if search.stopped is None:
-            search.price_more(self.num_runners_up)
+        outcome = search.run(self.num_runners_up)
         if outcome.best is None and search.stopped is not None:
             raise SearchTimeoutError(
                 f"no plan yet when the search was stopped ({search.stopped}): "
                 f"{search.num_candidates} candidates, none priced; allow more time, or pin some settings"
             )
+        self.effort.solved("candidates", Size(search.num_candidates, 1, search.num_candidates))
         best = None if outcome.best is incumbent else outcome.best
         found = () if best is None else (best, *outcome.runners_up(self.num_runners_up))
         found = tuple(sorted((placed(each, self.evaluator) for each in found), key=rank))
@@ -268,7 +267,8 @@ class Planner:
         plain = self.under(Pins(tp=1, cp=1, ep=1, pp=1, zero_stage=zero_stage, dp_shard=shard))
         best: Solved | None = None
         for p in sorted(plain.candidates(), key=lambda p: -p.microbatch_size):
-            if best is not None and self.bounds.memory_bytes(p) > self.cluster.device.memory_bytes:
+            smallest = p.model_copy(update={"recompute": "mixed"})
+            if best is not None and self.bounds.memory_bytes(smallest) > self.cluster.device.memory_bytes:
                 continue
             best = better(best, plain.solve(p))
         return best
@@ -276,12 +276,13 @@ class Planner:
     def _why_empty(self, culprits: Sequence[str]) -> str:
         num_devices = self.cluster.num_devices
         conflict = next((f"; {text}" for text in self.pin_space.conflicts.values() if text), "")
+        full = ", of which 1F1B in a program has no more than microbatches" * (not self.whole_space)
         return (
             f"no parallelism fits {num_devices} devices and a global batch of {self.global_batch} with "
             f"{' and '.join(culprits) or 'nothing pinned'}: the product of tp, cp, pp and dp must be "
             f"{num_devices}, dp times the microbatch size must divide the global batch, and the model can be "
-            f"cut into at most {self.num_units} pipeline stages; tensor-parallel degrees that suit model and "
-            f"cluster are {', '.join(map(str, self._tensor_degrees()))}{conflict}"
+            f"cut into at most {self.num_units} pipeline stages{full}; tensor-parallel degrees that suit "
+            f"model and cluster are {', '.join(map(str, self._tensor_degrees()))}{conflict}"
         )
 
 

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from autopar.plan import Parallelism
-from autopar.search.pool_cuts import LegTimes, RouteCut, StageTimes, best_cuts, seam_floors
+from autopar.search.effort import clocked, cut_size
+from autopar.search.pool_cuts import LegTimes, RouteCut, best_cuts, seam_floors
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_routes import SCHEDULE, Leg, Route
 from autopar.search.runs import AllRuns, Array
+from autopar.search.stage_times import StageTimes
 from autopar.search.stages import Machine, Once, RunSums, StageTable, Where, relief_s
 from costmodel import Overlap, peak_in_flight
 
@@ -71,20 +73,11 @@ class LegTable(StageTable):
     def stage(self, way: Way, flight: int, overlap: Overlap, where: Where) -> StageTimes:
         """The stages with so many microbatches in flight."""
         sums = self.sums
-        again_s = relief_s(sums.segments, sums.saved_bytes - way.room_bytes / flight)
-        possible = np.isfinite(again_s) & (True if where is None else where)
-        backward_s = sums.backward_s + sums.runs.sums(way.accumulation_s) + np.where(possible, again_s, 0.0)
-        gather_s, back_s, sync_s, optimizer_s = map(sums.runs.sums, way.once)
-        units = sums.num_sharding_units
-        forward_gather_s = _exposed(gather_s, overlap.parameter_gather * sums.forward_s, units)
-        back_gather_s = _exposed(back_s, overlap.parameter_gather * backward_s, units)
-        free_s = overlap.gradient_sync * backward_s - (back_s - back_gather_s)
-        exposed_s = _exposed(sync_s, np.maximum(0.0, free_s), units)
-        gathers_s = _costly(gather_s, forward_gather_s, overlap) + _costly(back_s, back_gather_s, overlap)
-        microbatch_s = np.where(possible, sums.forward_s + backward_s + gathers_s, np.inf)
-        forward_s = sums.forward_s + _costly(gather_s, forward_gather_s, overlap)
-        once_s = _costly(sync_s, exposed_s, overlap) + optimizer_s
-        return StageTimes(microbatch_s, forward_s, once_s, flight)
+        more_s = relief_s(sums.segments, sums.saved_bytes - way.room_bytes / flight)
+        more_s += sums.runs.sums(way.accumulation_s)
+        if where is not None:
+            more_s[~where] = np.inf
+        return self._times(sums, way.once, overlap, more_s)
 
 
 class RouteCuts:
@@ -92,6 +85,7 @@ class RouteCuts:
 
     def __init__(self, legs: Legs) -> None:
         self.legs = legs
+        self.effort = legs.effort
         self._tables: dict[tuple[Leg, int], LegTable] = {}
         self._ways: dict[tuple[Leg, int], tuple[Way, ...]] = {}
         self._times: dict[tuple[Leg, int], LegTimes] = {}
@@ -106,6 +100,7 @@ class RouteCuts:
         floors_s, _ = seam_floors(times, route.num_microbatches)
         return float(floors_s.min(initial=np.inf)) + self._overhead_s
 
+    @clocked("stages")
     def least_s(self, route: Route, price: int, cutoff_s: float, *, fitting: bool = True) -> float:
         """No step takes less, were each stage run in the way that suits it best; infinite for nothing below
         the cutoff. Without `fitting` memory is no matter."""
@@ -113,13 +108,15 @@ class RouteCuts:
             replace(
                 self._leg_times(leg, price),
                 send_s=self.legs.sends_s(route, number, price),
+                in_flight=_flights(route, number),
                 ways=[self._best_stages(route, number, price, fitting)],
             )
             for number, leg in enumerate(route.legs)
         ]
-        found = best_cuts(times, route.num_microbatches, cutoff_s - self._overhead_s)
+        found = self._cut(times, route, cutoff_s - self._overhead_s)
         return float("inf") if found is None else found.bound_s + self._overhead_s
 
+    @clocked("stages")
     def cut(self, route: Route, price: int, cutoff_s: float) -> RouteCut | None:
         """The best cuts and the best way to shard each leg, with the bound of the relaxation: no others are
         below both that and the cutoff.
@@ -131,12 +128,16 @@ class RouteCuts:
         limit_s = cutoff_s - self._overhead_s
         for ways in product(*(_alike(self._useful_ways(leg, price)) for leg in route.legs)):
             times = [self._stage_times(route, number, price, mine) for number, mine in enumerate(ways)]
-            found = best_cuts(times, route.num_microbatches, limit_s)
+            found = self._cut(times, route, limit_s)
             if found is not None:
                 limit_s = found.bound_s
                 chosen = tuple(mine[way].number for mine, way in zip(ways, found.ways, strict=True))
                 best = RouteCut(found.cuts, chosen, found.bound_s + self._overhead_s)
         return best
+
+    def _cut(self, times: Sequence[LegTimes], route: Route, cutoff_s: float) -> RouteCut | None:
+        self.effort.solved("stages", cut_size(len(times[0].send_s), route.num_stages))
+        return best_cuts(times, route.num_microbatches, cutoff_s)
 
     def _leg_times(self, leg: Leg, price: int) -> LegTimes:
         """What units take on a leg, however it is sharded."""
@@ -148,30 +149,23 @@ class RouteCuts:
     def _stage_times(self, route: Route, number: int, price: int, ways: Sequence[Way]) -> LegTimes:
         """The same for some of the ways to shard it, with their stages."""
         leg = route.legs[number]
-        flights = self._flights(route, number)
+        flights = _flights(route, number)
         return replace(
             self._table(leg, price).times(ways, leg.layout.pp),
             send_s=self.legs.sends_s(route, number, price),
+            in_flight=flights,
             ways=[self._stages(leg, price, way, flights) for way in ways],
         )
 
-    def _flights(self, route: Route, number: int) -> tuple[int, ...]:
-        """Microbatches in flight on the stages of a leg."""
-        flights = peak_in_flight(SCHEDULE, route.num_stages, route.num_microbatches, 1)
-        first = route.first_stage(number)
-        return flights[first : first + route.legs[number].layout.pp]
-
     def _best_stages(self, route: Route, number: int, price: int, fitting: bool) -> list[StageTimes]:
         """The stages of a leg, each in the way that is best for it."""
-        leg, flights = route.legs[number], self._flights(route, number)
+        leg, flights = route.legs[number], _flights(route, number)
         for flight in set(flights):
             key = (leg, price, flight if fitting else None)
             if key not in self._best:
                 ways = [way if fitting else way.unlimited for way in self._useful_ways(leg, price)]
                 self._best[key] = _fastest([self._stages(leg, price, way, (flight,))[0] for way in ways])
-        known = {flight: self._best[leg, price, flight if fitting else None] for flight in set(flights)}
-        known = {flight: times._replace(in_flight=flight) for flight, times in known.items()}
-        return [known[flight] for flight in flights]
+        return [self._best[leg, price, flight if fitting else None] for flight in flights]
 
     def _stages(self, leg: Leg, price: int, way: Way, flights: Sequence[int]) -> list[StageTimes]:
         """The stages of a leg with so many microbatches in flight."""
@@ -207,13 +201,19 @@ class RouteCuts:
         return self._ways[leg, price]
 
 
+def _flights(route: Route, number: int) -> tuple[int, ...]:
+    """Microbatches in flight on the stages of a leg."""
+    flights = peak_in_flight(SCHEDULE, route.num_stages, route.num_microbatches, 1)
+    first = route.first_stage(number)
+    return flights[first : first + route.legs[number].layout.pp]
+
+
 def _fastest(ways: Sequence[StageTimes]) -> StageTimes:
     """What no way undercuts: a longer forward makes a stage with as much to do only earlier."""
     return StageTimes(
         np.min([way.microbatch_s for way in ways], axis=0),
         np.max([way.forward_s for way in ways], axis=0),
         np.min([way.once_s for way in ways], axis=0),
-        ways[0].in_flight,
     )
 
 
@@ -230,12 +230,3 @@ def _alike(ways: Sequence[Way]) -> list[list[Way]]:
     for way in ways:
         groups.setdefault(round(float(way.accumulation_s.sum()), 9), []).append(way)
     return list(groups.values())
-
-
-def _exposed(communication_s: Array, hiding_s: Array, units: Array) -> Array:
-    found: Array = np.maximum(communication_s - hiding_s, communication_s / units)
-    return found
-
-
-def _costly(communication_s: Array, exposed_s: Array, overlap: Overlap) -> Array:
-    return exposed_s + overlap.contention * (communication_s - exposed_s)

@@ -1,28 +1,18 @@
 """Where to cut a chain of units into the stages of a 1F1B pipeline that goes through several pools.
 
 A unit takes other times on every pool. Leg q of the pipeline, on one pool, takes the units between two
-*seams* and cuts them into its own p_q stages. Take a stage with units [i, j): A is what the forward of one
-microbatch takes up to it, R what its backward takes from there on, S what both take from the stage to the end
-and back (messages between pools included), so that P = A + S + R is all of a microbatch. With T a microbatch
-on the stage, what memory makes it compute again included, F the forward of it, and w microbatches in flight,
-the stage's order is
+*seams* and cuts them into its own p_q stages. P is all of a microbatch, messages between pools included, A_i
+its forward up to unit i, and B_ij what a stage with units [i, j) takes by the order of its schedule
+(`autopar.search.stage_times`). With R_i the backward from there on and what the first rank has to do once a
+step, O_ij what the stage itself has to do then,
 
-    w forwards,  m - w times (backward, forward),  w backwards
-
-and its first backward ends at A + S or later. What is left then are m - 1 backwards and m - w forwards; but a
-forward can wait for the backward w microbatches before it, and the last forward is followed by its whole way
-to the end and back. With k such round trips, no two of which share a microbatch, the last backward ends at
-
-    A + max( m T,   S + (m - 1) T - (w - 1) F,   (k + 1) S + (m - 1 - k w) T   for 1 <= k <= (m - 1) / w )
-
-or later; the last term is linear in k, so that its ends suffice. To that comes the larger of R, with what the
-first rank then has to do once a step, and of what the stage itself has to do once a step. That is V_ij, and
+    V_ij = A_i + B_ij + max(R_i, O_ij)
 
     best_1(i) = V_il        best_s(i) = min over j of max(V_ij, best_{s-1}(j))
 
 is exact for stages up to seam l. P depends on the seams alone, so they are gone through one by one, those
 first that promise most. Where leg q takes W_q of a microbatch, with n stages and S_{q+1} seconds of it after
-it, the above (k = 1) makes
+it, one round trip after the first makes
 
     P + S_{q+1} + (m - 1 - n) W_q / p_q      and      A_q + W_q / (1 - (1 - 1/m)^p_q) + R_q
 
@@ -40,20 +30,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autopar.search.stage_times import StageTimes, busy_s
+
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 Seams = NDArray[np.int_]
-
-
-class StageTimes(NamedTuple):
-    """Seconds of a stage with units [i, j): with every microbatch, infinite where memory does not suffice; of
-    that the forward; and once a step. What lies on and below the diagonal means nothing. `in_flight` are the
-    microbatches in flight."""
-
-    microbatch_s: Matrix
-    forward_s: Matrix
-    once_s: Matrix
-    in_flight: int
 
 
 @dataclass(frozen=True)
@@ -61,12 +42,14 @@ class LegTimes:
     """What forward and backward of all units before each take on one pool, and for each unit the message with
     which a leg begins there.
 
-    `ways` are the ways in which the leg can be run, each with its `num_stages` stages.
+    `ways` are the ways in which the leg can be run, each with its `num_stages` stages, on which `in_flight`
+    microbatches are in flight.
     """
 
     before_s: tuple[Vector, Vector]
     send_s: Vector
     num_stages: int
+    in_flight: tuple[int, ...] = ()
     ways: Sequence[Sequence[StageTimes]] = ()
 
     @classmethod
@@ -215,21 +198,16 @@ def _values(
     arrival_s, return_s = offsets.arrival_s + forward_s, offsets.return_s + backward_s
     after_s = offsets.path_s - arrival_s - return_s
     no_run = np.tri(len(arrival_s), dtype=bool)
-    known: dict[int, Matrix] = {}
-    for times in stages:
-        if id(times) in known:
+    known: dict[tuple[int, int], Matrix] = {}
+    keys = [(id(times), flight) for times, flight in zip(stages, leg.in_flight, strict=True)]
+    for key, times in zip(keys, stages, strict=True):
+        if key in known:
             continue
-        w, microbatch_s = times.in_flight, times.microbatch_s[here, here]
-        is_none = no_run | np.isinf(microbatch_s)
-        microbatch_s = np.where(is_none, 0.0, microbatch_s)
-        round_trip_s = microbatch_s + after_s
-        busy_s = round_trip_s + (m - 1) * microbatch_s - (w - 1) * times.forward_s[here, here]
-        busy_s = np.maximum(busy_s, m * microbatch_s)
-        for k in {1, (m - 1) // w} if m > w else ():
-            busy_s = np.maximum(busy_s, (k + 1) * round_trip_s + (m - 1 - k * w) * microbatch_s)
-        last_s = np.maximum(return_s[:, None] + offsets.first_once_s, times.once_s[here, here])
-        known[id(times)] = np.where(is_none, np.inf, arrival_s[:, None] + busy_s + last_s)
-    return [known[id(times)] for times in stages]
+        own = StageTimes(*(seconds[here, here] for seconds in times))
+        last_s = np.maximum(return_s[:, None] + offsets.first_once_s, own.once_s)
+        values_s = arrival_s[:, None] + busy_s(own, after_s, m, key[1]) + last_s
+        known[key] = np.where(no_run, np.inf, values_s)
+    return [known[key] for key in keys]
 
 
 def _suffixes(values: Sequence[Matrix]) -> list[Vector]:

@@ -61,6 +61,7 @@ class Legs:
     def __init__(self, planners: Sequence[Planner], pools: Pools) -> None:
         self.planners = tuple(planners)
         self.pools = pools
+        self.effort = self.planners[0].effort
         self.evaluators = tuple(LegEvaluator(p.cluster, p.policy, p.evaluator.era) for p in planners)
         self._ways: dict[Leg, tuple[Parallelism, ...]] = {}
 
@@ -69,7 +70,7 @@ class Legs:
         if leg not in self._ways:
             planner = self.planners[leg.pool]
             pins = _leg_pins(planner.pins)
-            degrees = planner.degrees._replace(fewest_stages=1)
+            degrees = planner.degrees._replace(fewest_stages=1, programs_only=False)
             found = list(ways(leg.layout, planner.cluster, degrees, pins))
             shards = {p.dp_shard for p in found if p.zero_stage}
             usual = {1, min(shards, default=1), max(shards, default=1)}

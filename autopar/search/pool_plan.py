@@ -62,7 +62,7 @@ def plan_pools(
     result = search.run()
     if result.best is not None:
         best = Prices(legs).finished(result.best)
-        certificate = _certificate(result, best.step_s, time.monotonic() - started)
+        certificate = _certificate(legs, result, best.step_s, time.monotonic() - started)
         return _pipeline(legs, best, certificate, result) if _agree(best, result.best) else None
     if result.alone is None:
         raise _infeasible(legs, result)
@@ -78,7 +78,7 @@ def plan_pools(
     return build_plan(
         planners[pool],
         solved,
-        _certificate(result, step_s, time.monotonic() - started),
+        _certificate(legs, result, step_s, time.monotonic() - started),
         [alternative(label, each, solved.evaluated) for label, each in others],
         [f"{idle} stays idle: every pipeline through it takes longer"],
     )
@@ -207,7 +207,7 @@ def _fullest(priced: PricedRoute) -> PricedLeg:
     return max(priced.legs, key=lambda leg: _peak_bytes(leg) / leg.memory_bytes)
 
 
-def _certificate(result: PoolsResult, step_s: float, solve_s: float) -> Certificate:
+def _certificate(legs: Legs, result: PoolsResult, step_s: float, solve_s: float) -> Certificate:
     bound_s = min(step_s, result.bound_s)
     return Certificate(
         status="optimal" if bound_s >= step_s * (1 - 1e-6) else "feasible",
@@ -216,6 +216,7 @@ def _certificate(result: PoolsResult, step_s: float, solve_s: float) -> Certific
         num_candidates=result.num_candidates,
         num_solved=result.num_solved,
         pruned=result.pruned,
+        layers=legs.effort.layers(),
         solve_s=solve_s,
     )
 

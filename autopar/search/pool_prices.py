@@ -207,7 +207,7 @@ class Prices:
         so far."""
         leg, route = priced.legs[number], priced.route
         table = self.legs.table(route.legs[number], priced.price)
-        variants = self._variants.setdefault(id(table), Variants(table))
+        variants = self._variants.setdefault(id(table), Variants(table, self.legs.effort))
         flights = peak_in_flight(SCHEDULE, len(priced.cuts), route.num_microbatches, 1)
         ends = (*priced.cuts, table.num_units)
         choices = list(leg.choices)

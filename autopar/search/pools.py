@@ -34,6 +34,7 @@ from autopar.search.pool_legs import Legs
 from autopar.search.pool_prices import PricedRoute, Prices
 from autopar.search.pool_routes import SCHEDULE, Route, routes
 from autopar.search.programs import MEMORY_PRICES
+from autopar.search.solver import Size
 
 TOLERANCE = 1e-2
 """The gap at which a search is done."""
@@ -148,6 +149,7 @@ class PoolSearch:
                 f"no pipeline goes through the pools with the pins, in which pp counts the stages on all of "
                 f"them and the schedule is {SCHEDULE}; nor does one pool alone: {self._conflicts[0]}"
             )
+        self.legs.effort.solved("candidates", Size(self.num_candidates, 1, self.num_candidates))
         bounds_s = [entry[0] for entry in self._queue[:1]]
         bounds_s += [found.bound_s for found in self._tried_alone.values()]
         fates = Counter(self._fate.values())

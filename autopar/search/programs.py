@@ -22,6 +22,7 @@ from autopar.pricing import Pricer
 from autopar.search.axis_problem import All, AxisProblem, ClusterPrices, Custom
 from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp, MemoryPrice
 from autopar.search.context import ContextProblem, exchange_floor_s
+from autopar.search.effort import Effort, clocked
 from autopar.search.experts import deal_out_experts, num_experts
 from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
 from autopar.search.relaxed import Stretch, relaxed
@@ -99,8 +100,10 @@ class Programs:
         rules: Rules | None = None,
         shorten: bool = True,
         low_precision: str | None = None,
+        effort: Effort | None = None,
     ) -> None:
         self.capture = capture
+        self.effort = effort or Effort()
         self.shallow = shallow(capture) if shorten else Shallow(capture, {})
         self.cluster = cluster
         self.era = era
@@ -134,6 +137,7 @@ class Programs:
             self._programs[key] = self._make(key)
         return self._programs[key]
 
+    @clocked("local programs")
     def finished(self, program: Program) -> Program:
         """The same program at full depth."""
         if not self.shallow.repeats:
@@ -222,10 +226,11 @@ class Programs:
         beside_tp = key.tp if key.cp > 1 and key.price_level != PINNED else None
         return self.replica(key.microbatch_size, key.data_size, key.cp, beside_tp)
 
+    @clocked("operators")
     def _split_context(self, data_size: int, tp: int, graph: OpGraph, cp: int) -> Assignment:
         prices = ClusterPrices(self._pricer(data_size, cp, 1, tp), "cp", frozenset(graph.parameter_tensors))
         counts = local_counts(graph.ops, self.shallow.counts)
-        return ContextProblem(graph, cp, prices, counts, whole_heads=tp > 1).solution()
+        return ContextProblem(graph, cp, prices, counts, whole_heads=tp > 1).solution(self.effort)
 
     def _key(self, p: Parallelism, price_level: int) -> ProgramKey:
         if p.tp == 1:
@@ -257,7 +262,9 @@ class Programs:
             self._propagated = assignment
         return assignment
 
+    @clocked("local programs")
     def _make(self, key: ProgramKey) -> Program:
+        self.effort.solved("local programs")
         replica = self._replica_of(key)
         keys = dict(replica.keys)
         local, solution = replica.local, None
@@ -274,6 +281,7 @@ class Programs:
             chain = deal_out_experts(chain, local.graph, key.ep)
         return chain.priced(pricer)
 
+    @clocked("operators")
     def _ilp(self, key: ProgramKey) -> BlockIlp:
         """The problem at this cluster's prices, within the region that the sequence parallelism asked for
         leaves."""
@@ -288,7 +296,7 @@ class Programs:
             custom = All.of(rule, region)  # pins hold; the region yields to them
             prices = ClusterPrices(pricer, "tp", frozenset(graph.parameter_tensors))
             problem = AxisProblem(graph, "tp", key.tp, prices, counts, custom)
-            self._ilps[key] = BlockIlp(problem)
+            self._ilps[key] = BlockIlp(problem, self.effort)
         return self._ilps[key]
 
     def _solution(self, key: ProgramKey) -> AxisSolution:

@@ -29,6 +29,8 @@ from autopar.search.block_ilp import BlockIlp
 from autopar.search.saved import Saved
 from autopar.search.units import Chain, ParameterShard, Unit
 
+MOST_PRICES = 5
+"""The prices that a block problem is solved at: more bring its lines closer to the frontier."""
 
 _ROUNDING = 1e-9
 
@@ -62,9 +64,9 @@ def relaxed(
     *,
     trades: bool = True,
 ) -> Chain:
-    """The bound of all programs on `tp` `cp` ranks, given the program of one device and its prices, the fastest
-    of all programs, and where units are in the block problem; without that, their collectives are left
-    out. Without `trades` blocks that compute again are thought to communicate no more than others."""
+    """The bound of all programs on `tp` `cp` ranks, given the program of one device and its prices, the
+    fastest of all programs, and where units are in the block problem; without that, their collectives are
+    left out. Without `trades` blocks that compute again are thought to communicate no more than others."""
     degree = tp * cp
     known: dict[tuple[int, Stretch | None], Unit] = {}
     units = []
@@ -73,13 +75,15 @@ def relaxed(
         if kind not in known:
             known[kind] = _Least(unit, like, degree, pricer, stretch).unit(trades)
         # Units that share what they compute again still do.
-        units.append(replace(unit, **_costs_of(known[kind]), saved=_saved(unit, known[kind], degree)))
+        least = known[kind]
+        units.append(
+            replace(
+                unit, cost=least.cost, recompute_s=least.recompute_s, frontier=least.frontier,
+                saved=_saved(unit, least, degree),
+            )
+        )  # fmt: skip
     parameters = {name: _shard(shard, tp) for name, shard in device.parameters.items()}
     return replace(device, units=tuple(units), parameters=parameters)
-
-
-def _costs_of(unit: Unit) -> dict[str, object]:
-    return {name: getattr(unit, name) for name in ("cost", "recompute_s", "frontier")}
 
 
 def _saved(unit: Unit, like: Unit, degree: int) -> dict[str, Saved]:
@@ -106,9 +110,7 @@ def _shard(shard: ParameterShard, tp: int) -> ParameterShard:
 class _Least:
     """The least of one kind of unit."""
 
-    def __init__(
-        self, unit: Unit, like: Unit, degree: int, pricer: Pricer, stretch: Stretch | None
-    ) -> None:
+    def __init__(self, unit: Unit, like: Unit, degree: int, pricer: Pricer, stretch: Stretch | None) -> None:
         self.device = unit
         self.fastest = like
         self.degree = degree
@@ -162,7 +164,7 @@ class _Least:
             freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
             if freed > 0:
                 found.add((unit.recompute_s[other] - unit.recompute_s[one]) / freed)
-        return sorted(found)
+        return _spread(sorted(found), MOST_PRICES)
 
     def _traded_s(self, price: float) -> float:
         """h(λ) of the module."""
@@ -170,7 +172,8 @@ class _Least:
         unit, graph = self.device, self.stretch.ilp.problem.graph
         forward_s = [self.pricer.priced(kernels).forward_total_s / self.degree for kernels in unit.kernels]
         always_s = sum(s for s, again in zip(forward_s, unit.again["selective"], strict=True) if again)
-        at = {graph.ops[i].name: graph.representative[i] for i in range(self.stretch.start, self.stretch.stop)}
+        members = range(self.stretch.start, self.stretch.stop)
+        at = {graph.ops[index].name: graph.representative[index] for index in members}
         again_s = {
             at[result.name]: forward_s[result.op] if unit.again["full"][result.op] else 0.0
             for result in unit.results
@@ -178,3 +181,10 @@ class _Least:
         entering = price * unit.saved["full"].num_bytes / self.degree
         results_s = self.stretch.ilp.floor_s(self.stretch.start, self.stretch.stop, price, again_s)
         return always_s + entering + results_s
+
+
+def _spread(prices: Sequence[float], most: int) -> list[float]:
+    """At most so many of the prices, evenly spread."""
+    if len(prices) <= most:
+        return list(prices)
+    return [prices[round(number * (len(prices) - 1) / (most - 1))] for number in range(most)]

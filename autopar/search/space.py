@@ -13,7 +13,7 @@ from functools import cache
 from itertools import product
 from typing import Literal, NamedTuple, get_args
 
-from autopar.plan import Parallelism, ScheduleName
+from autopar.plan import Parallelism, ScheduleName, has_program
 from autopar.search.pins import Pins
 from costmodel import SCHEDULES, CostModelError
 from costmodel.orders import check_schedule
@@ -58,16 +58,16 @@ class Layout(NamedTuple):
 
 
 class Degrees(NamedTuple):
-    """What suits a model: degrees of tensor, context and expert parallelism, most stages, schedules, fewest
-    stages; and its repeated blocks, which virtual stages share evenly."""
+    """What suits a model: degrees of tensor, context and expert parallelism, most and fewest stages; its
+    repeated blocks, which virtual stages share evenly; and whether a program must run the schedule."""
 
     tp: tuple[int, ...]
     cp: tuple[int, ...]
     ep: tuple[int, ...]
     num_units: int
-    schedules: tuple[ScheduleName, ...] = tuple(VIRTUAL_STAGES)
     fewest_stages: int = 1
     num_blocks: int = 0
+    programs_only: bool = False
 
 
 def layouts(cluster: Cluster, global_batch: int, degrees: Degrees, pins: Pins) -> Iterator[Layout]:
@@ -80,11 +80,17 @@ def layouts(cluster: Cluster, global_batch: int, degrees: Degrees, pins: Pins) -
             dp = num_devices // (tp * cp * pp)
             if global_batch % dp or dp not in pins.values("dp", (dp,)):
                 continue
-            for ep in pins.values("ep", degrees.ep):
+            for ep in pins.values("ep", _expert_degrees(tp, degrees, pins)):
                 if dp % ep:
                     continue
                 for size in _sizes(global_batch // dp, pins):
                     yield Layout(size, tp, cp, ep, pp, dp, global_batch // dp // size)
+
+
+def _expert_degrees(tp: int, degrees: Degrees, pins: Pins) -> tuple[int, ...]:
+    """Beside a tensor axis, every rank of which sends all rows, experts are dealt out only for those who ask
+    for it: the exchange takes as many times longer as the axis has ranks."""
+    return degrees.ep if tp == 1 or pins.tp is not None or pins.ep is not None else (1,)
 
 
 def ways(layout: Layout, cluster: Cluster, degrees: Degrees, pins: Pins) -> Iterator[Parallelism]:
@@ -164,10 +170,11 @@ def _schedules(
         if degrees.fewest_stages == 1 and 1 in pins.values("num_virtual_stages", (1,)):
             yield pins.schedule if pins.schedule == "GPipe" else "1F1B", 1
         return
-    for schedule in pins.values("schedule", degrees.schedules):
+    for schedule in pins.values("schedule", VIRTUAL_STAGES):
         usual = virtual_stages(schedule, pp, degrees.num_blocks)
         for virtual in pins.values("num_virtual_stages", usual):
             suits = degrees.fewest_stages <= virtual * pp <= degrees.num_units
+            suits &= not degrees.programs_only or has_program(schedule, pp, num_microbatches)
             if suits and runs(schedule, pp, num_microbatches, virtual):
                 yield schedule, virtual
 

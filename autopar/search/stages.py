@@ -8,16 +8,17 @@ not fit, each microbatch must keep D / k_s less, and
 
 is what computing again costs: unit u uses variant v, which keeps a_uv and repeats e_uv seconds. Variants lie
 on a convex frontier, so the linear program is solved by taking the cheapest seconds a byte first, for all
-(i, j) at once (`relief_s`). A stage cannot end before its first microbatch has come through earlier stages,
-of P_i seconds, and m microbatches are done, so
+(i, j) at once (`relief_s`). Stage s cannot begin before its first microbatch has come through earlier stages,
+in P_si seconds with messages, and takes B_sij for m microbatches of T_ij + E_ij by the order of its schedule
+(`autopar.search.stage_times`), so
 
-    best_1(j) = V_0j        best_s(j) = min over i < j of max(best_{s-1}(i), V_ij)
-    V_ij = P_i + m (T_ij + E_ij) + what of O_ij the earlier stages do not outlast
+    best_1(j) = V_10j       best_s(j) = min over i < j of max(best_{s-1}(i), V_sij)
+    V_sij = P_si + B_sij + the larger of O_ij and a backward through earlier stages
 
 is the least that any cuts and any variants take (`cut`): exact for the relaxation, since units are a chain,
 and a proven bound for the step. With several stages on a rank the cuts are as even as the units allow
-(`even`), and V_r of the ranks is the bound (`even_bound_s`). The whole numbers of `autopar.search.variants`
-come after it.
+(`even`), B is m T, and the largest V of a rank is the bound (`even_bound_s`). The whole numbers of
+`autopar.search.variants` come after it.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer
-from autopar.search.data_axes import data_groups, data_traffic, updated_elements
+from autopar.search.data_axes import (
+    data_groups,
+    data_traffic,
+    device_policy,
+    least_update_s,
+    updated_elements,
+)
 from autopar.search.pieces import Bucket, num_weights
 from autopar.search.runs import AllRuns, Array, GivenRuns, Runs
+from autopar.search.stage_times import StageTimes, busy_s, stage_times
 from autopar.search.units import Chain
 from costmodel import (
     OptimizerPolicy,
@@ -246,12 +253,12 @@ class StageTable:
 
     def _once(self, p: Parallelism, machine: Machine) -> Once:
         """What moves for each unit; parameters that units share count for the first."""
-        rate = machine.pricer.work_s(0, 1e12, torch.float32) / 1e12
+        update_s = least_update_s(p, machine.policy, machine.pricer)
         known: dict[tuple[float, ...], tuple[float, ...]] = {}
         columns = []
         for unit in zip(*self.unit_elements, self._element_bytes, strict=True):
             if unit not in known:
-                known[unit] = _unit_once(*unit, p, machine, rate)
+                known[unit] = _unit_once(*unit, p, machine, update_s)
             columns.append(known[unit])
         return Once(*np.array(columns).T)
 
@@ -275,33 +282,12 @@ class StageTable:
         """What the allocator holds for a byte that comes and goes."""
         return 1 + self.chain.era.fragmentation
 
-    def _values_s(self, sums: RunSums, once: Once, p: Parallelism, overlap: Overlap, again_s: Array) -> Array:
-        """V of runs that compute `again_s` seconds again."""
-        backward_s = sums.backward_s + again_s
-        gather_s, back_s, sync_s, optimizer_s = map(sums.runs.sums, once)
-        units = sums.num_sharding_units
-        forward_gather_s = _exposed(gather_s, overlap.parameter_gather * sums.forward_s, units)
-        back_gather_s = _exposed(back_s, overlap.parameter_gather * backward_s, units)
-        taken_s = back_s - back_gather_s
-        exposed_s = _exposed(sync_s, np.maximum(0.0, overlap.gradient_sync * backward_s - taken_s), units)
-        last_s = _costly(sync_s, exposed_s, overlap) + optimizer_s
-        busy_s = (
-            sums.forward_s
-            + backward_s
-            + _costly(gather_s, forward_gather_s, overlap)
-            + _costly(back_s, back_gather_s, overlap)
+    def _times(self, sums: RunSums, once: Once, overlap: Overlap, again_s: Array) -> StageTimes:
+        """What runs take that compute `again_s` seconds again, which is infinite where memory is short."""
+        moved_s = tuple(map(sums.runs.sums, once))
+        return stage_times(
+            sums.forward_s, sums.backward_s + again_s, moved_s, sums.num_sharding_units, overlap
         )
-        if p.num_virtual_stages > 1:
-            ranks = np.array(stage_ranks(p.schedule, p.pp, p.num_virtual_stages))
-            busy_s, last_s = _by_rank(ranks, busy_s), _by_rank(ranks, last_s)
-            # A rank's first stage is its earliest: what comes before that it must wait for.
-            arrival_s, return_s = sums.arrival_s[: p.pp], sums.return_s[: p.pp]
-        else:
-            arrival_s, return_s = sums.arrival_s, sums.return_s
-        if p.schedule in SPLIT_BACKWARD_SCHEDULES:
-            return_s = np.zeros_like(return_s)
-        values_s: Array = arrival_s + p.num_microbatches * busy_s + np.maximum(return_s, last_s)
-        return values_s
 
     # --- one stage a rank -----------------------------------------------------------------------------------
 
@@ -310,25 +296,43 @@ class StageTable:
         return RunSums(self, AllRuns(self.num_units))
 
     def cut(
-        self, p: Parallelism, machine: Machine, where: Where = None, *, fitting: bool = True
+        self,
+        p: Parallelism,
+        machine: Machine,
+        send_s: Sequence[float],
+        where: Where = None,
+        *,
+        fitting: bool = True,
     ) -> Cut | None:
-        """The best cuts into one stage a rank; without `fitting` memory is no matter. None where memory, or
-        the number of units, allows no cuts at all."""
+        """The best cuts into one stage a rank; without `fitting` memory is no matter. `send_s` are the
+        messages with which each unit would begin a stage. None where memory, or the number of units, allows
+        no cuts at all."""
         if p.pp > self.num_units:
             return None
         once, sums = self._once(p, machine), self._all
         room = machine.memory_bytes - self._held_bytes(sums, p, machine.policy)
-        known: dict[int, Array] = {}
+        known: dict[int, StageTimes] = {}
         values = []
-        for flight in peak_in_flight(p.schedule, p.pp, p.num_microbatches, 1):
+        for stage, flight in enumerate(peak_in_flight(p.schedule, p.pp, p.num_microbatches, 1)):
             if flight not in known:
                 again_s = np.zeros_like(room)
                 if fitting:
                     again_s = relief_s(sums.segments, sums.saved_bytes - room / (self._wasteful * flight))
-                found = self._values_s(sums, once, p, machine.overlap, again_s)
-                known[flight] = _legal(found, where)
-            values.append(known[flight])
+                known[flight] = self._times(sums, once, machine.overlap, again_s)
+            around_s = _messages_s(np.array(send_s), stage, p.pp)
+            found = self._values_s(sums, known[flight], around_s, p.num_microbatches, flight)
+            values.append(_legal(found, where))
         return _cheapest(values)
+
+    def _values_s(
+        self, sums: RunSums, times: StageTimes, around_s: tuple[Array, Array], m: int, in_flight: int
+    ) -> Array:
+        """V of all runs as one of the stages, with messages of a microbatch before it and after it."""
+        before_s, after_s = around_s
+        rest_s = self.microbatch_s - sums.arrival_s - sums.return_s - sums.forward_s - sums.backward_s
+        ends_s = sums.arrival_s + before_s + busy_s(times, rest_s + 2 * after_s, m, in_flight)
+        values_s: Array = ends_s + np.maximum(sums.return_s + before_s, times.once_s)
+        return values_s
 
     # --- several stages a rank, or one for all --------------------------------------------------------------
 
@@ -359,8 +363,13 @@ class StageTable:
             return float("inf")
         work_s = sums.forward_s + sums.backward_s
         shares = work_s / _by_rank(ranks, work_s)[ranks]
-        values_s = self._values_s(sums, self._once(p, machine), p, machine.overlap, shares * again_s[ranks])
-        return float(values_s.max())
+        times = self._times(sums, self._once(p, machine), machine.overlap, shares * again_s[ranks])
+        # A rank's first stage is its earliest: what comes before that it must wait for.
+        arrival_s, return_s = sums.arrival_s[: p.pp], sums.return_s[: p.pp]
+        if p.schedule in SPLIT_BACKWARD_SCHEDULES:
+            return_s = np.zeros_like(return_s)
+        ranks_s, once_s = _by_rank(ranks, times.microbatch_s), _by_rank(ranks, times.once_s)
+        return float((arrival_s + p.num_microbatches * ranks_s + np.maximum(return_s, once_s)).max())
 
     def schedule_floor_s(self, p: Parallelism, cuts: tuple[int, ...]) -> float:
         """What the schedule takes at least with these cuts, were there nothing else."""
@@ -403,14 +412,13 @@ def relief_s(segments: Sequence[tuple[float, float, Array]], excess_bytes: Array
 
 def state_bytes(p: Parallelism, policy: OptimizerPolicy, degree: int) -> float:
     """Bytes of a parameter's model states on a rank, sharded over `degree` of them."""
-    ledger = model_state_ledger(1.0, policy, p.zero_stage, degree)
-    return ledger.total_bytes - (ledger.optimizer_bytes if p.offload == "optimizer" else 0.0)
+    return model_state_ledger(1.0, device_policy(p, policy), p.zero_stage, degree).total_bytes
 
 
 def _unit_once(
-    dense: float, experts: float, element_bytes: float, p: Parallelism, machine: Machine, rate: float
+    dense: float, experts: float, element_bytes: float, p: Parallelism, machine: Machine, update_s: float
 ) -> tuple[float, ...]:
-    """What moves for one unit; `rate` are the seconds of updating a byte."""
+    """What moves for one unit; updating a parameter takes `update_s`."""
     buckets = {
         Bucket(int(number), int(number * element_bytes), is_expert): 1
         for number, is_expert in ((dense, False), (experts, True))
@@ -418,17 +426,18 @@ def _unit_once(
     }
     traffic = data_traffic(buckets, p, machine.pricer, machine.policy)
     updated = updated_elements({False: int(dense), True: int(experts)}, p)
-    optimizer_s = rate * machine.policy.update_bytes * updated if p.offload == "none" else 0.0
-    return traffic.forward_s, traffic.backward_s, traffic.step_s, optimizer_s
+    return traffic.forward_s, traffic.backward_s, traffic.step_s, update_s * updated
 
 
-def _exposed(communication_s: Array, hiding_s: Array, units: Array) -> Array:
-    found: Array = np.maximum(communication_s - hiding_s, communication_s / units)
-    return found
-
-
-def _costly(communication_s: Array, exposed_s: Array, overlap: Overlap) -> Array:
-    return exposed_s + overlap.contention * (communication_s - exposed_s)
+def _messages_s(send_s: Array, stage: int, num_stages: int) -> tuple[Array, Array]:
+    """The least that the messages to a stage and those from it take on the way of a microbatch to the last
+    one: for each unit that it may begin with, and for each with which the next one may."""
+    least_s = float(send_s[1:].min(initial=np.inf)) if num_stages > 1 else 0.0
+    at_s = np.append(send_s, 0.0)
+    num_after = num_stages - 1 - stage
+    before_s = at_s + (stage - 1) * least_s if stage else np.zeros_like(at_s)
+    after_s = at_s + (num_after - 1) * least_s if num_after else np.zeros_like(at_s)
+    return before_s[:, None], after_s
 
 
 def _legal(values: Array, where: Where) -> Array:

@@ -14,10 +14,11 @@ from functools import reduce
 from typing import NamedTuple
 
 from autopar.plan import Parallelism
+from autopar.search.effort import clocked, cut_size
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.outcome import Solved, better
 from autopar.search.programs import Program, Programs
-from autopar.search.stages import Machine, Options, StageTable, Where
+from autopar.search.stages import Cut, Machine, Options, StageTable, Where
 from autopar.search.units import Unit
 from autopar.search.variants import Variants
 from costmodel import Ledger, peak_in_flight
@@ -41,10 +42,9 @@ class StageLayer:
     """Solves ways to run programs on one cluster; `options` and `where` tell what pins leave open: the
     variants of units, and the runs of units that may be a stage."""
 
-    def __init__(
-        self, programs: Programs, evaluator: Evaluator, options: OptionsOf, where: WhereOf
-    ) -> None:
+    def __init__(self, programs: Programs, evaluator: Evaluator, options: OptionsOf, where: WhereOf) -> None:
         self.programs = programs
+        self.effort = programs.effort
         self.evaluator = evaluator
         self.options = options
         self.where = where
@@ -58,7 +58,7 @@ class StageLayer:
         key = id(program)
         if key not in self._tables:
             table = StageTable(program.chain, self.options(program.chain.units))
-            self._tables[key] = program, table, Variants(table)
+            self._tables[key] = program, table, Variants(table, self.effort)
         return self._tables[key][1:]
 
     def schedule_floor_s(self, p: Parallelism, program: Program | None = None) -> float:
@@ -72,6 +72,7 @@ class StageLayer:
         table, degree = (self._device(p), p.tp * p.cp) if program is None else (self.table(program), 1)
         return table.schedule_floor_s(p, cuts) / degree + self.evaluator.era.step_overhead_s
 
+    @clocked("stages")
     def floor_s(self, program: Program, p: Parallelism) -> float:
         """No step takes less; infinite where memory, or the number of units, allows no stages at all. Quick
         where `draft` is exact."""
@@ -83,18 +84,25 @@ class StageLayer:
         bound_s = self.table(program).even_bound_s(p, self._machine(p), cuts)
         return bound_s + self.evaluator.era.step_overhead_s
 
+    @clocked("stages")
     def draft(self, program: Program, p: Parallelism) -> Draft | None:
         """The cuts of a way and its bound; None where memory, or the number of units, allows none."""
         table, variants = self._of(program)
         if p.pp > 1 and p.num_virtual_stages == 1:
-            cut = table.cut(p, self._machine(p), self.where(table.chain.units))
+            cut = self._cut(table, p, fitting=True)
             return None if cut is None else Draft(cut.cuts, cut.bound_s + self.evaluator.era.step_overhead_s)
         cuts = self._even(p)
         if cuts is None:
             return None
+        self.effort.solved("stages")
         evaluated = self.evaluator.evaluate(table.chain, p, cuts, table.base)
         bound_s = self._relaxed_s(variants, evaluated)
         return None if bound_s == float("inf") else Draft(cuts, bound_s)
+
+    def _cut(self, table: StageTable, p: Parallelism, *, fitting: bool) -> Cut | None:
+        self.effort.solved("stages", cut_size(table.num_units, p.pp))
+        where, send_s = self.where(table.chain.units), self.evaluator.messages_s(table.chain, p)
+        return table.cut(p, self._machine(p), send_s, where, fitting=fitting)
 
     def _device(self, p: Parallelism) -> StageTable:
         return self.table(self.programs.device(p.microbatch_size, p.ep))
@@ -115,6 +123,7 @@ class StageLayer:
             device.memory_bytes - device.efficiency.reserved_memory_bytes,
         )
 
+    @clocked("stages")
     def solve(self, program: Program, p: Parallelism, draft: Draft | None = None) -> Solved | None:
         """The best cuts and variants, those of the `draft` among them; where nothing fits, those that come
         nearest. None for fewer units than stages.
@@ -129,9 +138,7 @@ class StageLayer:
         if p.pp > 1 and p.num_virtual_stages == 1:
             free = self._unfitting(program, p)
             cuts += [each for each in (free and free.cuts, self._even(p)) if each is not None]
-        return reduce(
-            better, (self._solved(program, p, each, draft.bound_s) for each in dict.fromkeys(cuts))
-        )
+        return reduce(better, (self._solved(program, p, each, draft.bound_s) for each in dict.fromkeys(cuts)))
 
     def _solved(self, program: Program, p: Parallelism, cuts: tuple[int, ...], bound_s: float) -> Solved:
         """The variants that fit into given cuts."""
@@ -145,7 +152,7 @@ class StageLayer:
         """Cuts for a way that does not fit."""
         table = self.table(program)
         if p.pp > 1 and p.num_virtual_stages == 1:
-            cut = table.cut(p, self._machine(p), self.where(table.chain.units), fitting=False)
+            cut = self._cut(table, p, fitting=False)
             return None if cut is None else Draft(cut.cuts, 0.0)
         cuts = self._even(p)
         return None if cuts is None else Draft(cuts, 0.0)

@@ -201,8 +201,8 @@ Stretch = tuple[int, int, str | None]
 def stretches(whole: OpGraph, graph: OpGraph) -> Iterator[Stretch]:
     """Where every unit of a local graph begins and ends: at the same ops as in the graph it was made from.
 
-    Ops that localization inserted stand just before the op that needs them and belong to its unit, but sums of
-    partial values to the unit that made those: a stage sends sums, not terms.
+    Ops that localization inserted stand just before the op that needs them and belong to its unit, but sums
+    of partial values to the unit that made those: a stage sends sums, not terms.
     """
     block_at = {block.start: block for block in whole.blocks}
     opens = {whole.ops[start].name: block_at.get(start) for start in unit_starts(whole)}

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 
+from autopar.search.effort import Effort, clocked
 from autopar.search.solver import LinearModel, solve
 from autopar.search.stages import StageTable
 
@@ -25,8 +26,9 @@ _ROUNDING_BYTES = 1024.0
 class Variants:
     """Chooses variants for the units of one chain."""
 
-    def __init__(self, table: StageTable) -> None:
+    def __init__(self, table: StageTable, effort: Effort) -> None:
         self.table = table
+        self.effort = effort
         self._known: dict[tuple[object, ...], Mapping[int, tuple[int, ...]] | None] = {}
 
     def choose(self, units: Sequence[int], excess_bytes: float) -> dict[int, str] | None:
@@ -88,6 +90,7 @@ class Variants:
             self._known[key] = self._solved(counts, excess)
         return self._known[key]
 
+    @clocked("recomputation")
     def _solved(self, counts: Mapping[int, int], excess: int) -> Mapping[int, tuple[int, ...]] | None:
         if not excess:
             return {kind: (n, *[0] * (len(self.table.options[kind]) - 1)) for kind, n in counts.items()}
@@ -106,6 +109,7 @@ class Variants:
             model.row(number, number, [(variable, 1.0) for variable in variables[kind]])
         model.row(1.0, float("inf"), freed)
         solution = solve(model)
+        self.effort.solved("recomputation", solution.size)
         if not solution.values:
             return None
         return {

@@ -18,11 +18,12 @@ from autopar.plan import Plan
 from autopar.search.describe import training_policy
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
-from autopar.search.pool_cuts import LegTimes, RouteCut, StageTimes, best_cuts, seam_floors
+from autopar.search.pool_cuts import LegTimes, RouteCut, best_cuts, seam_floors
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_prices import Prices
 from autopar.search.pool_routes import routes
 from autopar.search.pools import TOLERANCE, PoolSearch
+from autopar.search.stage_times import StageTimes
 from costmodel import peak_in_flight, simulate
 from hardware_db import Cluster, Pools, join_pools
 from tests.autopar.small_models import cluster, tower
@@ -91,9 +92,10 @@ def random_legs(random: np.random.Generator, num_stages: tuple[int, ...], m: int
         forward_s, backward_s = random.uniform(0.5, 2.0, (2, num_units)) * random.uniform(0.5, 3.0)
         leg = LegTimes.of(forward_s, backward_s, p)
         both = [np.subtract.outer(-before, -before) for before in leg.before_s]
-        stages = [StageTimes(both[0] + both[1], both[0], 0 * both[0], flights.pop(0)) for _ in range(p)]
+        stages = [StageTimes(both[0] + both[1], both[0], 0 * both[0])] * p
+        own, flights = tuple(flights[:p]), flights[p:]
         send_s = random.uniform(0.0, 0.4, num_units) * bool(legs)
-        legs.append(replace(leg, ways=[stages], send_s=send_s))
+        legs.append(replace(leg, in_flight=own, ways=[stages], send_s=send_s))
     return legs
 
 

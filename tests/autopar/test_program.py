@@ -122,6 +122,16 @@ def test_recomputation_that_is_not_emitted_says_what_is(mode: Recompute) -> None
         autopar.compile(model, plan)
 
 
+def test_1f1b_without_a_microbatch_for_each_stage_is_refused() -> None:
+    model = captured("gpt2")
+    plan = autopar.evaluate(model, "local-cpu*2", global_batch=4, pp=2, microbatch_size=4)
+    assert plan.prediction.step_s > 0
+    with pytest.raises(
+        RewriteError, match=r"1F1B needs a microbatch for each of its 2 stages, got 1; .*GPipe"
+    ):
+        autopar.compile(model, plan)
+
+
 @pytest.mark.parametrize("axis", ["cp", "ep"])
 def test_what_cannot_be_emitted_yet_is_refused(axis: str) -> None:
     degrees = Parallelism.model_validate({axis: 2, "dp_replicate": 2, "microbatch_size": 2})

@@ -41,6 +41,9 @@ PINNED = ("microbatch_size", "tp", "cp", "pp", "dp_shard", "zero_stage", "schedu
 STATE_BYTES = 16
 """What a trained parameter takes."""
 
+OFFLOADED = 0.25
+"""How often the optimizer's states are the host's."""
+
 MEMORY_SHARES = (4.0, 2.0, 1.5, 1.2, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
@@ -50,13 +53,26 @@ def planner_of(model: Capture, machine: Cluster, global_batch: int, **pins: Any)
 
 
 def random_planner(rng: random.Random) -> Planner:
-    """A tiny model on two to eight devices that may or may not have memory enough."""
+    """A tiny model on two to eight devices that may or may not have memory enough; now and then the host keeps
+    the optimizer's states."""
     model = tiny(rng.choice(KINDS), rng.choice([64, 256]), rng.choice([2, 3]), rng.choice([64, 256]))
     num_devices = rng.choice([2, 3, 4, 4, 6, 8])
     per_node = rng.choice([n for n in (2, 4, 8) if num_devices % n == 0] or [num_devices])
     memory_bytes = rng.choice(MEMORY_SHARES) * STATE_BYTES * model.graph.num_parameters
-    return planner_of(
-        model, cluster(num_devices, memory_bytes, per_node), num_devices * rng.choice([1, 2, 4])
+    machine = cluster(num_devices, memory_bytes, per_node)
+    global_batch = num_devices * rng.choice([1, 2, 4])
+    if rng.random() < OFFLOADED:
+        return planner_of(model, with_hosts(machine), global_batch, offload="optimizer")
+    return planner_of(model, machine, global_batch)
+
+
+def with_hosts(machine: Cluster) -> Cluster:
+    """The same with host memory, and links to it that the search can feel."""
+    return replace(
+        machine,
+        host_memory_bytes_per_device=1e9,
+        host_memory_bytes_per_s_per_device=40e9,
+        host_link_bytes_per_s_per_device=12e9,
     )
 
 
@@ -65,8 +81,8 @@ def pinned(planner: Planner, rng: random.Random) -> Planner:
     chosen = rng.choice([*planner.candidates()])
     names = rng.sample(PINNED, len(PINNED))
     for number in range(3, len(names) + 1):
-        pins = Pins(**{name: getattr(chosen, name) for name in names[:number] if is_said(chosen, name)})
-        narrowed = planner.under(pins)
+        settings = {name: getattr(chosen, name) for name in names[:number] if is_said(chosen, name)}
+        narrowed = planner.under(replace(planner.pins, **settings))
         if num_plans(narrowed) <= MOST_PLANS:
             break
     return narrowed

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from autopar import api
+from autopar.errors import PinConflictError
 from autopar.records.clusters import cluster_of
 from autopar.records.configuration import configuration
 from autopar.records.schema import Record, read_records
@@ -87,3 +89,25 @@ def test_floors_hold_for_sizes_that_do_not_divide_each_other() -> None:
         if p.pp == p.cp == 1 and p.zero_stage == 0:
             microbatch_s = planner.layer.table(planner.programs.program(p)).microbatch_s
             assert planner.floors.tensor_s(p.microbatch_size, p.tp, p.ep) <= microbatch_s * (1 + 1e-9), str(p)
+
+
+def test_programs_are_all_ways_that_torch_runs_and_no_others() -> None:
+    """With the degrees of programs, of which 1F1B has a microbatch for each stage."""
+    policy = training_policy(tower().graph)
+    whole, programs = (
+        Planner(tower(), cluster(8), policy, global_batch=4, whole_space=whole) for whole in (True, False)
+    )
+    plain = [p for p in whole.candidates() if p.cp == p.ep == 1]
+    starved = [p for p in plain if p.schedule == "1F1B" and p.num_microbatches < p.pp]
+    assert starved
+    expected = [p for p in plain if p.schedule in ("1F1B", "Interleaved1F1B") and p not in starved]
+    assert list(programs.candidates()) == expected
+    assert any(p.num_microbatches < p.pp for p in expected)
+
+
+def test_a_pin_that_starves_1f1b_is_refused_for_programs_alone() -> None:
+    pins = {"pp": 4, "schedule": "1F1B", "microbatch_size": 4}
+    with pytest.raises(PinConflictError, match=r"pp=4.*1F1B in a program has no more than microbatches"):
+        api.plan(tower(), cluster(4), global_batch=4, pins=pins)
+    whole = api.plan(tower(), cluster(4), global_batch=4, pins=pins, space="whole", price_pins=False)
+    assert (whole.parallelism.pp, whole.parallelism.num_microbatches) == (4, 1)

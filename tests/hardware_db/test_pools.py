@@ -115,7 +115,7 @@ def test_a_file_of_pools(tmp_path: Path) -> None:
         ("count: 2", "cuont: 2", r"pools\[1\]: cuont: unknown field; did you mean 'count'"),
         ("gbit_per_s", "gbits_per_s", r"between.gbits_per_s: unknown field; did you mean 'gbit_per_s'"),
         ("400,", "400, bytes_per_s: 1,", "both `gbit_per_s` and `bytes_per_s`"),
-        ("between", "betwen", "betwen: unknown field; did you mean 'between'"),
+        ("between", "betweenn", "betweenn: unknown field; did you mean 'between'"),
         ("gbit_per_s: 400", "gbit_per_s: 0", "between.gbit_per_s: got 0"),
         ("dgx-h100*4", "7", r"pools\[0\]"),
     ],
