@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 NEGLIGIBLE = 1e-3
 """What other programs could gain that is not worth making them: a part of the gap."""
 
-DIVES_EVERY = 1.5
+DIVES_EVERY = 1.1
 """By how much the work grows from one dive to the next: so their number grows like its logarithm."""
 
 MOST_DIVES = 3
@@ -168,7 +168,7 @@ class BranchAndBound:
             heapq.heappop(self._queue)
             for entry in found:
                 self._push(*entry)
-            if self._likely and self._arrivals >= self._next_dive:
+            if self._arrivals >= self._next_dive:
                 self._dive()
             self._report(node, always=self.outcome.best is not best)
 
@@ -178,18 +178,19 @@ class BranchAndBound:
 
     def _dive(self) -> None:
         """Price the likeliest ways, until one fits; they stay in the queue."""
-        self._next_dive = DIVES_EVERY * self._arrivals
         for _ in range(MOST_DIVES):
-            solved = self._price_likeliest()
+            solved = self._price_likeliest(self.outcome.best_s)
+            if solved is not None:
+                self._next_dive = DIVES_EVERY * self._arrivals
             if solved is None or solved.evaluated.fits:
                 return
 
-    def _price_likeliest(self) -> Solved | None:
-        while self._likely:
+    def _price_likeliest(self, below_s: float = float("inf")) -> Solved | None:
+        while self._likely and self._likely[0][0] < below_s:
             _, _, node = heapq.heappop(self._likely)
             if node.p not in self.outcome.decided:
                 assert node.program is not None
-                solved = self.planner.layer.solve(node.program, node.p)
+                solved = self.planner.layer.solve(node.program, node.p, node.draft)
                 if solved is not None:
                     self.outcome.offer(node.p, solved)
                 return solved
@@ -220,9 +221,7 @@ class BranchAndBound:
                 least = program if p.tp == 1 else self.planner.programs.relaxed(p, trades=False)
                 close_s = self.planner.layer.floor_s(least, p)
                 if close_s < float("inf"):
-                    close_s = max(floor_s, close_s)
-                    heapq.heappush(self._likely, (close_s, self._arrivals, node))
-                    yield close_s, node._replace(is_close=True)
+                    yield max(floor_s, close_s), node._replace(is_close=True)
                 else:
                     self.outcome.decide(p, "out of memory")
             case WayNode(_, _, True, None):
@@ -238,7 +237,9 @@ class BranchAndBound:
         assert program is not None
         draft = self.planner.layer.draft(program, p)
         if draft is not None:
-            yield max(floor_s, draft.bound_s), node._replace(draft=draft)
+            drafted = node._replace(draft=draft)
+            heapq.heappush(self._likely, (draft.bound_s, self._arrivals, drafted))
+            yield max(floor_s, draft.bound_s), drafted
         fastest_s = float("inf") if draft is None else draft.bound_s
         if p.tp > 1 and fastest_s * (1 - NEGLIGIBLE) > floor_s:
             yield floor_s, SmallerNode(p, program.key.price_level + 1, fastest_s)
