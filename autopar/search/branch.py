@@ -68,13 +68,13 @@ class WayNode(NamedTuple):
 
 
 class SmallerNode(NamedTuple):
-    """The same way with the program of the next price of memory, still to be made. No program at all can beat
-    the queue's floor where `is_close`, and the fastest takes `fastest_s`."""
+    """The same way with the program of the next price of memory, still to be made. The fastest program takes
+    `fastest_s`; no program at all can beat the queue's floor, which `rigour` relaxations have raised."""
 
     p: Parallelism
     price: int
     fastest_s: float
-    is_close: bool = False
+    rigour: int = 0
 
 
 Node = LayoutNode | WayNode | SmallerNode
@@ -260,11 +260,12 @@ class BranchAndBound:
 
     def _close_smaller(self, floor_s: float, node: SmallerNode) -> Iterator[tuple[float, Node]]:
         """Make a smaller program where any could still be faster."""
-        p, price, fastest_s, is_close = node
-        if not is_close:
-            least = self.planner.layer.draft(self.planner.programs.relaxed(p), p)
-            if least is not None:
-                yield max(floor_s, least.bound_s), node._replace(is_close=True)
+        p, price, fastest_s, rigour = node
+        if rigour < 2:
+            least = self.planner.programs.relaxed(p, trades=rigour == 1)
+            draft = self.planner.layer.draft(least, p)
+            if draft is not None:
+                yield max(floor_s, draft.bound_s), node._replace(rigour=rigour + 1)
             elif fastest_s == float("inf"):
                 self.outcome.decide(p, "out of memory")
         elif price == len(MEMORY_PRICES) or floor_s >= fastest_s * (1 - NEGLIGIBLE):
