@@ -23,8 +23,9 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from autopar.plan import Parallelism
@@ -46,6 +47,12 @@ DIVES_EVERY = 1.1
 
 MOST_DIVES = 3
 """How often a dive is repeated that hit upon something that does not fit."""
+
+MORE_WORK = 1.1
+"""The work that runners-up may take with the search itself, in times of that."""
+
+MOST_RESCUES = 32
+"""How many ways are tried where a search was stopped before it had a plan."""
 
 REPORT_EVERY = 256
 """Arrivals in the queue between two reports of progress."""
@@ -141,10 +148,14 @@ class BranchAndBound:
         """Search until the best is proven, and price some more meshes, or until time or the user says so."""
         try:
             self._run()
-            if self.stopped is None:
-                self._price_more(num_runners_up)
         except KeyboardInterrupt:
             self.stopped = "interrupted"
+        if self.stopped is not None and self.outcome.best is None:
+            with suppress(KeyboardInterrupt):
+                self._rescue()
+        if self.stopped is None:
+            with suppress(KeyboardInterrupt):  # the proof stands
+                self._price_more(num_runners_up)
         self._count_left()
         return self.outcome
 
@@ -162,15 +173,19 @@ class BranchAndBound:
             if self.most_work is not None and self.work > self.most_work:
                 self.stopped = "work limit"
                 return
-            floor_s, _, node = self._queue[0]
-            best = self.outcome.best
-            found = list(self._expand(floor_s, node))
-            heapq.heappop(self._queue)
-            for entry in found:
-                self._push(*entry)
+            self._step()
             if self._arrivals >= self._next_dive:
                 self._dive()
-            self._report(node, always=self.outcome.best is not best)
+
+    def _step(self) -> None:
+        """Look at the first in the queue."""
+        floor_s, _, node = self._queue[0]
+        best = self.outcome.best
+        found = list(self._expand(floor_s, node))
+        heapq.heappop(self._queue)
+        for entry in found:
+            self._push(*entry)
+        self._report(node, always=self.outcome.best is not best)
 
     def _push(self, floor_s: float, node: Node) -> None:
         heapq.heappush(self._queue, (floor_s, self._arrivals, node))
@@ -185,6 +200,22 @@ class BranchAndBound:
             if solved is None or solved.evaluated.fits:
                 return
 
+    def _rescue(self) -> None:
+        """Find any plan: of the first in the queue, whichever memory allows."""
+        for _, _, node in heapq.nsmallest(MOST_RESCUES, self._queue):
+            p = self._likeliest(node.layout) if isinstance(node, LayoutNode) else node.p
+            if p is not None:
+                self.outcome.offer(p, self.planner.solve(p))
+            if self.outcome.best is not None:
+                return
+
+    def _likeliest(self, layout: Layout) -> Parallelism | None:
+        """The way of a layout that takes least, as far as is known before its program is."""
+        share = self.planner.floors.share(layout.microbatch_size, layout.ep)
+        microbatch_s = share.microbatch_s / (layout.tp * layout.cp)
+        step_s = partial(self.planner.bounds.step_s, microbatch_s=microbatch_s, device=share)
+        return min(self._ways(layout), key=step_s, default=None)
+
     def _price_likeliest(self, below_s: float = float("inf")) -> Solved | None:
         while self._likely and self._likely[0][0] < below_s:
             _, _, node = heapq.heappop(self._likely)
@@ -197,7 +228,11 @@ class BranchAndBound:
         return None
 
     def _price_more(self, number: int) -> None:
-        """Price more meshes, the likeliest first, until there are so many beside the best."""
+        """Price more meshes until there are so many beside the best: as they come out of the queue, while
+        that is little more work, and then the likeliest."""
+        most_work = MORE_WORK * self.work
+        while self._queue and self.outcome.num_meshes <= number and self.work < most_work:
+            self._step()
         for _ in range(MOST_DIVES * number):
             if self.outcome.num_meshes > number or self._price_likeliest() is None:
                 return

@@ -321,7 +321,8 @@ def duration(seconds: float) -> str:
 
 def rule_warnings(graph: OpGraph) -> tuple[str, ...]:
     """Kinds of op without a sharding rule: every rank runs them whole."""
-    unknown = dict.fromkeys(op.target for op in graph.ops if op.inputs and rules.rule_for(op, graph) is None)
+    distinct = (graph.ops[index] for index in dict.fromkeys(graph.representative))
+    unknown = dict.fromkeys(op.target for op in distinct if op.inputs and rules.rule_for(op, graph) is None)
     return tuple(
         f"no sharding rule for {target}: every rank runs it whole; graphs.rules.register can add one"
         for target in unknown
