@@ -141,6 +141,32 @@ def peak_activation_bytes(
     return tuple((flights * sizes[:, None, :]).sum(axis=2).max(axis=1).tolist())
 
 
+def in_flight_when_fullest(
+    schedule_name: str,
+    num_stages: int,
+    num_microbatches: int,
+    saved_bytes: Sequence[float],
+    num_virtual: int = 1,
+) -> tuple[int, ...]:
+    """How many microbatches each virtual stage keeps at the moment when its rank keeps most. Arguments and
+    errors as `peak_activation_bytes`."""
+    check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
+    if num_virtual == 1:
+        return peak_in_flight(schedule_name, num_stages, num_microbatches)
+    if schedule_name == "LoopedBFS":
+        return (num_microbatches,) * (num_stages * num_virtual)
+    if schedule_name in V_SCHEDULES or num_microbatches % num_stages == 0:
+        num_microbatches = min(num_microbatches, 5 * num_stages)  # as for the peak
+    found = [0] * (num_stages * num_virtual)
+    flights = _fullest(schedule_name, num_stages, num_microbatches, num_virtual)
+    for rank, moments in enumerate(flights[:, :, :num_virtual] + flights[:, :, num_virtual:]):
+        mine = rank_stages(schedule_name, rank, num_stages, num_virtual)
+        fullest = moments[(moments @ [saved_bytes[stage] for stage in mine]).argmax()]
+        for stage, number in zip(mine, fullest.tolist(), strict=True):
+            found[stage] = number
+    return tuple(found)
+
+
 @lru_cache(maxsize=4096)
 def _fullest(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int

@@ -72,6 +72,23 @@ class Timeline:
             events.append(Event(rank, stage, microbatch, _EVENT_PHASES[phase], start_s, end_s))
         return tuple(event for events in by_rank for event in events)
 
+    def path_to_end(self, rank: int) -> tuple[Op, ...]:
+        """A chain of work, each of which waits for the one before, that ends with the rank's last: if
+        messages travel beside compute, the longest. First of all stands what ends last."""
+        previous, last = [], [-1] * len(self.finish_s)
+        for index, (of_rank, _, _) in enumerate(self._steps):
+            previous.append(last[of_rank])
+            last[of_rank] = index
+        path = []
+        index = last[rank]
+        while index >= 0:
+            path.append(self._ops[index])
+            _, work, wait = self._steps[index]
+            start_s, before = self._end_s[index] - self._compute_s[work], previous[index]
+            is_busy = before >= 0 and self._end_s[before] >= start_s * (1 - 1e-12)
+            index = before if is_busy or wait < 0 else wait
+        return tuple(path)
+
 
 def simulate(
     schedule_name: str,

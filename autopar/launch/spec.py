@@ -61,12 +61,19 @@ class JobSpec:
 def job_of(plan: Plan, **overrides: Any) -> JobSpec:
     """The job that runs the program of `plan`, with `overrides` of its fields.
 
-    Ranks fill nodes in order, as the plan's mesh was priced. Raises AutoparError for an unknown field,
-    InvalidParallelismError when the ranks are more than a node holds and do not fill whole nodes.
+    Ranks fill nodes in order, as the plan's mesh was priced. Raises AutoparError for an unknown field or a
+    plan for several pools, InvalidParallelismError when the ranks are more than a node holds and do not fill
+    whole nodes.
     """
     known = [field.name for field in fields(JobSpec)]
     if unknown := sorted(set(overrides) - set(known)):
         raise AutoparError(f"a job has no {', '.join(unknown)}; its fields are {', '.join(known)}")
+    if plan.pools:
+        kinds = ", ".join(pool.cluster.id for pool in plan.pools)
+        raise AutoparError(
+            f"the plan is a pipeline through {len(plan.pools)} pools of different devices ({kinds}): one job "
+            "of equal nodes cannot run it, and there is no program for it yet; plan for one of the pools"
+        )
     world_size, per_node = plan.parallelism.world_size, plan.cluster.devices_per_node
     nproc_per_node = min(world_size, per_node)
     num_nodes, rest = divmod(world_size, nproc_per_node)

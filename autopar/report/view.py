@@ -234,7 +234,7 @@ def view(plan: Plan, token_budget: float | None = None) -> Report:
         ranks=_ranks(plan.rank_groups),
         settings=_settings(plan.parallelism, plan.prediction.software),
         pools=_pools(plan),
-        blocks=group_placements(getattr(plan, "placements", {})),
+        blocks=_blocks(plan),
         operations=_operations(plan),
         stages=_stages(plan),
         recomputation=tuple(
@@ -418,6 +418,17 @@ def group_placements(placements: Mapping[str, str]) -> tuple[Block, ...]:
     )
 
 
+def _blocks(plan: Plan) -> tuple[Block, ...]:
+    """Parameters by block, where there are pools for each of them."""
+    if not plan.pools:
+        return group_placements(plan.placements)
+    return tuple(
+        Block(f"{pool.cluster.id}: {block.path}", block.placements)
+        for pool in plan.pools
+        for block in group_placements(pool.placements)
+    )
+
+
 def _pattern(parameter: str) -> str:
     """The name with `*` for the numbers of repeated blocks."""
     return ".".join("*" if part.isdigit() else part for part in parameter.split("."))
@@ -431,12 +442,17 @@ def _container(parameter: str) -> str:
 
 
 def _operations(plan: Plan) -> tuple[Operation, ...]:
-    """Distinct ops counted by kind and strategies, in the order of the graph."""
-    names = dict.fromkeys(name for by_op in plan.strategies.values() for name in by_op)
-    axes = list(plan.strategies)
+    """Distinct ops counted by kind and strategies, in the order of the graph, where there are pools for each
+    of them."""
+    parts = [(f"{pool.cluster.id}: ", pool.strategies) for pool in plan.pools] or [("", plan.strategies)]
+    axes = list(dict.fromkeys(axis for _, strategies in parts for axis in strategies))
     alike = Counter(
-        (_kind(name), tuple((axis, plan.strategies[axis].get(name, "replicate")) for axis in axes))
-        for name in names
+        (
+            pool + _kind(name),
+            tuple((axis, strategies.get(axis, {}).get(name, "replicate")) for axis in axes),
+        )
+        for pool, strategies in parts
+        for name in dict.fromkeys(name for by_op in strategies.values() for name in by_op)
     )
     return tuple(Operation(kind, count, strategies) for (kind, strategies), count in alike.items())
 

@@ -7,7 +7,11 @@ S_r + (m - 1) T_r; making all of these equal gives
 
     step ≥ T / (1 - (1 - 1/m)^p)      T = Σ T_r
 
-for one stage a rank, and m T / p for several, or where gradients of weights fill the gaps. Memory: a rank
+for one stage a rank, and m T / p for several, or where gradients of weights fill the gaps. With more
+microbatches than stages, the last forward of a rank is followed by its way to the end and back, so that it
+ends no earlier than T + U_r + (m - 1 - k_r) T_r, U_r being the sum of T from r on and k_r = p - r + 1 what is
+in flight; making these equal gives T (1 + (m - 1) / p). What all ranks together do once a step, O seconds,
+late ones may do while the pipeline runs empty: it counts only in step ≥ (m T + O) / p. Memory: a rank
 with n of the B repeated blocks and k microbatches in flight holds at least n (a + k s), a being a block's
 model states and s its saved activations, both split as far as the ranks allow; so however the blocks are
 dealt out, some rank holds
@@ -21,15 +25,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from typing import NamedTuple, Protocol
 
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import DEFAULT_SOFTWARE, Pricer
-from autopar.search.data_axes import data_groups, least_update_s
+from autopar.search.data_axes import data_groups, held_states, least_update_s, updated_elements
+from autopar.search.experts import expert_parameters
+from autopar.search.pieces import Elements
 from autopar.search.saved import MODES, Saved, SavedActivations
-from autopar.search.stages import state_bytes
 from autopar.search.units import unit_starts
 from costmodel import OptimizerPolicy, Software, peak_in_flight, software
 from costmodel.orders import SPLIT_BACKWARD_SCHEDULES
@@ -39,11 +44,12 @@ from hardware_db import Cluster
 
 
 class DataAxes(NamedTuple):
-    """Bandwidth time of the data axes over all stages, with every microbatch and once a step, and bytes of a
-    parameter's model states."""
+    """Bandwidth time of the data axes over all stages, with every microbatch and once a step, the parameters
+    that a rank updates, and bytes of all model states."""
 
     moved_s: float
     sync_s: float
+    num_updated: float
     state_bytes: float
 
 
@@ -69,7 +75,6 @@ class Bounds:
         self.cluster = cluster
         self.policy = policy
         self.graph: OpGraph = capture.graph
-        self.num_parameters = capture.graph.num_parameters
         self.batch = 2  # the reference batch of a capture
         self._known: dict[tuple[object, ...], DataAxes] = {}
 
@@ -125,20 +130,42 @@ class Bounds:
         return (sum(alone) + saved.internal_bytes) / self.batch
 
     @cached_property
-    def block_parameters(self) -> int:
-        """Every block has at least so many parameters, those shared between blocks left out."""
+    def _block_parameters(self) -> frozenset[tuple[int, int]]:
+        """Elements of what kinds of blocks have, as `_elements`; parameters that others share left out."""
         graph = self.graph
         readers = {p.tensor: len(graph.consumers[p.tensor]) for p in graph.parameters}
-        own = (
-            {
+        return frozenset(
+            self._elements(
                 name
                 for op in graph.ops[block.start : block.stop]
                 for name in op.inputs
                 if readers.get(name) == 1
-            }
+            )
             for block in graph.blocks
         )
-        return min((sum(graph.tensors[name].num_elements for name in names) for names in own), default=0)
+
+    @cached_property
+    def _parameters(self) -> tuple[int, int]:
+        return self._elements(parameter.tensor for parameter in self.graph.parameters)
+
+    def _elements(self, names: Iterable[str]) -> tuple[int, int]:
+        """Elements of dense parameters and of experts."""
+        sizes = [0, 0]
+        for name in set(names):
+            sizes[name in self._experts] += self.graph.tensors[name].num_elements
+        return sizes[0], sizes[1]
+
+    @cached_property
+    def _experts(self) -> frozenset[str]:
+        return expert_parameters(self.graph)
+
+    def block_state_bytes(self, p: Parallelism) -> float:
+        """Model states of any one block on a rank, at least."""
+        held = (
+            held_states(_split(elements, p), p, self.policy).total_bytes
+            for elements in self._block_parameters
+        )
+        return min(held, default=0.0)
 
     @cached_property
     def working_bytes(self) -> float:
@@ -149,13 +176,16 @@ class Bounds:
         """No step with this parallelism takes less, if a microbatch takes `microbatch_s` on one rank of all
         stages together; `device` has the sums of the same microbatch on one device."""
         microbatch_s += self._again_s(p, device)
-        moved_s, sync_s, _ = self._data(p)
+        moved_s, sync_s, num_updated, _ = self._data(p)
         # What moves behind computing slows it down; what does not fit behind it comes on top.
         contention = self.software.contention
         total_s = microbatch_s + max(contention * moved_s, moved_s - microbatch_s)
         pipeline_s = max(pipeline_floor_s(p, total_s), microbatch_s - device.weight_s / (p.tp * p.cp))
-        once_s = max(contention * sync_s, sync_s - total_s) / p.pp + self.update_s(p)
-        return pipeline_s + once_s + self.software.step_overhead_s
+        # Once a step ranks have more to do, but may do it while the pipeline runs empty.
+        update_s = num_updated * least_update_s(p, self.policy, self._pricer)
+        once_s = max(contention * sync_s, sync_s - total_s) + update_s
+        busy_s = (p.num_microbatches * total_s + once_s) / p.pp
+        return max(pipeline_s, busy_s) + self.software.step_overhead_s
 
     def layout_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """The same for every way to run the layout of `p`, the one that keeps least: nothing but its
@@ -172,12 +202,11 @@ class Bounds:
         least seconds a byte.
         """
         inner = p.tp * p.cp
-        states = self._data(p).state_bytes * self.num_parameters / (inner * p.ep)
         device_bytes = self.cluster.device.memory_bytes
         reserved = self.cluster.device.efficiency.reserved_memory_bytes
         shares, least = _shares(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
         # States are somewhere: taken off where they cost the least room.
-        room = (device_bytes - reserved) * shares - states * p.cp * least
+        room = (device_bytes - reserved) * shares - self._data(p).state_bytes * least
         kept = room * inner / (1 + self.software.fragmentation)
         return device.least_relief_s(device.all_saved_bytes - kept) / inner
 
@@ -185,20 +214,23 @@ class Bounds:
         """What the data axes do, whatever the schedule."""
         key = (p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate, p.zero_stage, p.offload, p.num_microbatches)
         if key not in self._known:
-            self._known[key] = DataAxes(
-                *self._data_traffic_s(p), state_bytes(p, self.policy, data_groups(p)[0].size)
-            )
+            elements = _split(self._parameters, p)
+            traffic_s = [self._traffic_s(p, number, is_expert) for is_expert, number in elements.items()]
+            moved_s, sync_s = map(sum, zip(*traffic_s, strict=True))
+            num_updated = updated_elements(elements, p)
+            state_bytes = held_states(elements, p, self.policy).total_bytes
+            self._known[key] = DataAxes(moved_s, sync_s, num_updated, state_bytes)
         return self._known[key]
 
-    def _data_traffic_s(self, p: Parallelism) -> tuple[float, float]:
-        """Bandwidth time of the data axes, over all stages: with every microbatch, and once a step.
+    def _traffic_s(self, p: Parallelism, num_elements: int, is_expert: bool) -> tuple[float, float]:
+        """Bandwidth time of the data axes for so many elements: with every microbatch, and once a step.
 
         What moves with a microbatch can at best hide all of its computing, and the other way round; what
         moves once a step can hide behind one microbatch.
         """
-        parameter_bytes = self.policy.gathered_bytes * self.num_parameters / (p.tp * p.ep)
-        gradient_bytes = self.policy.gradient_bytes * self.num_parameters / (p.tp * p.ep)
-        shard, replicate = data_groups(p)
+        parameter_bytes = self.policy.gathered_bytes * num_elements
+        gradient_bytes = self.policy.gradient_bytes * num_elements
+        shard, replicate = data_groups(p, experts=is_expert)
         move_s = self._pricer.bucketed_s
         gather_s = move_s("all_gather", parameter_bytes, shard)
         scatter_s = move_s("reduce_scatter", gradient_bytes, shard)
@@ -216,33 +248,32 @@ class Bounds:
 
     def memory_bytes(self, p: Parallelism) -> float:
         """Whatever the program and the cuts, some rank holds this much."""
-        per_element = state_bytes(p, self.policy, data_groups(p)[0].size)
         samples = p.microbatch_size / (p.tp * p.cp)
         mode: Recompute = "full" if p.recompute == "mixed" else p.recompute
-        states = per_element * self.num_parameters / (p.pp * p.tp)
-        held = states + samples * self.saved_bytes[mode] / p.pp
+        held = (self._data(p).state_bytes + samples * self.saved_bytes[mode]) / p.pp
         if p.pp == 1:
             held += samples * self.working_bytes
         else:
-            held = max(
-                held, samples * self.working_bytes, self._blocks_bytes(p, mode, per_element / p.tp, samples)
-            )
+            held = max(held, samples * self.working_bytes, self._blocks_bytes(p, mode, samples))
         return held + self.cluster.device.efficiency.reserved_memory_bytes
 
-    def _blocks_bytes(self, p: Parallelism, mode: Recompute, per_element: float, samples: float) -> float:
+    def _blocks_bytes(self, p: Parallelism, mode: Recompute, samples: float) -> float:
         """What the repeated blocks alone take of the fullest rank; virtual stages of a rank are thought
         equal."""
-        state = per_element * self.block_parameters
+        state = self.block_state_bytes(p)
         saved = samples * self.block_saved_bytes[mode] / p.num_virtual_stages
         if not state:
             return 0.0
         flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
         return len(self.graph.blocks) / sum(1 / (state + flight * saved) for flight in flights)
 
-    def update_s(self, p: Parallelism) -> float:
-        """The optimizer's update of an average rank."""
-        share = self.num_parameters / (p.pp * p.tp * p.ep * (p.dp_shard * p.cp if p.zero_stage else 1))
-        return share * least_update_s(p, self.policy, self._pricer)
+
+def _split(elements: tuple[int, int], p: Parallelism) -> Elements:
+    """What of dense parameters and experts a rank has if all of them are split."""
+    dense, experts = elements
+    if p.ep == 1:
+        return {False: (dense + experts) // p.tp}
+    return {False: dense // p.tp, True: experts // (p.tp * p.ep)}
 
 
 @cache
@@ -258,4 +289,6 @@ def pipeline_floor_s(p: Parallelism, total_s: float) -> float:
     m = p.num_microbatches
     if p.num_virtual_stages > 1 or p.schedule in SPLIT_BACKWARD_SCHEDULES:
         return m * total_s / p.pp
+    if m > p.pp or p.schedule == "GPipe":
+        return total_s * (1 + (m - 1) / p.pp)
     return total_s / (1 - (1 - 1 / m) ** p.pp)

@@ -21,8 +21,8 @@ from autopar.search.programs import Program, Programs
 from autopar.search.stages import StageTable
 
 POWER_OF_TWO = 32
-"""Block problems are made for a multiple of all sizes that no higher power of two divides, if that will do: of
-larger ones launches and latencies are too small a part to tell."""
+"""Block problems are made for a multiple of all sizes that no higher power of two divides, if that will do:
+of larger ones launches and latencies are too small a part to tell."""
 
 
 @dataclass(frozen=True)
@@ -89,4 +89,3 @@ class Floors:
     def context_s(self, microbatch_size: int, tp: int, cp: int) -> float:
         """What attention adds to a microbatch for a context axis."""
         return self.programs.context_floor_s(microbatch_size, tp, cp) if cp > 1 else 0.0
-

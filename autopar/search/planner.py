@@ -197,14 +197,14 @@ class Planner:
 
     # --- the search -----------------------------------------------------------------------------------------
 
-    def search(self, incumbent: Solved | None = None) -> SearchResult:
+    def search(self, incumbent: Solved | None = None, tolerance: float = TOLERANCE) -> SearchResult:
         """The best plan, every mesh in the usual order of axes until it is found, then in its best one.
 
         With an `incumbent`, the unplaced best of another cluster, only what is better counts; the bound is of
-        both. Raises PinConflictError when the pins leave no candidate at all, and SearchTimeoutError when
-        the time limit passes before there is any plan.
+        both. The `tolerance` is the gap at which the search is done. Raises PinConflictError when the pins
+        leave no candidate at all, and SearchTimeoutError when the time limit passes before there is any plan.
         """
-        search = BranchAndBound(self, self.layouts, TOLERANCE, self.report, self.deadline)
+        search = BranchAndBound(self, self.layouts, tolerance, self.report, self.deadline)
         search.outcome.best = incumbent
         outcome = search.run(self.num_runners_up)
         if outcome.best is None and search.stopped is not None:

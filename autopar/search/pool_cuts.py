@@ -21,7 +21,7 @@ bounds whatever the cuts inside, and a link that takes d for a message P + (m - 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
@@ -217,12 +217,3 @@ def _suffixes(values: Sequence[Matrix]) -> list[Vector]:
     for stage in reversed(values):
         best.append(np.maximum(stage, best[-1]).min(axis=1))
     return best[::-1]
-
-
-def moves(cuts: tuple[int, ...], num_units: int) -> Iterator[tuple[int, ...]]:
-    """The cuts that differ in one unit, which another of two neighbouring stages takes."""
-    ends = (*cuts, num_units)
-    for index in range(1, len(cuts)):
-        for cut in (cuts[index] - 1, cuts[index] + 1):
-            if ends[index - 1] < cut < ends[index + 1]:
-                yield (*cuts[:index], cut, *cuts[index + 1 :])

@@ -17,7 +17,7 @@ from autopar.search.pool_cuts import LegTimes, seam_floors
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_routes import Leg, Route
 from autopar.search.space import parallelism
-from autopar.search.stages import StageTable, state_bytes
+from autopar.search.stages import StageTable
 
 SMALL = 4
 """The microbatch that stands for those that divide it."""
@@ -41,9 +41,10 @@ class RouteFloors:
         if leg not in self._capacity:
             planner, layout = self.legs.planners[leg.pool], leg.layout
             offload = planner.pins.offload or "none"
-            sharded = parallelism(dp_shard=layout.dp, zero_stage=3, cp=layout.cp, offload=offload)
-            per_element = state_bytes(sharded, planner.policy, layout.dp * layout.cp)
-            state = per_element * planner.bounds.block_parameters / (layout.tp * layout.ep)
+            sharded = parallelism(
+                tp=layout.tp, cp=layout.cp, ep=layout.ep, dp_shard=layout.dp, zero_stage=3, offload=offload
+            )
+            state = planner.bounds.block_state_bytes(sharded)
             samples = layout.microbatch_size / (layout.tp * layout.cp)
             device = planner.cluster.device
             room = device.memory_bytes - device.efficiency.reserved_memory_bytes

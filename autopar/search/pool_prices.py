@@ -7,13 +7,14 @@ chose are then moved by single units as long as the step gets shorter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated
 from autopar.search.outcome import Solved
-from autopar.search.pool_cuts import RouteCut, moves
+from autopar.search.polish import handed_on
+from autopar.search.pool_cuts import RouteCut
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_routes import SCHEDULE, Route
 from autopar.search.programs import Program
@@ -106,18 +107,21 @@ class Prices:
 
     def polished(self, priced: PricedRoute) -> PricedRoute:
         """The route with its cuts moved by single units as long as that helps."""
-        num_units = len(priced.legs[0].choices)
         ways = [leg.parallelism for leg in priced.legs]
         while priced.fits:
-            near = (
-                self._with_cuts(priced.route, priced.price, cuts, ways)
-                for cuts in moves(priced.cuts, num_units)
-            )
+            near = (self._with_cuts(priced.route, priced.price, cuts, ways) for cuts in self._near(priced))
             best = min(near, key=lambda one: one.rank, default=priced)
             if not best.fits or best.step_s >= priced.step_s * (1 - 1e-9):
                 break
             priced = replace(best, bound_s=priced.bound_s)
         return priced
+
+    def _near(self, priced: PricedRoute) -> Iterator[tuple[int, ...]]:
+        """The cuts that differ in one unit, which another of two neighbouring stages takes."""
+        planner, units = self.legs.planners[0], priced.legs[0].program.chain.units
+        where = planner.layer.where(units)
+        for giver in range(len(priced.cuts)):
+            yield from handed_on(priced.cuts, len(units), giver, where, [giver - 1, giver + 1])
 
     def finished(self, priced: PricedRoute) -> PricedRoute:
         """The same at full depth: with the names and numbers that a plan is made of."""
@@ -214,9 +218,8 @@ class Prices:
         for stage, ledger in enumerate(leg.ledgers, route.first_stage(number)):
             excess = ledger.total_bytes - leg.memory_bytes
             if excess > 0:
-                wasted = 1 + table.chain.era.fragmentation
-                freed[stage] = freed.get(stage, 0.0) + excess / (wasted * flights[stage])
-                units = range(ends[stage], ends[stage + 1])
+                freed[stage] = freed.get(stage, 0.0) + excess / (1 + table.chain.era.fragmentation)
+                units = dict.fromkeys(range(ends[stage], ends[stage + 1]), flights[stage])
                 chosen = variants.choose(units, freed[stage])
                 for unit, name in (chosen or {n: table.options[n][-1] for n in units}).items():
                     choices[unit] = name

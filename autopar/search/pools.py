@@ -261,7 +261,8 @@ class PoolSearch:
         through = None if self.best is None else self.best.solved(0)
         known = [each for each in (self._found_alone, through) if each is not None]
         try:
-            found = planner.search(min(known, key=lambda each: each.evaluated.step_s, default=None))
+            best = min(known, key=lambda each: each.evaluated.step_s, default=None)
+            found = planner.search(best, TOLERANCE)
         except PinConflictError as error:
             self._fate[pool] = "pins"
             self._conflicts.append(str(error))

@@ -79,5 +79,34 @@ class GivenRuns:
         return found
 
 
+class RankRuns:
+    """What is on each pipeline rank of several stages, of which `ranks` tells the rank; the first of them
+    comes first."""
+
+    def __init__(self, cuts: Sequence[int], ranks: Sequence[int], num_units: int) -> None:
+        self.stages = GivenRuns(cuts, num_units)
+        self.ranks = np.array(ranks)
+        self.num_ranks = max(ranks) + 1
+
+    def sums(self, values: Sequence[float] | Array) -> Array:
+        return np.bincount(self.ranks, self.stages.sums(values)).astype(np.float64)
+
+    def largest(self, values: Sequence[float]) -> Array:
+        return self._largest(self.stages.largest(values))
+
+    def last(self, values: Sequence[float] | Array) -> Array:
+        """The largest of those of its stages."""
+        return self._largest(self.stages.last(values))
+
+    def before(self, values: Sequence[float] | Array) -> Array:
+        """The sum of the values before its first stage."""
+        return self.stages.before(values)[: self.num_ranks]
+
+    def _largest(self, values: Array) -> Array:
+        found = np.zeros(self.num_ranks)
+        np.maximum.at(found, self.ranks, values)
+        return found
+
+
 def _prefix(values: Sequence[float] | Array) -> Array:
     return np.concatenate([[0.0], np.cumsum(values)])

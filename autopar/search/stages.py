@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ from autopar.search.data_axes import (
     updated_elements,
 )
 from autopar.search.pieces import Bucket, num_weights
-from autopar.search.runs import AllRuns, Array, GivenRuns, Runs
+from autopar.search.runs import AllRuns, Array, GivenRuns, RankRuns, Runs
 from autopar.search.stage_times import StageTimes, busy_s, stage_times
 from autopar.search.units import Chain
 from costmodel import (
@@ -52,7 +52,7 @@ from costmodel import (
     peak_in_flight,
     pipeline_lower_bound_s,
 )
-from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, stage_ranks
+from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, in_flight_when_fullest, stage_ranks
 
 Options = tuple[tuple[str, ...], ...]
 """For each unit the variants it may use, from the fastest to the smallest."""
@@ -107,7 +107,8 @@ class RunSums:
         self.return_s = runs.before(table.unit_backward_s)
         self.num_sharding_units = np.maximum(1.0, runs.sums(table.unit_has_parameters))
         self.elements = tuple(runs.sums(elements) for elements in table.unit_elements)
-        self.largest_elements = runs.largest([sum(both) for both in zip(*table.unit_elements, strict=True)])
+        self.block_elements = runs.largest(table.elements_of(blocks=True))
+        self.root_elements = runs.sums(table.elements_of(blocks=False))
         self.largest_weights = runs.largest(table.unit_weights)
         self.saved_bytes = runs.sums(table.unit_saved_bytes)
         self.working_bytes = runs.last(table.unit_working_bytes)
@@ -122,7 +123,7 @@ class StageTable:
         self.options = options or tuple(unit.frontier for unit in chain.units)
         self.num_units = len(chain.units)
         self._even: dict[int, tuple[int, ...] | None] = {}
-        self._even_sums: dict[tuple[int, ...], RunSums] = {}
+        self._known_sums: dict[tuple[tuple[int, ...], tuple[int, ...]], RunSums] = {}
         self._schedule_floors_s: dict[tuple[object, ...], float] = {}
 
     # --- units ----------------------------------------------------------------------------------------------
@@ -169,6 +170,11 @@ class StageTable:
             for is_expert, found in enumerate(sizes):
                 found.append(float(sum(s.num_elements for s in fresh if s.is_expert is bool(is_expert))))
         return sizes
+
+    def elements_of(self, *, blocks: bool) -> list[float]:
+        """The same together, 0 outside of blocks, or in them."""
+        both = zip(self.chain.units, *self.unit_elements, strict=True)
+        return [sum(sizes) if unit.is_block is blocks else 0.0 for unit, *sizes in both]
 
     @cached_property
     def _element_bytes(self) -> list[float]:
@@ -263,7 +269,8 @@ class StageTable:
         return Once(*np.array(columns).T)
 
     def _held_bytes(self, sums: RunSums, p: Parallelism, policy: OptimizerPolicy) -> Array:
-        """R: model states, what the last unit works on, and what ZeRO gathers for a moment."""
+        """R: model states, what the last unit works on, and what ZeRO gathers for a moment, as
+        `autopar.search.ledger` counts it."""
         held = np.zeros_like(sums.forward_s)
         for is_expert, elements in zip((False, True), sums.elements, strict=True):
             degree = data_groups(p, experts=is_expert)[0].size
@@ -272,8 +279,11 @@ class StageTable:
         if self.chain.era.cached_weight_gradients:
             moving = moving + policy.gathered_bytes * sums.largest_weights
         if data_groups(p)[0].size > 1 and p.zero_stage >= 2:
-            copies = 3 if p.zero_stage == 3 else 1
-            moving = moving + (copies * policy.gathered_bytes + policy.gradient_bytes) * sums.largest_elements
+            is_block = sums.block_elements > 0
+            largest = np.where(is_block, sums.block_elements, sums.root_elements)
+            moving = moving + (policy.gathered_bytes + policy.gradient_bytes) * largest
+            if p.zero_stage == 3:
+                moving = moving + policy.gathered_bytes * (2 * largest + is_block * sums.root_elements)
         held_bytes: Array = held + self._wasteful * moving
         return held_bytes
 
@@ -346,30 +356,66 @@ class StageTable:
             self._even[num_stages] = None if found is None else found.cuts
         return self._even[num_stages]
 
-    def even_bound_s(self, p: Parallelism, machine: Machine, cuts: tuple[int, ...]) -> float:
-        """What a step with these cuts takes at least; infinite where memory does not allow them."""
-        sums = self._sums(cuts)
-        ranks = np.array(stage_ranks(p.schedule, p.pp, p.num_virtual_stages))
+    def excess_bytes(self, p: Parallelism, machine: Machine, cuts: tuple[int, ...]) -> Array:
+        """What each rank at least keeps too much with these cuts, or has left, everywhere with the fastest
+        variant."""
+        held_bytes = self._held_bytes(self._sums(cuts, _ranks(p)), p, machine.policy)
         peaks = peak_activation_bytes(
-            p.schedule, p.pp, p.num_microbatches, sums.saved_bytes.tolist(), p.num_virtual_stages
+            p.schedule, p.pp, p.num_microbatches, self._saved_bytes(cuts), p.num_virtual_stages
         )
-        flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
-        states = self._held_bytes(sums, p, machine.policy) - self._wasteful * sums.working_bytes
-        held = _by_rank(ranks, states) + self._wasteful * np.array(peaks) - machine.memory_bytes
-        excess = held * p.num_virtual_stages / (self._wasteful * np.array(flights))
-        segments = [(rate, freed, _by_rank(ranks, number)) for rate, freed, number in sums.segments]
-        again_s = relief_s(segments, excess)
+        excess: Array = np.array(peaks) - (machine.memory_bytes - held_bytes) / self._wasteful
+        return excess
+
+    def in_flight(self, p: Parallelism, cuts: tuple[int, ...]) -> tuple[int, ...]:
+        """How many microbatches each stage keeps when its rank keeps most, as `excess_bytes`."""
+        return in_flight_when_fullest(
+            p.schedule, p.pp, p.num_microbatches, self._saved_bytes(cuts), p.num_virtual_stages
+        )
+
+    def _saved_bytes(self, cuts: tuple[int, ...]) -> list[float]:
+        found: list[float] = self._sums(cuts).saved_bytes.tolist()
+        return found
+
+    def ranks_relief_s(
+        self,
+        p: Parallelism,
+        cuts: tuple[int, ...],
+        excess_bytes: Array,
+        weights: Sequence[float] | None = None,
+    ) -> Array:
+        """E of ranks, whose bytes are counted at the moment when a rank holds most: what a unit frees counts
+        as often as microbatches of its stage are in flight then, and seconds of a stage by its weight."""
+        seconds = np.zeros_like(excess_bytes)
+        stages = list(zip(_ranks(p), self.in_flight(p, cuts), weights or repeat(1.0), strict=False))
+        for rank in np.flatnonzero(excess_bytes > 0).tolist():
+            mine = [(stage, k, w) for stage, (own, k, w) in enumerate(stages) if own == rank and k]
+            steps = sorted(
+                (rate * w / k, k * freed * number[stage])
+                for rate, freed, number in self._sums(cuts).segments
+                for stage, k, w in mine
+            )
+            left = excess_bytes[rank]
+            for rate, size in steps:
+                seconds[rank] += rate * min(left, size)
+                left -= min(left, size)
+            if left > 1e-6 * max(1.0, excess_bytes[rank]):
+                seconds[rank] = np.inf
+        return seconds
+
+    def even_bound_s(
+        self, p: Parallelism, machine: Machine, cuts: tuple[int, ...], excess_bytes: Array
+    ) -> float:
+        """What a step with these cuts takes at least if ranks keep so much less of activations; infinite
+        where they cannot."""
+        sums = self._sums(cuts, _ranks(p))
+        again_s = self.ranks_relief_s(p, cuts, excess_bytes)
         if np.isinf(again_s).any():
             return float("inf")
-        work_s = sums.forward_s + sums.backward_s
-        shares = work_s / _by_rank(ranks, work_s)[ranks]
-        times = self._times(sums, self._once(p, machine), machine.overlap, shares * again_s[ranks])
+        times = self._times(sums, self._once(p, machine), machine.overlap, again_s)
+        return_s = 0.0 if p.schedule in SPLIT_BACKWARD_SCHEDULES else sums.return_s
         # A rank's first stage is its earliest: what comes before that it must wait for.
-        arrival_s, return_s = sums.arrival_s[: p.pp], sums.return_s[: p.pp]
-        if p.schedule in SPLIT_BACKWARD_SCHEDULES:
-            return_s = np.zeros_like(return_s)
-        ranks_s, once_s = _by_rank(ranks, times.microbatch_s), _by_rank(ranks, times.once_s)
-        return float((arrival_s + p.num_microbatches * ranks_s + np.maximum(return_s, once_s)).max())
+        ends_s = sums.arrival_s + p.num_microbatches * times.microbatch_s
+        return float((ends_s + np.maximum(return_s, times.once_s)).max())
 
     def schedule_floor_s(self, p: Parallelism, cuts: tuple[int, ...]) -> float:
         """What the schedule takes at least with these cuts, were there nothing else."""
@@ -385,15 +431,18 @@ class StageTable:
             )  # fmt: skip
         return self._schedule_floors_s[key]
 
-    def _sums(self, cuts: tuple[int, ...]) -> RunSums:
-        if cuts not in self._even_sums:
-            self._even_sums[cuts] = RunSums(self, GivenRuns(cuts, self.num_units))
-        return self._even_sums[cuts]
+    def _sums(self, cuts: tuple[int, ...], ranks: tuple[int, ...] = ()) -> RunSums:
+        """The sums of the stages, or of ranks with several of them."""
+        key = cuts, ranks
+        if key not in self._known_sums:
+            runs = RankRuns(cuts, ranks, self.num_units) if ranks else GivenRuns(cuts, self.num_units)
+            self._known_sums[key] = RunSums(self, runs)
+        return self._known_sums[key]
 
 
-def _by_rank(ranks: NDArray[np.int_], values: Array) -> Array:
-    """Sums of the stages of each rank."""
-    return np.bincount(ranks, values).astype(np.float64)
+def _ranks(p: Parallelism) -> tuple[int, ...]:
+    """The rank of each stage."""
+    return stage_ranks(p.schedule, p.pp, p.num_virtual_stages)
 
 
 def relief_s(segments: Sequence[tuple[float, float, Array]], excess_bytes: Array) -> Array:

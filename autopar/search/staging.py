@@ -2,30 +2,41 @@
 
 With one stage a rank the cuts are those of `StageTable.cut`, and its value is the bound. Schedules with
 several stages on a rank, whose bubble shrinks only if those are alike, are cut as evenly as the units allow;
-then only what is computed again is left to decide, and the bound is the step with fractions of variants.
-Memory is judged by the exact ledger: what a rank exceeds it by is taken off its units until it fits.
+then only what is computed again is left to decide, and the bound is the larger of the step without that and
+of the busiest rank with fractions of variants. Memory is judged by the exact ledger: what a rank exceeds it
+by is taken off its units until it fits, and given back where that turned out to be too much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
+import numpy as np
+
 from autopar.plan import Parallelism
+from autopar.search.again_bound import chain_bound_s
 from autopar.search.effort import clocked, cut_size
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.outcome import Solved, better
+from autopar.search.polish import handed_on, takers, with_faster_units
 from autopar.search.programs import Program, Programs
+from autopar.search.runs import Array
 from autopar.search.stages import Cut, Machine, Options, StageTable, Where
 from autopar.search.units import Unit
 from autopar.search.variants import Variants
-from costmodel import Ledger, peak_in_flight
 from costmodel.orders import rank_stages
 
 NUM_REPAIRS = 16
 """How often what does not fit yet is taken off again; the second time it mostly fits."""
+
+MOST_MOVES = 8
+"""How often a stage may hand on a unit."""
+
+NEGLIGIBLE = 1e-3
+"""What plans are above their bounds that is not worth another try."""
 
 OptionsOf = Callable[[Sequence[Unit]], Options]
 WhereOf = Callable[[Sequence[Unit]], Where]
@@ -81,13 +92,14 @@ class StageLayer:
         cuts = self._even(p)
         if cuts is None:
             return float("inf")
-        bound_s = self.table(program).even_bound_s(p, self._machine(p), cuts)
+        table, machine = self.table(program), self._machine(p)
+        bound_s = table.even_bound_s(p, machine, cuts, table.excess_bytes(p, machine, cuts))
         return bound_s + self.evaluator.era.step_overhead_s
 
     @clocked("stages")
     def draft(self, program: Program, p: Parallelism) -> Draft | None:
         """The cuts of a way and its bound; None where memory, or the number of units, allows none."""
-        table, variants = self._of(program)
+        table = self.table(program)
         if p.pp > 1 and p.num_virtual_stages == 1:
             cut = self._cut(table, p, fitting=True)
             return None if cut is None else Draft(cut.cuts, cut.bound_s + self.evaluator.era.step_overhead_s)
@@ -96,8 +108,20 @@ class StageLayer:
             return None
         self.effort.solved("stages")
         evaluated = self.evaluator.evaluate(table.chain, p, cuts, table.base)
-        bound_s = self._relaxed_s(variants, evaluated)
+        bound_s = evaluated.step_s
+        if not evaluated.fits:
+            bound_s = max(bound_s, self._again_bound_s(table, evaluated))
         return None if bound_s == float("inf") else Draft(cuts, bound_s)
+
+    def _again_bound_s(self, table: StageTable, evaluated: Evaluated) -> float:
+        """The least for what must be computed again; infinite where that frees too little."""
+        p, cuts, excess_bytes = evaluated.parallelism, evaluated.cuts, self._excess_bytes(evaluated)
+        bound_s = table.even_bound_s(p, self._machine(p), cuts, excess_bytes)
+        if bound_s < float("inf") and p.num_virtual_stages > 1:
+            messages_s = self.evaluator.messages_s(table.chain, p)
+            sends_s = [messages_s[cut] for cut in cuts[1:]]
+            bound_s = max(bound_s, chain_bound_s(table, evaluated, excess_bytes, sends_s))
+        return bound_s + self.evaluator.era.step_overhead_s
 
     def _cut(self, table: StageTable, p: Parallelism, *, fitting: bool) -> Cut | None:
         self.effort.solved("stages", cut_size(table.num_units, p.pp))
@@ -138,7 +162,35 @@ class StageLayer:
         if p.pp > 1 and p.num_virtual_stages == 1:
             free = self._unfitting(program, p)
             cuts += [each for each in (free and free.cuts, self._even(p)) if each is not None]
-        return reduce(better, (self._solved(program, p, each, draft.bound_s) for each in dict.fromkeys(cuts)))
+        best = reduce(better, (self._solved(program, p, each, draft.bound_s) for each in dict.fromkeys(cuts)))
+        is_close = best.evaluated.fits and best.evaluated.step_s <= best.bound_s * (1 + NEGLIGIBLE)
+        return best if is_close else self._polished(best)
+
+    def _polished(self, solved: Solved) -> Solved:
+        """With cuts moved by single units, and faster variants where memory is left for them."""
+        p, program = solved.parallelism, solved.program
+        for _ in range(MOST_MOVES if p.pp > 1 and p.num_virtual_stages == 1 else 0):
+            near = self._near(solved.evaluated)
+            found = reduce(better, (self._solved(program, p, each, solved.bound_s) for each in near), solved)
+            if found is solved:
+                break
+            solved = found
+        now = solved.evaluated
+        if not now.fits:
+            return solved
+        price = partial(self.evaluator.evaluate, program.chain, p, now.cuts)
+        faster = with_faster_units(now, *self._of(program), self._in_flight(program, now), price)
+        return replace(solved, evaluated=faster, bound_s=min(solved.bound_s, faster.step_s))
+
+    def _near(self, evaluated: Evaluated) -> Iterator[tuple[int, ...]]:
+        """Cuts by which the slowest stage has less to do, or the fullest less to keep."""
+        units = evaluated.chain.units
+        loads = [stage.forward_s + stage.backward_s for stage in evaluated.stages]
+        most = evaluated.step.bottleneck_rank
+        if not evaluated.fits:
+            loads = [ledger.total_bytes for ledger in evaluated.ledgers]
+            most = loads.index(max(loads))
+        return handed_on(evaluated.cuts, len(units), most, self.where(units), takers(most, loads))
 
     def _solved(self, program: Program, p: Parallelism, cuts: tuple[int, ...], bound_s: float) -> Solved:
         """The variants that fit into given cuts."""
@@ -160,71 +212,42 @@ class StageLayer:
     def _fitting(self, program: Program, first: Evaluated) -> Evaluated:
         """The same cuts with variants that fit; the last tried where none do."""
         table, variants = self._of(program)
-        ranks = _rank_units(first)
+        ranks = self._in_flight(program, first)
         freed = [0.0] * len(ranks)
         evaluated = first
         choices = list(table.base)
         for _ in range(NUM_REPAIRS):
-            excess = self._excess_bytes(evaluated)
-            if not any(excess):
-                break
+            excess_bytes = self._excess_bytes(evaluated)
             for rank, units in enumerate(ranks):
-                if not excess[rank]:
+                if excess_bytes[rank] <= 0:
                     continue
-                chosen = variants.choose(units, freed[rank] + excess[rank])
+                chosen = variants.choose(units, freed[rank] + excess_bytes[rank])
                 chosen = chosen or {n: table.options[n][-1] for n in units}
-                freed[rank] = variants.freed_bytes(chosen)
+                freed[rank] = variants.freed_bytes(units, chosen)
                 for index, name in chosen.items():
                     choices[index] = name
             again = self.evaluator.evaluate(table.chain, first.parallelism, first.cuts, choices)
             if again.choices == evaluated.choices:
-                break  # nothing is left to free
+                break  # it fits, or nothing is left to free
             evaluated = again
         return evaluated
 
-    def _relaxed_s(self, variants: Variants, evaluated: Evaluated) -> float:
-        """The step if units could use fractions of variants; infinite where nothing frees enough."""
-        if evaluated.fits:
-            return evaluated.step_s
-        stages = list(evaluated.stages)
-        p = evaluated.parallelism
-        excess = self._excess_bytes(evaluated)
-        for rank, units in enumerate(_rank_units(evaluated)):
-            if not excess[rank]:
-                continue
-            again_s = variants.relaxed_s(units, excess[rank])
-            if again_s == float("inf"):
-                return again_s
-            mine = rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages)
-            whole_s = sum(stages[stage].forward_s + stages[stage].backward_s for stage in mine)
-            for stage in mine:
-                work = stages[stage]
-                share = (work.forward_s + work.backward_s) / whole_s
-                stages[stage] = replace(work, recompute_s=work.recompute_s + share * again_s)
-        return self.evaluator.step(stages, evaluated.chain, p, evaluated.cuts).total_s
+    def _excess_bytes(self, evaluated: Evaluated) -> Array:
+        """What activations of each rank take too much, below zero where some is left."""
+        totals = np.array([ledger.total_bytes for ledger in evaluated.ledgers])
+        excess: Array = (totals - evaluated.memory_bytes) / (1 + evaluated.chain.era.fragmentation)
+        return excess
 
-    def _excess_bytes(self, evaluated: Evaluated) -> list[float]:
-        """What each microbatch in flight would have to keep less on each rank."""
-        p = evaluated.parallelism
-        flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
-        wasted = 1 + evaluated.chain.era.fragmentation
-
-        def excess(ledger: Ledger, flight: int) -> float:
-            too_many = max(0.0, ledger.total_bytes - evaluated.memory_bytes)
-            return too_many * p.num_virtual_stages / (wasted * flight)
-
-        return [excess(*pair) for pair in zip(evaluated.ledgers, flights, strict=True)]
-
-
-def _rank_units(evaluated: Evaluated) -> list[list[int]]:
-    """The units of each rank."""
-    p = evaluated.parallelism
-    ends = (*evaluated.cuts, len(evaluated.chain.units))
-    return [
-        [
-            unit
-            for stage in rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages)
-            for unit in range(ends[stage], ends[stage + 1])
+    def _in_flight(self, program: Program, evaluated: Evaluated) -> list[dict[int, int]]:
+        """The units of each rank, and how many microbatches of each are in flight when it holds most."""
+        p, cuts = evaluated.parallelism, evaluated.cuts
+        ends = (*cuts, len(program.chain.units))
+        flights = self.table(program).in_flight(p, cuts)
+        return [
+            {
+                unit: flights[stage]
+                for stage in rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages)
+                for unit in range(ends[stage], ends[stage + 1])
+            }
+            for rank in range(p.pp)
         ]
-        for rank in range(p.pp)
-    ]

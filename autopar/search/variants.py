@@ -1,8 +1,9 @@
 """What the blocks of one pipeline rank compute again: whole numbers for the stage layer's fractions.
 
-A rank whose units hold D bytes a microbatch too many takes n_cv of its N_c units of class c in variant v:
+A rank that holds D bytes too many, and keeps k_c microbatches of each of its N_c units of class c then, takes
+n_cv of them in variant v:
 
-    minimise  Σ e_cv n_cv      Σ_v n_cv = N_c,     Σ (a_c0 - a_cv) n_cv ≥ D,     n_cv whole
+    minimise  Σ e_cv n_cv      Σ_v n_cv = N_c,     Σ k_c (a_c0 - a_cv) n_cv ≥ D,     n_cv whole
 
 a multiple-choice knapsack over kinds of unit, of which there are few, so OR-Tools proves it in milliseconds.
 Within a class the units that come first keep least: when the last of a stage runs, and most is held, what
@@ -11,9 +12,8 @@ they would keep is already counted, and in the backward their memory is the last
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
-from itertools import pairwise
 
 from autopar.search.effort import Effort, clocked
 from autopar.search.solver import LinearModel, solve
@@ -22,6 +22,15 @@ from autopar.search.stages import StageTable
 _ROUNDING_BYTES = 1024.0
 """Bytes are counted in these, so that the solver sees sizes it can tell apart."""
 
+InFlight = Mapping[int, int]
+"""Units of a rank, and how many microbatches of each are in flight when the rank holds most."""
+
+Kind = tuple[int, int]
+"""The first unit that some are like, and how many microbatches of them are in flight."""
+
+Numbers = Mapping[Kind, tuple[int, ...]]
+"""How many units of each kind use each of their variants."""
+
 
 class Variants:
     """Chooses variants for the units of one chain."""
@@ -29,14 +38,14 @@ class Variants:
     def __init__(self, table: StageTable, effort: Effort) -> None:
         self.table = table
         self.effort = effort
-        self._known: dict[tuple[object, ...], Mapping[int, tuple[int, ...]] | None] = {}
+        self._known: dict[tuple[object, ...], Numbers | None] = {}
 
-    def choose(self, units: Sequence[int], excess_bytes: float) -> dict[int, str] | None:
-        """The variant of each of these units such that a microbatch keeps `excess_bytes` less, in the least
-        time; None where nothing frees so much."""
-        members: dict[int, list[int]] = {}
-        for index in units:
-            members.setdefault(self._kinds[index], []).append(index)
+    def choose(self, in_flight: InFlight, excess_bytes: float) -> dict[int, str] | None:
+        """The variant of each of these units that makes a rank keep `excess_bytes` less, in the least time;
+        None where nothing frees so much."""
+        members: dict[Kind, list[int]] = {}
+        for index, flight in in_flight.items():
+            members.setdefault((self.kinds[index], flight), []).append(index)
         counts = {kind: len(each) for kind, each in members.items()}
         numbers = self._numbers(counts, excess_bytes)
         if numbers is None:
@@ -48,41 +57,23 @@ class Variants:
             found.update(zip(each, reversed(ordered), strict=True))
         return found
 
-    def freed_bytes(self, chosen: Mapping[int, str]) -> float:
-        """What a microbatch keeps less with these variants than with the fastest."""
+    def freed_bytes(self, in_flight: InFlight, chosen: Mapping[int, str]) -> float:
+        """What a rank keeps less with these variants than with the fastest."""
         units, options = self.table.chain.units, self.table.options
         return sum(
-            float(units[index].saved[options[index][0]].num_bytes - units[index].saved[name].num_bytes)
+            in_flight[index]
+            * float(units[index].saved[options[index][0]].num_bytes - units[index].saved[name].num_bytes)
             for index, name in chosen.items()
         )
 
-    def relaxed_s(self, units: Sequence[int], excess_bytes: float) -> float:
-        """The least time if units could use fractions of variants, as `StageTable.relief_s`; infinite
-        where nothing frees so much."""
-        steps = []
-        for index in units:
-            unit, names = self.table.chain.units[index], self.table.options[index]
-            for one, other in pairwise(names):
-                freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
-                if freed > 0:
-                    steps.append(((unit.recompute_s[other] - unit.recompute_s[one]) / freed, freed))
-        seconds, left = 0.0, excess_bytes
-        for rate, freed in sorted(steps):
-            taken = min(left, freed)
-            seconds += rate * taken
-            left -= taken
-        return seconds if left <= _ROUNDING_BYTES else float("inf")
-
     @cached_property
-    def _kinds(self) -> tuple[int, ...]:
+    def kinds(self) -> tuple[int, ...]:
         """For each unit the first one that is like it."""
         first: dict[object, int] = {}
         pairs = zip(self.table.chain.units, self.table.options, strict=True)
         return tuple(first.setdefault((id(u.recompute_s), names), n) for n, (u, names) in enumerate(pairs))
 
-    def _numbers(
-        self, counts: Mapping[int, int], excess_bytes: float
-    ) -> Mapping[int, tuple[int, ...]] | None:
+    def _numbers(self, counts: Mapping[Kind, int], excess_bytes: float) -> Numbers | None:
         """How many units of each kind use each of their variants."""
         excess = max(0, int(-(-excess_bytes // _ROUNDING_BYTES)))
         key = (tuple(sorted(counts.items())), excess)
@@ -91,22 +82,22 @@ class Variants:
         return self._known[key]
 
     @clocked("recomputation")
-    def _solved(self, counts: Mapping[int, int], excess: int) -> Mapping[int, tuple[int, ...]] | None:
+    def _solved(self, counts: Mapping[Kind, int], excess: int) -> Numbers | None:
+        units, options = self.table.chain.units, self.table.options
         if not excess:
-            return {kind: (n, *[0] * (len(self.table.options[kind]) - 1)) for kind, n in counts.items()}
+            return {kind: (number, *[0] * (len(options[kind[0]]) - 1)) for kind, number in counts.items()}
         model = LinearModel()
         freed = []
-        variables: dict[int, list[int]] = {}
-        for kind, number in counts.items():
-            unit, names = self.table.chain.units[kind], self.table.options[kind]
-            variables[kind] = []
-            for name in names:
-                seconds = unit.recompute_s[name] - unit.recompute_s[names[0]]
-                size = (unit.saved[names[0]].num_bytes - unit.saved[name].num_bytes) / _ROUNDING_BYTES
-                variable = model.variable(seconds, upper=float(number), integer=True)
-                variables[kind].append(variable)
-                freed.append((variable, size / excess))
-            model.row(number, number, [(variable, 1.0) for variable in variables[kind]])
+        variables: dict[Kind, list[int]] = {}
+        for (like, flight), number in counts.items():
+            unit, first = units[like], options[like][0]
+            mine = variables[like, flight] = []
+            for name in options[like]:
+                seconds = unit.recompute_s[name] - unit.recompute_s[first]
+                num_bytes = flight * (unit.saved[first].num_bytes - unit.saved[name].num_bytes)
+                mine.append(model.variable(seconds, upper=float(number), integer=True))
+                freed.append((mine[-1], num_bytes / _ROUNDING_BYTES / excess))
+            model.row(number, number, [(variable, 1.0) for variable in mine])
         model.row(1.0, float("inf"), freed)
         solution = solve(model)
         self.effort.solved("recomputation", solution.size)

@@ -119,6 +119,8 @@ def test_a_pin_offloads_what_would_fit_and_a_ban_keeps_what_does_not() -> None:
     free = api.plan(tower(), roomy, global_batch=16)
     assert pinned.parallelism.offload == "optimizer"
     assert pinned.prediction.step_s > free.prediction.step_s
+    assert pinned.prediction.terms_s["optimizer"] > pinned.prediction.step_s / 4
+    assert pinned.certificate.bound_s >= pinned.prediction.step_s * (1 - TOLERANCE)
     for pins in ({"offload": "none"}, {"forbid": {"offload": ["optimizer"]}}):
         with pytest.raises(InfeasibleError, match="does not fit toys"):
             api.plan(tower(), small(), global_batch=16, pins=pins)

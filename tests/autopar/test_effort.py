@@ -12,6 +12,7 @@ from autopar.report import view
 from autopar.search import effort
 from autopar.search.effort import Effort, Layer, clocked, cut_size
 from autopar.search.solver import Size
+from hardware_db.pools import join_pools
 from tests.autopar.small_models import cluster, tower
 
 
@@ -118,3 +119,12 @@ def test_layers_stand_in_the_explanation(plan: Plan) -> None:
             operators.num_problems, operators.num_variables, operators.num_rows, operators.num_integer
         )
     ]  # fmt: skip
+
+
+def test_pools_tell_it_for_all_of_them_together() -> None:
+    fast = cluster(2)
+    slow = cluster(2, memory_bytes=15e9)
+    pools = join_pools([fast, slow], link_bytes_per_s=50e9, link_latency_s=1e-5)
+    layers = by_name(autopar.plan(tower(), pools, global_batch=16, pp=2))
+    assert layers["candidates"].num_problems == 1 + 2  # pipelines, and each pool by itself
+    assert layers["stages"].num_variables == cut_size(layers["stages"].num_rows // 2, 2).variables

@@ -18,11 +18,20 @@ from autopar.plan import MESH_AXES, Parallelism, Plan
 from autopar.pricing import Pricer
 from autopar.rewrite.program import rewrite
 from autopar.search import placement
-from autopar.search.data_axes import data_groups, held_states, host_excess_bytes, mesh_groups, optimizer_s
+from autopar.search.data_axes import (
+    data_groups,
+    held_states,
+    host_excess_bytes,
+    least_update_s,
+    mesh_groups,
+    optimizer_s,
+    updated_elements,
+)
 from autopar.search.describe import memory_excess, training_policy
 from autopar.search.evaluate import Evaluated
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner, SearchResult
+from autopar.search.stages import state_bytes
 from costmodel import (
     Collective,
     CostModelError,
@@ -294,6 +303,21 @@ def test_the_hosts_update_is_slower_than_the_devices_and_hides_its_gradients() -
     assert optimizer_s(elements, p, POLICY, pricer, 1.0) == update.exposed_s(hidden_s)
     kept = p.model_copy(update={"offload": "none"})
     assert optimizer_s(elements, kept, POLICY, pricer, 1.0) < update.update_s
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("policy", ["adamw-mixed", "adamw-sharded-fp32"])
+def test_states_and_updates_are_as_many_times_those_of_one_parameter(policy: str, offload: str) -> None:
+    """Of updates, all but what launches and what gradients take on their way to the host."""
+    cluster, number = hardware_db.cluster("dgx-a100"), 8_000_000_000
+    for p in (each.model_copy(update={"offload": offload}) for each in OFFLOADED):
+        rules, pricer = optimizer_policy(policy), Pricer(cluster, mesh_groups(p))
+        held = held_states({False: number}, p, rules).total_bytes
+        assert number * state_bytes(p, rules, data_groups(p)[0].size) == pytest.approx(held)
+        least_s = least_update_s(p, rules, pricer) * updated_elements({False: number}, p)
+        at_best_s = optimizer_s({False: number}, p, rules, pricer, backward_s=inf)
+        assert at_best_s * (1 - 1e-3) <= least_s <= at_best_s
+        assert least_s <= optimizer_s({False: number}, p, rules, pricer, backward_s=0.0)
 
 
 def with_host(cluster: Cluster, memory_bytes: float = 1e12) -> Cluster:

@@ -13,8 +13,10 @@ import pytest
 
 from autopar import api
 from autopar.compiler import compile
-from autopar.errors import InfeasibleError, PinConflictError, RewriteError
+from autopar.errors import AutoparError, InfeasibleError, PinConflictError, RewriteError
+from autopar.launch.spec import job_of
 from autopar.plan import Plan
+from autopar.report.view import view
 from autopar.search.describe import training_policy
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
@@ -197,6 +199,19 @@ def test_plans_survive_json_and_are_explained() -> None:
 def test_compile_refuses_pools() -> None:
     with pytest.raises(RewriteError, match="2 pools of different devices"):
         compile(tower(width=2048, depth=12, vocabulary=512), planned())
+
+
+def test_launch_refuses_pools() -> None:
+    with pytest.raises(AutoparError, match="2 pools of different devices"):
+        job_of(planned())
+
+
+def test_the_report_shows_the_strategies_of_every_pool() -> None:
+    plan = planned(tp=2)
+    report = view(plan)
+    for pool in plan.pools:
+        assert any(block.path.startswith(f"{pool.cluster.id}: ") for block in report.blocks)
+        assert any(op.kind.startswith(f"{pool.cluster.id}: ") for op in report.operations)
 
 
 def test_pins_that_leave_nothing_say_so() -> None:

@@ -53,8 +53,8 @@ def planner_of(model: Capture, machine: Cluster, global_batch: int, **pins: Any)
 
 
 def random_planner(rng: random.Random) -> Planner:
-    """A tiny model on two to eight devices that may or may not have memory enough; now and then the host keeps
-    the optimizer's states."""
+    """A tiny model on two to eight devices that may or may not have memory enough; now and then the host
+    keeps the optimizer's states."""
     model = tiny(rng.choice(KINDS), rng.choice([64, 256]), rng.choice([2, 3]), rng.choice([64, 256]))
     num_devices = rng.choice([2, 3, 4, 4, 6, 8])
     per_node = rng.choice([n for n in (2, 4, 8) if num_devices % n == 0] or [num_devices])
@@ -93,7 +93,7 @@ def is_said(p: Parallelism, name: str) -> bool:
     return p.pp > 1 or name not in ("schedule", "num_virtual_stages")
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(20))
 def test_no_plan_is_better_than_the_bound_and_none_much_better_than_the_one_found(seed: int) -> None:
     rng = random.Random(seed)
     everything = random_planner(rng)
@@ -119,7 +119,18 @@ def test_floors_lie_below_every_price(seed: int) -> None:
     """Of time and memory, for a layout, a way to run it and its program: splitting work over n ranks never
     divides its time by more."""
     rng = random.Random(seed)
-    planner = pinned(random_planner(rng), rng)
+    check_floors(pinned(random_planner(rng), rng))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ep", [2, 4])
+def test_floors_know_which_ranks_share_experts(ep: int, zero_stage: int) -> None:
+    """Their states are dealt out, and what is left of the data axes may have none of them to synchronise."""
+    pins = {"tp": 1, "pp": 1, "ep": ep, "zero_stage": zero_stage, "microbatch_size": 2}
+    check_floors(planner_of(tiny("experts", 256, 2, 64), cluster(4, 1e9, 2), 8, **pins))
+
+
+def check_floors(planner: Planner) -> None:
     floors, bounds = planner.floors, planner.bounds
     prices: dict[Parallelism, list[Evaluated]] = {}
     for found in all_plans(planner):
@@ -136,6 +147,23 @@ def test_floors_lie_below_every_price(seed: int) -> None:
         if fitting_s:
             plain = p.model_copy(update={"recompute": "none"})
             assert bounds.step_s(plain, microbatch_s, device) <= min(fitting_s) * (1 + ROUNDING), str(p)
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("global_batch", [1, 2, 8])
+def test_updates_of_late_stages_hide_while_the_pipeline_runs_empty(
+    global_batch: int, pp: int, offload: str
+) -> None:
+    """Cuts that give late stages more parameters beat even ones: no floor may count both the bubble and an
+    average update."""
+    model = tower(depth=16, vocabulary=64, sequence=1024)
+    pins = {"tp": 1, "pp": pp, "schedule": "1F1B", "microbatch_size": 1, "zero_stage": 0, "offload": offload}
+    planner = planner_of(model, with_hosts(cluster(pp)), global_batch, **pins)
+    (p,) = planner.candidates()
+    device = planner.floors.device(1, 1)
+    step_s = planner.solve(p).evaluated.step_s
+    assert planner.bounds.step_s(p, device.microbatch_s, device) <= step_s * (1 + ROUNDING)
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (8, 2), (4, 1)])
@@ -192,7 +220,7 @@ def kept(plan: Plan, units: Sequence[Unit]) -> Iterator[str]:
         yield next(name for name, results in unit.kept.items() if set(results) == names)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(12))
 def test_the_plan_costs_what_its_certificate_says(seed: int) -> None:
     """Read back from its file and priced on a graph that was captured anew."""
     rng = random.Random(seed)

@@ -149,7 +149,8 @@ def num_plans(planner: Planner) -> int:
 def all_cuts(planner: Planner, program: Program, p: Parallelism) -> Iterator[tuple[int, ...]]:
     """All cuts into one stage a rank; stages of schedules with several are as even as they can be."""
     num_units = len(program.chain.units)
+    device = planner.programs.device(p.microbatch_size, p.ep)
     if p.num_virtual_stages == 1:
         yield from ((0, *cuts) for cuts in combinations(range(1, num_units), p.pp - 1))
-    elif (even := planner.layer.table(program).even(p.pp * p.num_virtual_stages)) is not None:
+    elif (even := planner.layer.table(device).even(p.pp * p.num_virtual_stages)) is not None:
         yield even
