@@ -30,19 +30,25 @@ def chain_bound_s(
     """The bound, less what is done once a step; `send_s` are the messages with which stages begin, and
     `evaluated` has the fastest variants everywhere.
 
-    0 where gathers hide behind what is computed again: times do not just add up then.
+    0 where gathers, or passes in the other direction, hide behind all that is computed again: times do not
+    just add up then.
     """
     p, stages = evaluated.parallelism, evaluated.stages
     if any(stage.backward_gather_s for stage in stages):
         return 0.0
     forward_s = [stage.forward_s + stage.forward_communication_s for stage in stages]
     backward_s = [stage.recompute_s + stage.backward_s + stage.backward_communication_s for stage in stages]
+    savings_s = _savings_s(stages) if p.schedule == "DualPipeV" else [0.0] * len(stages)
+    if any(
+        saved > min(pair) for saved, *pair in zip(savings_s, reversed(forward_s), backward_s, strict=True)
+    ):
+        return 0.0
     again_s = _shared(p, table.ranks_relief_s(p, evaluated.cuts, excess_bytes), forward_s)
     timeline = simulate(
         p.schedule, p.pp, p.num_microbatches, forward_s,
         [sum(both) for both in zip(backward_s, again_s, strict=True)], send_s, p.num_virtual_stages,
         weight_s=[stage.weight_s for stage in stages],
-        overlap_saving_s=_savings_s(stages) if p.schedule == "DualPipeV" else 0.0,
+        overlap_saving_s=savings_s,
     )  # fmt: skip
     last = max(range(p.pp), key=timeline.finish_s.__getitem__)
     passes = Counter(stage for phase, stage, _ in timeline.path_to_end(last) if phase in ("B", "I", "O"))

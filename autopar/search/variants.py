@@ -6,8 +6,9 @@ n_cv of them in variant v:
     minimise  Σ e_cv n_cv      Σ_v n_cv = N_c,     Σ k_c (a_c0 - a_cv) n_cv ≥ D,     n_cv whole
 
 a multiple-choice knapsack over kinds of unit, of which there are few, so OR-Tools proves it in milliseconds.
-Within a class the units that come first keep least: when the last of a stage runs, and most is held, what
-they would keep is already counted, and in the backward their memory is the last to be needed.
+Within a class, and between like ones, the units that come first keep least: when the last of a stage runs,
+and most is held, what they would keep is already counted, and in the backward their memory is the last to be
+needed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from autopar.search.stages import StageTable
 
 _ROUNDING_BYTES = 1024.0
 """Bytes are counted in these, so that the solver sees sizes it can tell apart."""
+
+_LATER = 1e-3
+"""By which part the last unit is counted slower than the first, where nothing else tells them apart."""
 
 InFlight = Mapping[int, int]
 """Units of a rank, and how many microbatches of each are in flight when the rank holds most."""
@@ -94,6 +98,7 @@ class Variants:
             mine = variables[like, flight] = []
             for name in options[like]:
                 seconds = unit.recompute_s[name] - unit.recompute_s[first]
+                seconds *= 1 + _LATER * like / len(units)
                 num_bytes = flight * (unit.saved[first].num_bytes - unit.saved[name].num_bytes)
                 mine.append(model.variable(seconds, upper=float(number), integer=True))
                 freed.append((mine[-1], num_bytes / _ROUNDING_BYTES / excess))

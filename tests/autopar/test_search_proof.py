@@ -33,7 +33,7 @@ from tests.autopar.tiny_models import KINDS, all_plans, num_plans, programs_of, 
 
 ROUNDING = 1e-9
 MOST_PLANS = 80
-WORST = 0.05
+WORST = 0.015
 """The most that a plan may cost above the optimum. The search stops at its tolerance; stages are judged by
 what can be added up before a schedule puts them to the test, and memory is taken off in whole variants."""
 
