@@ -2,7 +2,7 @@
 
 Prices are the larger of constants and terms linear in the work, and no rank holds less of a tensor than one
 of n equal parts. So beside n ranks of tensor and context axes a unit takes at least 1/n of its time on one
-device, keeps at least 1/n of what it keeps there, frees a byte for no fewer seconds, and receives at least 1/n.
+device, keeps and receives at least 1/n of what it does there, and frees a byte for no fewer seconds.
 
 What it takes with its collectives, the relaxation of the block problem says for each unit by itself
 (`BlockIlp.floor_s`): the minimum over all strategies, forward and backward together. If a byte that is kept
