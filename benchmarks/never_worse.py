@@ -9,7 +9,7 @@ Both are priced by the same code for the same problem: model, cluster, global ba
 software, optimizer policy, precision of products, and memory. Runs that state the same problem share one
 search. A ratio is the time of the plan's step over that of the run's; above 1 the search missed what a person
 found. A configuration that the search could not even have chosen says so: the settings that
-`autopar.search.space` does not list. Where a search was stopped before it had a plan, nothing is judged.
+`autopar.search.space` does not list. A search that was stopped is judged only if its plan is no slower.
 
 Exits with 1 when a plan is slower than a run by more than the gap at which the search stops.
 """
@@ -35,8 +35,7 @@ from autopar.records.models import ModelKey, model_key, model_of
 from autopar.records.predict import FAILURES, Run, RunPredictor, by_model, capacity_bytes, captured
 from autopar.records.schema import Record, read_records
 from autopar.request import with_memory
-from autopar.search.outcome import Solved
-from autopar.search.planner import TOLERANCE, Planner
+from autopar.search.planner import TOLERANCE, Planner, SearchResult
 from autopar.search.space import ways
 from costmodel import OptimizerPolicy, Software, software, usual_policy
 from graphs import Capture
@@ -60,7 +59,7 @@ class Problem:
     low_precision: str | None
 
 
-Search = tuple[Planner, Solved | None] | str
+Search = tuple[Planner, SearchResult] | str
 """A planner with the best plan that it found, or why there is none to compare with."""
 
 
@@ -134,16 +133,16 @@ def _searched(problem: Problem, capture: Capture, seconds: float | None) -> Sear
         low_precision=problem.low_precision, time_limit_s=seconds,
     )  # fmt: skip
     try:
-        return planner, planner.search().best
+        return planner, planner.search()
     except FAILURES as error:
         return str(error)
 
 
 def _comparison(
-    record: Record, how: Configuration, run: Run, planner: Planner, best: Solved | None
+    record: Record, how: Configuration, run: Run, planner: Planner, result: SearchResult
 ) -> Comparison:
-    p = run.parallelism
-    fits = run.held_bytes(how) <= planner.cluster.device.memory_bytes
+    p, best = run.parallelism, result.best
+    is_judged = fits = run.held_bytes(how) <= planner.cluster.device.memory_bytes
     remarks = [f"{OUTSIDE}: {words}" for words in _unlisted(planner, p)]
     if not fits:
         remarks.append("as it ran it does not fit our model of memory")
@@ -153,6 +152,9 @@ def _comparison(
         remarks.append(f"activations of {how.offload_share:.0%} of its layers offloaded")
     if best is None:
         remarks.append("no plan fits")
+    elif result.stopped:
+        remarks.append(f"the search was stopped ({result.stopped})")
+        is_judged = fits and best.evaluated.step_s <= run.evaluated.step_s
     return Comparison(
         record_id=record.id,
         run_s=run.evaluated.step_s,
@@ -160,7 +162,7 @@ def _comparison(
         run=str(p),
         plan="-" if best is None else str(best.parallelism),
         remarks=tuple(remarks),
-        is_judged=fits,
+        is_judged=is_judged,
     )
 
 
