@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,10 +123,9 @@ def test_no_operand_is_met_again_before_the_cache_has_forgotten_it() -> None:
 
 
 def test_the_time_of_a_call_is_that_of_one_call() -> None:
-    matrix = torch.randn(256, 256)
-    once = time_call(lambda: matrix @ matrix, 0.2).seconds
-    thrice = time_call(lambda: matrix @ matrix @ matrix @ matrix, 0.2).seconds
-    assert 1.5 < thrice / once < 6
+    """Not of all repetitions, whose number only the timer knows: they sleep, so load hardly matters."""
+    seconds = time_call(lambda: time.sleep(1e-3), 0.2).seconds
+    assert 1e-3 <= seconds < 0.1
 
 
 def test_the_first_of_everything_is_measured_however_late_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

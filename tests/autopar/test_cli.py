@@ -42,11 +42,11 @@ def plan_file(plan: Plan, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("words", [["--help"], ["hardware"]])
 def test_help_and_hardware_do_not_wait_for_torch(words: list[str]) -> None:
     code = (
-        f"import sys, time; from autopar.cli import main; main({words!r});"
-        "sys.exit('torch was imported' if 'torch' in sys.modules else time.process_time() > 0.5)"
+        f"import sys; from autopar.cli import main; main({words!r});"
+        "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr or "took more than half a second"
+    assert done.returncode == 0, done.stderr
     assert "autopar" in done.stdout or "h100-sxm" in done.stdout
 
 
