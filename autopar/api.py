@@ -19,6 +19,7 @@ from autopar.search.branch import Progress
 from autopar.search.describe import (
     alternative,
     build_plan,
+    certificate,
     duration,
     impossible_baseline,
     memory_excess,
@@ -178,7 +179,7 @@ def plan(
     plan = build_plan(
         planner,
         best,
-        _certificate(result, best, effort, time.monotonic() - started),
+        certificate(result, best.evaluated.step_s, effort, time.monotonic() - started),
         _alternatives(result, best, global_batch, machine.num_devices),
         warnings=(found.remark,) if found.remark else (),
     )
@@ -296,11 +297,11 @@ def evaluate(
     )  # fmt: skip
     solved = planner.as_given(checked)
     step_s = solved.evaluated.step_s
-    certificate = Certificate(
+    priced = Certificate(
         status="evaluated", objective_s=step_s, bound_s=step_s, num_candidates=1, num_solved=1, pruned={}
     )
     warnings = [] if solved.evaluated.fits else [memory_excess(solved.evaluated)]
-    return build_plan(planner, solved, certificate, warnings=warnings)
+    return build_plan(planner, solved, priced, warnings=warnings)
 
 
 def _reporter(progress: Callback | None) -> Callable[[Progress], None] | None:
@@ -350,21 +351,6 @@ def _agree(full: Solved, short: Solved) -> bool:
     """Whether the shallow model told the truth about the full one."""
     close = abs(full.evaluated.step_s - short.evaluated.step_s) <= RELATIVE_ERROR * full.evaluated.step_s
     return full is short or (close and full.evaluated.fits)
-
-
-def _certificate(result: SearchResult, best: Solved, effort: Effort, solve_s: float) -> Certificate:
-    step_s = best.evaluated.step_s
-    bound_s = min(step_s, result.bound_s)
-    return Certificate(
-        status="optimal" if bound_s >= step_s * (1 - 1e-6) else "feasible",
-        objective_s=step_s,
-        bound_s=bound_s,
-        num_candidates=result.num_candidates,
-        num_solved=result.num_solved,
-        pruned=result.pruned,
-        layers=effort.layers(),
-        solve_s=solve_s,
-    )
 
 
 def _alternatives(

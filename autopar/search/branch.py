@@ -24,7 +24,7 @@ import heapq
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -288,7 +288,8 @@ class BranchAndBound:
         assert node.program is not None
         solved = self.planner.layer.solve(node.program, node.p, node.draft)
         assert solved is not None, "what has a draft has units enough"
-        self.outcome.add(node.p, solved)
+        # Another relaxation may have proven more than the draft.
+        self.outcome.add(node.p, replace(solved, bound_s=max(solved.bound_s, floor_s)))
         if not solved.evaluated.fits:
             self.outcome.leave(floor_s)
         yield from ()

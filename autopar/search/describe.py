@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Protocol
 
 import torch
 
@@ -23,6 +24,7 @@ from autopar.plan import (
     Recomputation,
     StagePlan,
 )
+from autopar.search.effort import Effort
 from autopar.search.evaluate import Evaluated
 from autopar.search.outcome import Solved
 from autopar.search.placement import rank_groups
@@ -47,6 +49,34 @@ TERM_NAMES: Mapping[str, str] = {
 }
 
 GB, MB = 1e9, 1e6
+
+
+class Searched(Protocol):
+    """What a search says of itself."""
+
+    @property
+    def bound_s(self) -> float: ...
+    @property
+    def num_candidates(self) -> int: ...
+    @property
+    def num_solved(self) -> int: ...
+    @property
+    def pruned(self) -> dict[str, int]: ...
+
+
+def certificate(result: Searched, step_s: float, effort: Effort, solve_s: float) -> Certificate:
+    """What a search has proven of its best plan, which takes `step_s`."""
+    bound_s = min(step_s, result.bound_s)
+    return Certificate(
+        status="optimal" if bound_s >= step_s * (1 - 1e-6) else "feasible",
+        objective_s=step_s,
+        bound_s=bound_s,
+        num_candidates=result.num_candidates,
+        num_solved=result.num_solved,
+        pruned=result.pruned,
+        layers=effort.layers(),
+        solve_s=solve_s,
+    )
 
 
 def build_plan(

@@ -22,6 +22,7 @@ from autopar.plan import (
 from autopar.search.describe import (
     alternative,
     build_plan,
+    certificate,
     cluster_summary,
     duration,
     model_summary,
@@ -62,8 +63,8 @@ def plan_pools(
     result = search.run()
     if result.best is not None:
         best = Prices(legs).finished(result.best)
-        certificate = _certificate(legs, result, best.step_s, time.monotonic() - started)
-        return _pipeline(legs, best, certificate, result) if _agree(best, result.best) else None
+        proof = certificate(result, best.step_s, legs.effort, time.monotonic() - started)
+        return _pipeline(legs, best, proof, result) if _agree(best, result.best) else None
     if result.alone is None:
         raise _infeasible(legs, result)
     pool, found = result.alone
@@ -78,7 +79,7 @@ def plan_pools(
     return build_plan(
         planners[pool],
         solved,
-        _certificate(legs, result, step_s, time.monotonic() - started),
+        certificate(result, step_s, legs.effort, time.monotonic() - started),
         [alternative(label, each, solved.evaluated) for label, each in others],
         [f"{idle} stays idle: every pipeline through it takes longer"],
     )
@@ -205,20 +206,6 @@ def _peak_bytes(leg: PricedLeg) -> float:
 def _fullest(priced: PricedRoute) -> PricedLeg:
     """The leg whose devices are fullest."""
     return max(priced.legs, key=lambda leg: _peak_bytes(leg) / leg.memory_bytes)
-
-
-def _certificate(legs: Legs, result: PoolsResult, step_s: float, solve_s: float) -> Certificate:
-    bound_s = min(step_s, result.bound_s)
-    return Certificate(
-        status="optimal" if bound_s >= step_s * (1 - 1e-6) else "feasible",
-        objective_s=step_s,
-        bound_s=bound_s,
-        num_candidates=result.num_candidates,
-        num_solved=result.num_solved,
-        pruned=result.pruned,
-        layers=legs.effort.layers(),
-        solve_s=solve_s,
-    )
 
 
 def _infeasible(legs: Legs, result: PoolsResult) -> InfeasibleError:

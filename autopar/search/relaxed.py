@@ -136,8 +136,9 @@ class _Least:
     def _cost(self) -> OpCost:
         whole = self.fastest.cost
         share = whole.forward_total_s / whole.total_s if whole.total_s else 0.0
-        weight_s = self.device.cost.weight_s / self.degree
-        return OpCost(share * self.time_s, (1 - share) * self.time_s, weight_s=weight_s)
+        backward_s = (1 - share) * self.time_s
+        weight_s = min(backward_s, self.device.cost.weight_s / self.degree)
+        return OpCost(share * self.time_s, backward_s, weight_s=weight_s)
 
     def _frontier(self) -> Iterator[tuple[float, float]]:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""

@@ -88,7 +88,7 @@ def test_a_mesh_admits_what_some_way_to_give_its_axes_roles_has(mesh: tuple[int,
     pins = Pins(mesh=mesh)
     for degrees in product(divisors(16), repeat=5):
         if prod(degrees) == 16:
-            p = Parallelism(**dict(zip(roles, degrees, strict=True)))  # type: ignore[arg-type]
+            p = Parallelism(**dict(zip(roles, degrees, strict=True)))  # type: ignore[arg-type]  # degrees by name
             assert pins.admits(p) is (degrees in possible), str(p)
             assert pins.admits(p) <= (p.dp in pins.values("dp", [p.dp]))
 

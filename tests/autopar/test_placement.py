@@ -121,7 +121,7 @@ def test_experts_and_their_copies_fill_the_data_axes(sizes: dict[str, int], orde
 
 def levels(*sides: tuple[str, int, float, str]) -> Cluster:
     """A machine of levels (name, devices, GB/s, topology)."""
-    made = tuple(Level(name, size, 1e9 * rate, 1e-6, topology) for name, size, rate, topology in sides)  # type: ignore[arg-type]
+    made = tuple(Level(name, size, 1e9 * rate, 1e-6, topology) for name, size, rate, topology in sides)  # type: ignore[arg-type]  # topologies are literals
     return Cluster(
         id="test",
         name="test",
@@ -418,7 +418,7 @@ def test_a_placed_plan_says_its_order_its_groups_and_its_price() -> None:
 
 def evaluated(**settings: object) -> Plan:
     degrees = {"tp": 2, "dp": 2, "pp": 2, "microbatch_size": 4, **settings}
-    return api.evaluate(tower(), with_host(toys(8)), global_batch=16, **degrees)  # type: ignore[arg-type]
+    return api.evaluate(tower(), with_host(toys(8)), global_batch=16, **degrees)  # type: ignore[arg-type]  # degrees by name
 
 
 def test_an_order_and_offloading_are_priced_as_asked_whichever_way_they_are_given() -> None:

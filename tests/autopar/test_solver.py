@@ -102,7 +102,7 @@ def test_no_time_no_answer() -> None:
 
 def test_an_unknown_backend_is_told_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no solver is called 'cplex'; there are glop\+scip, highs"):
-        solve(knapsack(0), backend="cplex")  # type: ignore[arg-type]
+        solve(knapsack(0), backend="cplex")  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_the_gap_is_a_fraction_of_the_objective() -> None:

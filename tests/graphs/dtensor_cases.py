@@ -110,7 +110,7 @@ def _example(op: OpOverload) -> Case | None:
         try:
             results = resolve(str(op))(*args)
         except (RuntimeError, TypeError, NotImplementedError):
-            continue
+            continue  # an op that does not take made-up arguments is no case
         if isinstance(results, torch.Tensor | tuple):
             return Case(str(op), tuple(args), "")
     return None
