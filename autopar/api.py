@@ -12,26 +12,20 @@ from torch import Tensor, nn
 
 import graphs
 from autopar.errors import InvalidParallelismError
-from autopar.plan import Alternative, Certificate, Offload, Parallelism, Plan, Recompute, ScheduleName
+from autopar.plan import Certificate, Offload, Parallelism, Plan, Recompute, ScheduleName
 from autopar.request import Precision, cluster_of, machine_of, policy_of, software_of
 from autopar.search import attempts
+from autopar.search.alternatives import memory_excess
 from autopar.search.branch import Progress
-from autopar.search.describe import (
-    alternative,
-    build_plan,
-    certificate,
-    duration,
-    impossible_baseline,
-    memory_excess,
-)
+from autopar.search.describe import build_plan
 from autopar.search.effort import Effort
-from autopar.search.outcome import Solved
 from autopar.search.pin_conflicts import check_emitted, check_model, check_pins
 from autopar.search.pin_costs import MOST_WORK, PinPricer, with_pin_costs
 from autopar.search.pins import Pins
-from autopar.search.planner import NUM_RUNNERS_UP, Planner, SearchResult
+from autopar.search.planner import NUM_RUNNERS_UP, Planner
 from autopar.search.pool_plan import plan_pools
 from autopar.search.validate import check_parallelism
+from autopar.search.wording import duration
 from costmodel import OptimizerPolicy, Software
 from graphs import Capture
 from hardware_db import Cluster, Pools, slice_shapes
@@ -43,10 +37,6 @@ Space = Literal["programs", "whole"]
 
 Callback = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much."""
-
-RELATIVE_ERROR = 1e-3
-"""By how much the shallow model of the search may differ from the full one before the search runs at full
-depth."""
 
 
 @runtime_checkable
@@ -144,83 +134,29 @@ def plan(
     if space == "programs":
         check_emitted(settings)
     machine, era = machine_of(cluster, memory_bytes), software_of(software)
-    if progress is not None:
-        progress("capture", 0, 1)
+    tell = progress or (lambda what, done, total: None)
+    tell("capture", 0, 1)
     capture = captured(model, inputs, name)
-    if progress is not None:
-        progress("capture", 1, 1)
-    policy = policy_of(policy, capture.graph)
+    tell("capture", 1, 1)
+    policy, effort = policy_of(policy, capture.graph), Effort()
+
+    def planner_of(shape: Cluster, shorten: bool) -> Planner:
+        return Planner(
+            capture, shape, policy, era, global_batch=global_batch, pins=settings, time_limit_s=time_limit_s,
+            report=_reporter(tell), shorten=shorten, whole_space=space == "whole", low_precision=precision,
+            num_runners_up=runners_up, effort=effort,
+        )  # fmt: skip
+
     if isinstance(machine, Pools):
-        return _plan_pools(
-            machine, capture, policy, era, global_batch=global_batch, pins=settings,
-            time_limit_s=time_limit_s, progress=progress, whole_space=space == "whole",
-            low_precision=precision,
-        )  # fmt: skip
+        check_model(settings, capture.graph)
+        return plan_pools(planner_of, machine, time_limit_s, tell)
     check_pins(settings, capture.graph, machine.num_devices, global_batch)
-    effort = Effort()
-    for shorten in (True, False):
-        found = attempts.search(
-            [
-                Planner(
-                    capture, shape, policy, era, global_batch=global_batch, pins=settings,
-                    time_limit_s=time_limit_s, report=_reporter(progress), shorten=shorten,
-                    whole_space=space == "whole", low_precision=precision, num_runners_up=runners_up,
-                    effort=effort,
-                )
-                for shape in slice_shapes(machine)
-            ]
-        )  # fmt: skip
-        planner, result = found.planner, found.result
-        if result.best is None:
-            raise found.error()
-        best = planner.finish(result.best)
-        if _agree(best, result.best):
-            break
-    plan = build_plan(
-        planner,
-        best,
-        certificate(result, best.evaluated.step_s, effort, time.monotonic() - started),
-        _alternatives(result, best, global_batch, machine.num_devices),
-        warnings=(found.remark,) if found.remark else (),
-    )
+    found = attempts.settled(planner_of, slice_shapes(machine))
+    plan = found.plan(solve_s=time.monotonic() - started)
     if not (settings and price_pins):
         return plan
-    return with_pin_costs(plan, PinPricer(planner, settings, best, work=0 if result.stopped else MOST_WORK))
-
-
-def _plan_pools(
-    pools: Pools,
-    capture: Capture,
-    policy: OptimizerPolicy,
-    era: Software,
-    *,
-    global_batch: int,
-    pins: Pins,
-    time_limit_s: float | None,
-    progress: Callback | None,
-    whole_space: bool,
-    low_precision: str | None,
-) -> Plan:
-    """The best plan for pools of different devices."""
-    check_model(pins, capture.graph)
-
-    def report(best: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"search: {best}", done, total)
-
-    effort = Effort()
-    for shorten in (True, False):
-        planners = [
-            Planner(
-                capture, pool, policy, era, global_batch=global_batch, pins=pins, time_limit_s=time_limit_s,
-                shorten=shorten, whole_space=whole_space, low_precision=low_precision, effort=effort,
-            )
-            for pool in pools.pools
-        ]  # fmt: skip
-        found = plan_pools(planners, pools, time_limit_s=time_limit_s, report=report)
-        if found is not None:
-            return found
-    raise AssertionError("at full depth the search prices what the plan is made of")
+    work = 0 if found.result.stopped else MOST_WORK
+    return with_pin_costs(plan, PinPricer(found.planner, settings, found.best, work))
 
 
 def evaluate(
@@ -304,16 +240,14 @@ def evaluate(
     return build_plan(planner, solved, priced, warnings=warnings)
 
 
-def _reporter(progress: Callback | None) -> Callable[[Progress], None] | None:
-    """What the search tells, as a callback for people wants it."""
-    if progress is None:
-        return None
+def _reporter(tell: Callback) -> Callable[[Progress], None]:
+    """Tells in words how far a search is."""
 
     def report(step: Progress) -> None:
         best = "no plan yet"
         if step.best is not None:
             best = f"{duration(step.best.evaluated.step_s)} with {step.best.parallelism}, gap {step.gap:.1%}"
-        progress(f"search: {best}", step.num_decided, step.num_candidates)
+        tell(f"search: {best}", step.num_decided, step.num_candidates)
 
     return report
 
@@ -345,21 +279,3 @@ def captured(model: Model, inputs: Inputs | None, name: str | None) -> Capture:
             )
         return graphs.capture(model, inputs, name=name)
     return graphs.capture(model.build_without_memory(), inputs or model.inputs, name=name or model.name)
-
-
-def _agree(full: Solved, short: Solved) -> bool:
-    """Whether the shallow model told the truth about the full one."""
-    close = abs(full.evaluated.step_s - short.evaluated.step_s) <= RELATIVE_ERROR * full.evaluated.step_s
-    return full is short or (close and full.evaluated.fits)
-
-
-def _alternatives(
-    result: SearchResult, best: Solved, global_batch: int, num_devices: int
-) -> list[Alternative]:
-    found = [alternative(str(other.parallelism), other, best.evaluated) for other in result.runners_up]
-    for label, other in result.baselines.items():
-        if other is None:
-            found.append(impossible_baseline(label, global_batch, num_devices))
-        else:
-            found.append(alternative(label, other, best.evaluated))
-    return found

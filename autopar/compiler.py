@@ -11,9 +11,14 @@ import graphs
 from autopar import api
 from autopar.errors import RewriteError
 from autopar.plan import Plan
+from autopar.request import policy_of
+from autopar.rewrite.initial import initial_values
 from autopar.rewrite.parity import reference
 from autopar.rewrite.program import Program, rewrite
-from autopar.search.describe import fingerprint
+from autopar.runtime.autopar_runtime import Recipe
+from autopar.search.summaries import fingerprint
+from costmodel import OptimizerPolicy
+from graphs import Capture
 from hardware_db import Cluster
 
 
@@ -24,6 +29,7 @@ def compile(  # the name users expect, as in torch.compile
     cluster: Cluster | str | Path | None = None,
     inputs: api.Inputs | None = None,
     global_batch: int | None = None,
+    policy: OptimizerPolicy | str | None = None,
     name: str | None = None,
 ) -> Program:
     """A parallel torch program that trains `model`, the same mathematics on the plan's devices.
@@ -33,7 +39,9 @@ def compile(  # the name users expect, as in torch.compile
         plan: how; without one, the best plan for `cluster` and `global_batch` is searched first.
         cluster: where to train, as `autopar.plan` takes it. Only without `plan`.
         inputs: keyword tensors of the module's forward, labels included, or a function from a batch size to
-        them. global_batch: samples in one optimizer step. Only without `plan`. name: what to call the model.
+        them. global_batch: samples in one optimizer step. Only without `plan`.
+        policy: what the optimizer keeps of a parameter, as `autopar.plan` and `autopar.evaluate` took it for
+        this plan: it says in which precision to train. name: what to call the model.
 
     Returns a `Program`: `.source` is the model as one rank runs it, `.save(dir)` writes everything torchrun
     needs.
@@ -45,7 +53,7 @@ def compile(  # the name users expect, as in torch.compile
     if plan is None:
         if cluster is None or global_batch is None:
             raise RewriteError("without a plan, compile needs cluster= and global_batch= to search for one")
-        plan = api.plan(capture, cluster, global_batch=global_batch)
+        plan = api.plan(capture, cluster, global_batch=global_batch, policy=policy)
     elif plan.model.fingerprint != fingerprint(capture.graph):
         raise RewriteError(
             f"the plan was made for {plan.model.name} with {plan.model.num_ops} ops and "
@@ -60,7 +68,14 @@ def compile(  # the name users expect, as in torch.compile
             f"the plan is a pipeline through {len(plan.pools)} pools of different devices ({kinds}), which "
             "can be planned and explained but not yet emitted; plan for one of them"
         )
-    return rewrite(capture, plan)
+    return rewrite(capture, plan, policy_of(policy, capture.graph), _recipes(model))
+
+
+def _recipes(model: api.Model) -> dict[str, Recipe]:
+    """How the model initialises its parameters, as far as it tells."""
+    if isinstance(model, Capture):
+        return {}
+    return initial_values(model if isinstance(model, nn.Module) else model.build_without_memory())
 
 
 def save_reference(program: Program, model: nn.Module, inputs: api.Inputs, directory: str | Path) -> Path:
@@ -72,7 +87,9 @@ def save_reference(program: Program, model: nn.Module, inputs: api.Inputs, direc
     """
     parallelism = program.plan.parallelism
     batch = graphs.inputs_of_any_batch(inputs)(parallelism.global_batch)
-    did = reference(model, batch, parallelism.num_microbatches, program.loss_name, parallelism.dp)
+    did = reference(
+        model, batch, parallelism.num_microbatches, program.loss_name, parallelism.dp, program.precision
+    )
     path = Path(directory) / "reference.pt"
     torch.save(did, path)
     return path

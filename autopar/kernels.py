@@ -252,21 +252,29 @@ class KernelMaker:
             reachable = operands | {t.storage: t for t in results}
             num_bytes += _bytes(reachable[s] for s in op.saved if s in reachable and traffic.is_read(s))
             backward = _kernel(num_bytes, dtype, launched=gradients > 0)
-        return Kernels(forward, backward, self._own_moves(op, tensors))
+        return Kernels(forward, backward, *self._own_moves(op, tensors))
 
-    def _own_moves(self, op: Op, tensors: Mapping[str, Tensor]) -> tuple[Move, ...]:
-        """Communication inside an op that knows it is split: a vocabulary-parallel loss reduces three row
-        vectors."""
+    def _own_moves(
+        self, op: Op, tensors: Mapping[str, Tensor]
+    ) -> tuple[tuple[Move, ...], tuple[Move, ...]]:
+        """Communication inside an op that knows it is split, forward and backward: a vocabulary-parallel loss
+        reduces three row vectors, a batch norm gathers two channel vectors and reduces two."""
+        if op.target == "autopar.batch_norm":
+            return self._norm_moves(op, tensors[op.inputs[0]])
         if op.target != "autopar.cross_entropy":
-            return ()
+            return (), ()
         rows = tensors[op.inputs[0]]
         moves: tuple[Move, ...] = ()
         if "class_axis" in op.kwargs:
             num_bytes = rows.num_bytes / max(1, rows.shape[-1])
             moves += (Move("all_reduce", num_bytes, op.kwargs["class_axis"]),) * 3
-        if "row_axis" in op.kwargs:
-            moves += (Move("all_reduce", 8, op.kwargs["row_axis"]),)
-        return moves
+        return moves + tuple(Move("all_reduce", 8, axis) for axis in op.kwargs.get("row_axes", ())), ()
+
+    def _norm_moves(self, op: Op, x: Tensor) -> tuple[tuple[Move, ...], tuple[Move, ...]]:
+        """Mean and variance of every rank's rows, and sums over the gradient's rows."""
+        axis, vectors_bytes = op.kwargs["row_axis"], 2 * x.shape[1] * max(x.dtype.itemsize, 4)
+        gathered = Move("all_gather", vectors_bytes * self.axis_sizes[axis], axis)
+        return (gathered,), (Move("all_reduce", vectors_bytes, axis),) if x.requires_grad else ()
 
 
 _CAST_BYTES = 4

@@ -15,9 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autopar.op_kinds import is_causal
 from autopar.placements import RR, Partial, Shard, State
 from autopar.strategies import Conversion, Strategy, conversion, settle
 from graphs.ir import Op, OpGraph, Ref, Tensor, map_refs
+
+CAUSAL_ROWS = "autopar.scaled_dot_product_attention"
+"""Attention that knows at which positions its queries stand: theirs are split, and its mask is causal."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class _Localizer:
                 name=local,
                 target=f"autopar.{how.name}",
                 args=(Ref(self.version[name, made]), *conversion_dims(how, made, needed)),
-                kwargs={"axis": self.axis},
+                kwargs={"axis": self.axis, **zigzag_argument(made, needed)},
                 outputs=(local,),
                 module=self.graph.ops[beside].module,
             )
@@ -141,6 +145,10 @@ class _Localizer:
         if strategy.implementation is not None:
             yield from IMPLEMENTATIONS[strategy.implementation](local, self.axis, self.size)
             return
+        if splits_causal_rows(op, strategy, self.graph):
+            kwargs = {**local.kwargs, "row_axis": self.axis, **zigzag_argument(strategy.results[0])}
+            yield replace(local, target=CAUSAL_ROWS, kwargs=kwargs)
+            return
         resize = SIZE_ARGUMENTS.get(op.target)
         if resize is not None:
             local = resize(local, _Sizes(op, strategy, self.tensors, self.size))
@@ -153,6 +161,14 @@ class _Localizer:
             if self.graph.tensors[name].storage == storage:
                 return self.tensors[local].storage
         return storage
+
+
+def splits_causal_rows(op: Op, strategy: Strategy, graph: OpGraph) -> bool:
+    """Whether the queries of an attention are split that derives its mask from their positions."""
+    if "scaled_dot_product" not in op.target or not is_causal(op):
+        return False
+    attended, positions = strategy.results[0].value, len(graph.tensors[op.outputs[0]].shape) - 2
+    return isinstance(attended, Shard) and attended.dim == positions
 
 
 def local_shape(shape: tuple[int, ...], state: State, size: int) -> tuple[int, ...]:
@@ -175,6 +191,14 @@ def conversion_dims(how: Conversion, made: State, needed: State) -> tuple[Any, .
         if isinstance(shard, Shard):
             return (shard.dim,) if shard.sections is None else (shard.dim, shard.sections)
     return ()
+
+
+def zigzag_argument(*states: State) -> dict[str, Any]:
+    """The keyword argument of an op that deals a dimension out in zigzag; of a change from one dimension to
+    another, which of them."""
+    shards = [state.value for state in states if isinstance(state.value, Shard)]
+    dims = tuple(shard.dim for shard in shards if shard.zigzag)
+    return {"zigzag": dims if len(shards) > 1 else True} if dims else {}
 
 
 # --- ops whose arguments name sizes
@@ -313,9 +337,24 @@ def _on_axis(target: str, keyword: str) -> Callable[[Op, str, int], Iterator[Op]
     return rewrite
 
 
+def _loss_rows(op: Op, axis: str, size: int) -> Iterator[Op]:
+    """A loss whose rows are split, over one axis or over several one after the other."""
+    axes = (*op.kwargs.get("row_axes", ()), axis)
+    yield replace(op, target="autopar.cross_entropy", kwargs={**op.kwargs, "row_axes": axes})
+
+
+def _inverse_order(op: Op, axis: str, size: int) -> Iterator[Op]:
+    """0, 1, 2, ... placed where a permutation says is its inverse; each rank has numbers of its own rows."""
+    order = op.args[1][0]
+    rows = None if op.rows is None else (op.rows[op.inputs.index(order.name)], op.rows[-1])
+    yield replace(op, target="aten.argsort.default", args=(order,), kwargs={}, rows=rows)
+
+
 IMPLEMENTATIONS: Mapping[str, Callable[[Op, str, int], Iterator[Op]]] = {
     "mean": _mean,
     "vocab_parallel_embedding": _on_axis("autopar.embedding", "vocab_axis"),
-    "cross_entropy_rows": _on_axis("autopar.cross_entropy", "row_axis"),
+    "cross_entropy_rows": _loss_rows,
+    "batch_norm_rows": _on_axis("autopar.batch_norm", "row_axis"),
+    "inverse_order": _inverse_order,
     "vocab_parallel_cross_entropy": _on_axis("autopar.cross_entropy", "class_axis"),
 }

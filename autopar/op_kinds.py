@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,7 +17,14 @@ _MATMUL = (
     "grouped_mm_fallback", "conv1d", "conv2d", "conv3d", "convolution",
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 )  # fmt: skip
-_WITH_OWN_COLLECTIVES = ("autopar.embedding", "autopar.cross_entropy")
+EXCHANGES = ("autopar.exchange_counts", "autopar.to_experts", "autopar.from_experts")
+"""What carries rows to their experts and back."""
+
+_SPLIT_OPS = (
+    "autopar.embedding", "autopar.cross_entropy", "autopar.batch_norm",
+    "autopar.scaled_dot_product_attention", *EXCHANGES,
+)  # fmt: skip
+"""Ops that know that they are split: a change of placement is none of these."""
 
 
 def short_name(op: Op) -> str:
@@ -27,12 +35,25 @@ def short_name(op: Op) -> str:
 
 def is_conversion(op: Op) -> bool:
     """Whether the op is a change of placement that `localize` inserted."""
-    return op.target.startswith("autopar.") and op.target not in _WITH_OWN_COLLECTIVES
+    return op.target.startswith("autopar.") and op.target not in _SPLIT_OPS
 
 
 def is_causal(op: Op) -> bool:
     """Whether an attention op masks the future by itself."""
     return op.kwargs.get("is_causal") is True or (len(op.args) > 5 and op.args[5] is True)
+
+
+def without_order(op: Op) -> Op:
+    """The op as if its rows were independent, as a context axis splits it: attention without its causal mask,
+    a loss that counts its own rows."""
+    if "scaled_dot_product" in op.target and is_causal(op):
+        args = (*op.args[:5], False, *op.args[6:]) if len(op.args) > 5 else op.args
+        kwargs = {**op.kwargs, "is_causal": False} if "is_causal" in op.kwargs else op.kwargs
+        return replace(op, args=args, kwargs=kwargs)
+    if op.target == "autopar.cross_entropy":
+        kwargs = {name: value for name, value in op.kwargs.items() if name not in {"row_axes", "class_axis"}}
+        return replace(op, target="aten.cross_entropy_loss.default", kwargs=kwargs)
+    return op
 
 
 def kind_of(op: Op, tensors: Mapping[str, Tensor]) -> Kind:

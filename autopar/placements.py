@@ -17,14 +17,32 @@ class Shard:
     """Each rank holds an equal slice of dimension `dim`.
 
     With `sections` the dimension is a concatenation of parts of these sizes (a fused q, k, v projection) and
-    each rank holds its slice of every part, concatenated.
+    each rank holds its slice of every part, concatenated. In `zigzag` the dimension, or each part, is cut
+    into two slices for every rank, and rank i of n holds the i-th from the front and the i-th from the back:
+    positions under a causal mask, of which the later ones have more to do. With `own` each rank has put the
+    rows of its slice into an order of its own (`graphs.routing`): there is no whole to gather.
     """
 
     dim: int
     sections: tuple[int, ...] | None = None
+    zigzag: bool = False
+    own: bool = False
 
     def __str__(self) -> str:
-        return f"S({self.dim})" if self.sections is None else f"S({self.dim}, {len(self.sections)} sections)"
+        parts = "" if self.sections is None else f", {len(self.sections)} sections"
+        order = ", zigzag" if self.zigzag else ", own order" if self.own else ""
+        return f"S({self.dim}{parts}{order})"
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Every rank has a value of its own, of the rows that it has: how many there are of a kind. `parts` tells
+    into how many sections these rows were cut before they were dealt out; None for one slice."""
+
+    parts: int | None = None
+
+    def __str__(self) -> str:
+        return "own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +61,7 @@ class Partial:
         return "P"
 
 
-Placement = Shard | Replicate | Partial
+Placement = Shard | Replicate | Partial | Own
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +91,6 @@ PR = State(Partial(), Replicate())
 
 
 @lru_cache(maxsize=4096)
-def sharded(dim: int, sections: tuple[int, ...] | None = None) -> State:
+def sharded(dim: int, sections: tuple[int, ...] | None = None, *, zigzag: bool = False) -> State:
     """The state of a tensor split along `dim`: value and gradient lie alike."""
-    return State(Shard(dim, sections), Shard(dim, sections))
+    return State(Shard(dim, sections, zigzag), Shard(dim, sections, zigzag))

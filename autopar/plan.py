@@ -30,14 +30,13 @@ updates (ZeRO-Offload, arXiv:2101.06840)."""
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The axes of every mesh, outermost first as they usually lie."""
 ScheduleName = costmodel.ScheduleName
-"""Pipeline schedules by torch's names. Each has a price; `PLANNED_SCHEDULES` can also be emitted."""
-PLANNED_SCHEDULES: tuple[ScheduleName, ...] = ("GPipe", "1F1B", "Interleaved1F1B")
+"""Pipeline schedules by torch's names."""
 
 
 def has_program(schedule: ScheduleName, num_stages: int, num_microbatches: int) -> bool:
-    """Whether a pipeline can be emitted. torch's 1F1B refuses fewer microbatches than stages; its other
-    schedules run them."""
-    return schedule in PLANNED_SCHEDULES and (schedule != "1F1B" or num_microbatches >= num_stages)
+    """Whether a pipeline can be emitted: torch's 1F1B refuses fewer microbatches than stages, which its other
+    schedules run."""
+    return schedule != "1F1B" or num_microbatches >= num_stages
 
 
 class Frozen(BaseModel):
@@ -86,6 +85,13 @@ class Parallelism(Frozen):
     def dp(self) -> int:
         """Data-parallel replicas."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def expert_axis(self) -> str | None:
+        """The data axis among whose neighbours a program deals out the experts; None where `ep` does not
+        divide it, so that it would have to be two."""
+        axis, size = ("dp_shard", self.dp_shard) if self.dp_shard > 1 else ("dp_replicate", self.dp_replicate)
+        return axis if size % self.ep == 0 else None
 
     @property
     def world_size(self) -> int:

@@ -45,6 +45,10 @@ class OpCost(NamedTuple):
         """What running the forward again would take."""
         return self.forward_s + self.forward_communication_s
 
+    def times(self, factor: float) -> OpCost:
+        """The cost of so many, or of a part."""
+        return OpCost(*(factor * seconds for seconds in self))
+
     @property
     def paced(self) -> OpCost:
         """The cost where the host is slower than the device: it works ahead, so only sums compare."""

@@ -9,7 +9,8 @@ from typing import Literal
 import hardware_db
 from autopar.errors import InvalidParallelismError
 from autopar.pricing import DEFAULT_SOFTWARE
-from autopar.search.describe import size, training_policy
+from autopar.search.summaries import main_dtype
+from autopar.search.wording import size
 from costmodel import OptimizerPolicy, Software, optimizer_policy, software
 from graphs.ir import OpGraph
 from hardware_db import Cluster, Pools
@@ -53,3 +54,11 @@ def policy_of(given: OptimizerPolicy | str | None, graph: OpGraph) -> OptimizerP
     if given is None:
         return training_policy(graph)
     return given if isinstance(given, OptimizerPolicy) else optimizer_policy(given)
+
+
+def training_policy(graph: OpGraph) -> OptimizerPolicy:
+    """AdamW in the precision of the model: with fp32 master weights where it is narrower than fp32."""
+    dtype = main_dtype(graph)
+    if dtype.itemsize == 8:
+        return OptimizerPolicy("adamw-fp64", 8, 8, (("exp_avg", 8), ("exp_avg_sq", 8)), 8)
+    return optimizer_policy("adamw-mixed" if dtype.itemsize <= 2 else "adamw-fp32")

@@ -16,13 +16,13 @@ not listed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from autopar.placements import PR, RP, RR, Partial, Replicate, Shard, State, sharded
+from autopar.placements import PR, RP, RR, Own, Partial, Replicate, Shard, State, sharded
 from graphs import rules
-from graphs.ir import Op, OpGraph
+from graphs.ir import Op, OpGraph, RowOrder, Tensor
 from graphs.rules.rule import Dim, Rule
 
 Sections = tuple[int, ...]
@@ -30,6 +30,9 @@ Sections = tuple[int, ...]
 REPLICATE = "replicate"
 REPLICATE_PARTIAL_GRAD = "replicate_partial_grad"
 PARTIAL = "partial"
+
+ANY_SHARDS = frozenset({"mean", "cross_entropy_rows", "batch_norm_rows"})
+"""Special local forms to which it is all the same which elements of a dimension a rank has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ def strategies(
         for factor in rule.sizes:
             found.extend(_split(rule, factor, axis_size, sections))
         found.extend(_linear(rule))
+    if op.rows is not None:
+        found.extend(_routed(op, operands, results, axis_size, sections))
     grads = [tensor.requires_grad for tensor in operands], [tensor.requires_grad for tensor in results]
     unique: dict[tuple[tuple[State, ...], tuple[State, ...]], Strategy] = {}
     for strategy in found:
@@ -128,14 +133,15 @@ def _split(
         return
     size = rule.sizes[factor]
     natural = _states(rule, factor, axis_size, None)
+    form = rule.implemented.get(factor)
     if natural is not None:
-        yield Strategy(factor, *natural, factor=factor, implementation=rule.implemented.get(factor))
-    if factor in rule.implemented:
-        return  # a special local form knows contiguous shards only
+        yield Strategy(factor, *natural, factor=factor, implementation=form)
+    if form is not None and form not in ANY_SHARDS:
+        return  # it knows contiguous shards only
     for cut in sections.get(size, ()):
         states = _states(rule, factor, axis_size, cut)
         if states is not None:
-            yield Strategy(f"{factor}|{_written(cut)}", *states, factor=factor)
+            yield Strategy(f"{factor}|{_written(cut)}", *states, factor=factor, implementation=form)
 
 
 def _written(cut: Sections) -> str:
@@ -214,6 +220,39 @@ def _linear(rule: Rule) -> Iterator[Strategy]:
         yield Strategy(key, operands, (PR,) * len(rule.results))
 
 
+def _routed(
+    op: Op,
+    operands: Sequence[Tensor],
+    results: Sequence[Tensor],
+    axis_size: int,
+    sections: Mapping[int, Iterable[Sections]],
+) -> Iterator[Strategy]:
+    """Every rank routes rows of its own (`graphs.routing`): slices of the batch, or of each of its parts
+    where rows of several samples share a dimension. Their number stays the same through all ops of a
+    routing."""
+    rows = list(zip((*operands, *results), op.rows or (), strict=True))
+    extents = [tensor.shape[0] for tensor, order in rows if order in {"first", "own"}]
+    equal_parts = {len(cut) for cuts in sections.values() for cut in cuts if len(set(cut)) == 1}
+    form = "inverse_order" if op.target == "aten.index_put.default" else None
+    for count in (1, *sorted(equal_parts)):
+        if any(extent % (count * axis_size) for extent in extents):
+            continue
+        states = tuple(_row_state(order, tensor, count) for tensor, order in rows)
+        key = "rows" if count == 1 else f"rows|{count}"
+        yield Strategy(key, states[: len(operands)], states[len(operands) :], "rows", form)
+
+
+def _row_state(order: RowOrder | None, tensor: Tensor, count: int) -> State:
+    if order is None:
+        return RP
+    parts = None if count == 1 else count
+    if order == "counts":
+        return State(Own(parts), Own(parts))
+    sections = None if parts is None else (tensor.shape[0] // count,) * count
+    shard = Shard(0, sections, own=order == "own")
+    return State(shard, shard)
+
+
 def _agrees_on_repeated_operands(op: Op, strategy: Strategy) -> bool:
     """A tensor that stands twice among the operands can be in one state only."""
     states: dict[str, State] = {}
@@ -253,10 +292,16 @@ def conversion(source: State, target: State, requires_grad: bool) -> Conversion 
 
     For a tensor without gradient the backward costs nothing.
     """
+    if _is_own(source) or _is_own(target):
+        return None
     found = _conversion(source, target)
     if found is not None and not requires_grad:
         return Conversion(found.name, found.forward, None)
     return found
+
+
+def _is_own(state: State) -> bool:
+    return isinstance(state.value, Own) or (isinstance(state.value, Shard) and state.value.own)
 
 
 def _conversion(source: State, target: State) -> Conversion | None:

@@ -13,7 +13,7 @@ from autopar import models
 from autopar.plan import Parallelism
 from autopar.pricing import DEFAULT_SOFTWARE
 from autopar.report.table import table
-from autopar.search.describe import training_policy
+from autopar.request import training_policy
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.given import GivenPrograms, evaluate_given
 from autopar.search.pins import Pins

@@ -28,6 +28,8 @@ ScheduleName = Literal[
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 V_SCHEDULES = frozenset({"ZBVZeroBubble", "DualPipeV"})
 SPLIT_BACKWARD_SCHEDULES = frozenset({"InterleavedZeroBubble", *V_SCHEDULES})
+OVERLAPPING_SCHEDULES = frozenset({"DualPipeV"})
+"""Schedules that run a forward and a backward at once, so that one communicates while the other computes."""
 _SINGLE_STAGE = frozenset({"GPipe", "1F1B"})
 _IN_ROUNDS = frozenset({"Interleaved1F1B", "InterleavedZeroBubble"})
 

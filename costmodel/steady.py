@@ -8,7 +8,7 @@ from functools import lru_cache
 from costmodel.closed_forms import uniform_finish_s
 from costmodel.events import WorkTimes, ordered_steps, run_steps, work_times
 from costmodel.one_f_one_b import one_f_one_b_finish_s
-from costmodel.orders import check_schedule, rank_orders
+from costmodel.orders import OVERLAPPING_SCHEDULES, check_schedule, rank_orders
 
 
 def rank_finish_s(
@@ -35,7 +35,7 @@ def rank_finish_s(
         schedule_name, num_stages, num_virtual, forward_s, backward_s, send_s, weight_s, overlap_saving_s
     )
     sends_s = times.send_s[: num_stages * num_virtual]
-    overlaps = schedule_name == "DualPipeV" and overlap_saving_s != 0.0
+    overlaps = schedule_name in OVERLAPPING_SCHEDULES and overlap_saving_s != 0.0
     if not any(sends_s) and not overlaps:
         uniform = _uniform(forward_s, backward_s, weight_s)
         if uniform is not None:

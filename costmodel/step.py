@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from costmodel.errors import CostModelError
 from costmodel.events import overlap_saving_s
-from costmodel.orders import rank_orders, rank_stages
+from costmodel.orders import OVERLAPPING_SCHEDULES, rank_orders, rank_stages
 from costmodel.steady import rank_finish_s
 
 TERMS = (
@@ -135,7 +135,7 @@ def step_cost(
         s.recompute_s + s.backward_s + s.backward_communication_s + e.backward_gather_s
         for s, e in zip(stages, exposed, strict=True)
     ]
-    savings_s = _savings_s(stages) if schedule_name == "DualPipeV" else [0.0] * len(stages)
+    savings_s = _savings_s(stages) if schedule_name in OVERLAPPING_SCHEDULES else [0.0] * len(stages)
     weight_s = [stage.weight_s for stage in stages]
     finish = partial(
         _finish_s, schedule_name, num_ranks, num_microbatches, tuple(forward_s), tuple(backward_s),

@@ -25,6 +25,7 @@ from graphs.export import export_training
 from graphs.ir import OpGraph
 from graphs.measure import measured
 from graphs.repeats import expanded, find_runs, shortened
+from graphs.routing import with_routing
 from graphs.tidy import renamed, tidied
 from graphs.uncollected import uncollected
 from graphs.windows import with_windows
@@ -75,9 +76,13 @@ def capture(
     found = _capture_shortened(model, inputs_at, title) or _capture_both(model, inputs_at, title)
     graph, other = found.graph, found.other
     return Capture(
-        with_windows(replace(graph, blocks=find_blocks(graph)), model),
-        with_windows(other, model) if isinstance(other, OpGraph) else other,
+        _annotated(replace(graph, blocks=find_blocks(graph)), model),
+        _annotated(other, model) if isinstance(other, OpGraph) else other,
     )
+
+
+def _annotated(graph: OpGraph, model: nn.Module) -> OpGraph:
+    return with_routing(with_windows(graph, model))
 
 
 def _capture_both(model: nn.Module, inputs_at: Callable[[int], Inputs], title: str) -> Capture:

@@ -231,11 +231,13 @@ def _neutral_operand(emitter: Emitter, call: Bound) -> Any:
 
 
 def _batch_norm(emitter: Emitter, call: Bound) -> Any:
-    """In training the running statistics are not read; that they are updated is no part of the graph."""
-    if not call["training"] or call["running_mean"] is None:
+    """In training the running statistics are not read; that they are updated is no part of the graph, and
+    only by a momentum of 0 can be told that there are none."""
+    if not call["training"] or (call["running_mean"] is None and call["momentum"] == 0.0):
         return None
-    without = {**call.arguments, "running_mean": None, "running_var": None}
-    return emitter.record(Bound(call.target, without))
+    momentum = 0.0 if call["running_mean"] is None else call["momentum"]
+    without = {"running_mean": None, "running_var": None, "momentum": momentum}
+    return emitter.record(Bound(call.target, {**call.arguments, **without}))
 
 
 _FORMS: Mapping[str, Form] = {

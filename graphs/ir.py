@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+RowOrder = Literal["first", "own", "counts"]
+"""How a tensor has the rows of a routing: in the order of the batch, in an order of their own, or only how
+many there are of a kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,9 @@ class Op:
         saved_internal_bytes: bytes autograd keeps that are no tensor of the graph (log-sum-exp of attention,
             masks).
         window: how many keys each query of an attention attends to at most, where its mask says so.
+        rows: of an op of a routing, which puts rows into an order of their own and back (`graphs.routing`),
+            in which order each operand and then each result has them along its first dimension; None where it
+            has none.
         inputs: names of the tensor arguments, in order, repeated where an argument repeats.
     """
 
@@ -74,6 +81,7 @@ class Op:
     saved: tuple[str, ...] = ()
     saved_internal_bytes: int = 0
     window: int | None = None
+    rows: tuple[RowOrder | None, ...] | None = None
     inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,8 @@ from types import MappingProxyType
 from autopar.errors import AutoparError
 from autopar.plan import Plan
 from autopar.report import json, text
-from autopar.report.view import Report, view
+from autopar.report.values import Report
+from autopar.report.view import view
 
 __all__ = ["FORMATS", "Report", "explain", "view"]
 

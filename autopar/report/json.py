@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from autopar.report.view import Report
+from autopar.report.values import Report
 
 
 def render(report: Report) -> str:

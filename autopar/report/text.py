@@ -8,7 +8,7 @@ from textwrap import wrap
 
 from autopar.report import units
 from autopar.report.table import INDENT, table
-from autopar.report.view import (
+from autopar.report.values import (
     PinPrice,
     Pool,
     Ranks,

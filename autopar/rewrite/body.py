@@ -6,16 +6,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from autopar.localize import CAUSAL_ROWS
+from autopar.op_kinds import EXCHANGES
+from autopar.rewrite.batch_norm import SPLIT, call_of, keeps_statistics
 from autopar.rewrite.context import ProgramContext, access, below
-from autopar.rewrite.expressions import Expression, Values, cross_entropy_options, expression_of, literal
+from autopar.rewrite.deferral import NAMESPACE
+from autopar.rewrite.expressions import (
+    Expression,
+    Values,
+    attention_options,
+    cross_entropy_options,
+    expression_of,
+    literal,
+)
 from autopar.rewrite.loops import Call, LoopFinder
 from autopar.rewrite.naming import Names
 from autopar.rewrite.scope import Render, Scope, Statement
 from autopar.rewrite.tree import CALL, Node
-from graphs.ir import Op, Ref
+from graphs.ir import Op, Ref, Tensor
 
-AXIS_ARGUMENTS = ("axis", "vocab_axis", "row_axis", "class_axis")
-"""Keyword arguments of the ops of a localized graph that name a mesh axis."""
+AXIS_ARGUMENTS = ("axis", "vocab_axis", "row_axis", "row_axes", "class_axis")
+"""Keyword arguments of the ops of a localized graph that name a mesh axis, or several."""
+
+_EXCHANGED = {
+    "exchange_counts": "how many rows each rank sends to each expert",
+    "to_experts": "rows to the ranks of their experts",
+    "from_experts": "rows back in the order in which they were sent",
+}
 
 WEIGHTS = {**dict.fromkeys(("transpose", "unsqueeze", "to", "slice", "neg"), 0), "batch_norm": 3}
 """How much of a reader's attention an op takes, if not 1."""
@@ -59,10 +76,8 @@ class Body:
     def axes(self) -> tuple[str, ...]:
         """The mesh axes whose groups the body uses, in the order of first use."""
         ops = (item for item in self.node.items if isinstance(item, Op))
-        used = (
-            str(op.kwargs[key]) for op in ops for key in AXIS_ARGUMENTS if _is_ours(op) and key in op.kwargs
-        )
-        return tuple(dict.fromkeys(used))
+        named = (op.kwargs[key] for op in ops for key in AXIS_ARGUMENTS if _is_ours(op) and key in op.kwargs)
+        return tuple(dict.fromkeys(axis for axes in named for axis in _each(axes)))
 
     def looped(self) -> tuple[str, ...]:
         """The containers over which the body loops, as expressions."""
@@ -75,11 +90,22 @@ class Body:
     def _op(self, op: Op) -> Statement:
         names = tuple(self.names.of(name) for name in op.outputs)
         reads = tuple(name for name in op.inputs if name not in self.constants)
+        if keeps_statistics(op) or op.target == SPLIT:
+            holder = access(below(op.module, self.node.path))
+            return Statement(
+                op.outputs,
+                reads,
+                lambda values: call_of(op, values, holder),
+                names,
+                weight=WEIGHTS["batch_norm"],
+                foldable=op.target != SPLIT,
+                comment=self._comment(op) if op.target == SPLIT else "",
+            )
         if _is_ours(op):
             return Statement(
                 op.outputs,
                 reads,
-                lambda values: _runtime_call(op, values),
+                lambda values: _runtime_call(op, values, self.context.graph.tensors),
                 names,
                 weight=2,
                 foldable=False,
@@ -99,6 +125,8 @@ class Body:
         )
 
     def _plain(self, op: Op) -> Render:
+        if op.target.startswith(NAMESPACE):
+            return lambda values: _deferred(op, values)
         holders = (*self.arguments.values(), *self.constants.values())
         device = next((f"{name}.device" for name in holders), None)
         tensors = self.context.graph.tensors
@@ -107,11 +135,19 @@ class Body:
     def _comment(self, op: Op) -> str:
         """What a collective, or an op that is split, does to the state of a tensor."""
         name = op.target.partition(".")[2]
+        if name == "batch_norm":
+            return f"{op.kwargs['row_axis']}: rows are split, statistics are those of all"
         if name == "embedding":
             return f"{op.kwargs['vocab_axis']}: the rows of the table are split -> P/R"
         if name == "cross_entropy":
-            split = {"row_axis": "rows are split -> P/R", "class_axis": "classes are split -> R/R"}
-            return "; ".join(f"{op.kwargs[key]}: {text}" for key, text in split.items() if key in op.kwargs)
+            split = {"row_axes": "rows are split -> P/R", "class_axis": "classes are split -> R/R"}
+            given = {key: ", ".join(_each(op.kwargs[key])) for key in split if key in op.kwargs}
+            return "; ".join(f"{axes}: {split[key]}" for key, axes in given.items())
+        if op.target == CAUSAL_ROWS:
+            axis = op.kwargs["row_axis"]
+            return f"{axis}: rows of the queries are split -> {self.context.states[op.output][axis]}"
+        if op.target in EXCHANGES:
+            return f"{op.kwargs['axis']}: {_EXCHANGED[name]}"
         source, axis = op.args[0], op.kwargs["axis"]
         assert isinstance(source, Ref)
         before, after = (self.context.states[tensor].get(axis) for tensor in (source.name, op.output))
@@ -184,7 +220,15 @@ def _is_ours(op: Op) -> bool:
     return op.target.startswith("autopar.")
 
 
-def _runtime_call(op: Op, values: Values) -> Expression:
+def _each(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes
+
+
+def _deferred(op: Op, values: Values) -> Expression:
+    return Expression(f"{op.target.replace('.', '_')}({', '.join(literal(arg, values) for arg in op.args)})")
+
+
+def _runtime_call(op: Op, values: Values, tensors: Mapping[str, Tensor]) -> Expression:
     """The call of the runtime function that an op of a localized graph stands for."""
     name = op.target.partition(".")[2]
     first, *rest = (literal(arg, values) for arg in op.args)
@@ -194,9 +238,21 @@ def _runtime_call(op: Op, values: Values) -> Expression:
             texts = [rest[0], first, f"self.{op.kwargs['vocab_axis']}"]
             texts += [f"padding_idx={padding}"] if padding >= 0 else []
         case "cross_entropy":
-            groups = {"rows": op.kwargs.get("row_axis"), "classes": op.kwargs.get("class_axis")}
-            texts = [first, rest[0], *(f"{key}=self.{axis}" for key, axis in groups.items() if axis)]
+            texts = [first, rest[0]]
+            if rows := [f"self.{axis}" for axis in op.kwargs.get("row_axes", ())]:
+                texts.append(f"rows=[{', '.join(rows)}]")
+            if "class_axis" in op.kwargs:
+                texts.append(f"classes=self.{op.kwargs['class_axis']}")
             texts += cross_entropy_options(op)
+        case "scaled_dot_product_attention":
+            name = "causal_attention"
+            texts = [first, *rest[:2], f"self.{op.kwargs['row_axis']}"]
+            texts += ["zigzag=True"] if "zigzag" in op.kwargs else []
+            options = attention_options(op, tensors).items()
+            texts += [f"{key}={literal(value, values)}" for key, value in options if key != "is_causal"]
+        case "to_experts" | "from_experts":
+            texts = [first, rest[0], f"self.{op.kwargs['axis']}"]
         case _:
             texts = [first, f"self.{op.kwargs['axis']}", *rest]
+            texts += [f"zigzag={op.kwargs['zigzag']}"] if "zigzag" in op.kwargs else []
     return Expression(f"{name}({', '.join(texts)})")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from autopar.placements import Shard, State
+from autopar.rewrite.mesh import ProgramMesh
 from autopar.rewrite.recompute import Recomputing
 from graphs.ir import OpGraph
 
@@ -16,11 +17,11 @@ from graphs.ir import OpGraph
 class ProgramContext:
     """The local graph of a program, and the names of its sizes.
 
-    `states` are the states of all tensors by mesh axis; `batch_coefficient` says, for a tensor, how many rows
-    each of its dimensions has per sample (0 where it does not depend on the batch); `axis_names` gives the
-    mesh axis behind the axis names of the local graph, and `axis_sizes` its ranks; `batch` is the samples of
-    one rank in a microbatch; `block_paths` are the repeated blocks, and `recomputing` says how they are
-    called.
+    `states` are the states of all tensors by mesh axis; `batch_coefficient` says, for a tensor, how many
+    rows each of its dimensions has per sample (0 where it does not depend on the batch); `axis_names` gives
+    the mesh axis behind the axis names of the local graph, and `axis_sizes` its ranks; `mesh` is what they
+    are axes of; `batch` is the samples of one rank in a microbatch; `block_paths` are the repeated blocks,
+    and `recomputing` says how they are called.
     """
 
     graph: OpGraph
@@ -28,6 +29,7 @@ class ProgramContext:
     batch_coefficient: Mapping[str, tuple[int, ...]]
     axis_names: Mapping[str, str]
     axis_sizes: Mapping[str, int]
+    mesh: ProgramMesh
     batch: int
     block_paths: frozenset[str]
     recomputing: Recomputing

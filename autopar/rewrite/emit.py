@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
 from autopar.placements import RP, Shard, State
+from autopar.rewrite.batch_norm import STATISTICS, keeps_statistics
 from autopar.rewrite.classes import ClassPrinter, Instance
 from autopar.rewrite.context import ProgramContext
 from autopar.rewrite.stages import Stage
@@ -20,9 +21,10 @@ from autopar.rewrite.tree import build_tree, call_leaves
 from graphs.ir import OpGraph
 
 _RUNTIME_NAMES = """
-Parameters Placements Split all_gather all_gather_replicated all_reduce all_reduce_partial all_to_all
-checkpointed copy cross_entropy embedding first_grad first_only grouped_mm keep keep_matmuls keep_nothing
-reduce_scatter saved_buffer shard shard_partial
+BatchNorm Parameters Placements Split all_gather all_gather_replicated all_reduce all_reduce_partial
+all_to_all batch_norm causal_attention checkpointed copy cross_entropy deferred_linear deferred_matmul
+embedding exchange_counts first_grad first_only from_experts grouped_mm keep keep_matmuls keep_nothing
+reduce_scatter saved_buffer shard shard_partial to_experts
 """
 RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
 """What `model.py` may need of the runtime, in the order of its import."""
@@ -142,7 +144,8 @@ def _tables(context: ProgramContext, stages: Sequence[Stage], roots: Sequence[In
 
 def _meta(graph: OpGraph, name: str) -> str:
     tensor = graph.tensors[name]
-    return f"({tuple(tensor.shape)}, {tensor.dtype})"
+    without_gradient = tensor.dtype.is_floating_point and not tensor.requires_grad
+    return f"({tuple(tensor.shape)}, {tensor.dtype}{', False' if without_gradient else ''})"
 
 
 def _split(state: State) -> str:
@@ -156,7 +159,7 @@ def parameter_tables(
     context: ProgramContext, stages: Sequence[Stage]
 ) -> tuple[dict[str, dict[str, State]], dict[str, list[str]]]:
     """Patterns of parameter names with the states they are stored in, and those whose gradients are partial
-    by axis.
+    by axis. Running statistics lie as the channels that they are of.
 
     The names of a repeated block's parameters share a pattern where all of them agree.
     """
@@ -167,16 +170,27 @@ def parameter_tables(
         states = context.states.get(parameter.tensor, {}) if parameter.tensor in read else {}
         for path in (parameter.name, *parameter.aliases):
             splits[path] = {axis: state for axis, state in states.items() if isinstance(state.value, Shard)}
-            partial[path] = tuple(axis for axis, state in states.items() if state == RP and axis != "dp")
-    partial = _by_pattern(partial, context.block_paths)
+            partial[path] = _partial_over(states, context.mesh.expert_gradients)
+    for op in (op for stage in stages for op in stage.ops if keeps_statistics(op)):
+        channels = {}
+        for axis, state in context.states.get(op.output, {}).items():
+            if isinstance(state.value, Shard) and state.value.dim == 1:
+                channels[axis] = State(replace(state.value, dim=0), state.grad)
+        splits |= {f"{op.module}.{name}": channels for name in STATISTICS[:2]}
+    partial = by_pattern(partial, context.block_paths)
     axes = dict.fromkeys(axis for found in partial.values() for axis in found)
     patterns = {axis: [pattern for pattern, found in partial.items() if axis in found] for axis in axes}
-    return {
-        path: found for path, found in _by_pattern(splits, context.block_paths).items() if found
-    }, patterns
+    return {path: found for path, found in by_pattern(splits, context.block_paths).items() if found}, patterns
 
 
-def _by_pattern(table: Mapping[str, Value], block_paths: Iterable[str]) -> dict[str, Value]:
+def _partial_over(states: Mapping[str, State], expert_gradients: str | None) -> tuple[str, ...]:
+    """The mesh axes over which gradients of a parameter are summed by themselves: not those of all parameters
+    together."""
+    found = tuple(axis for axis, state in states.items() if state == RP and axis not in {"dp", "cp"})
+    return (*found, expert_gradients) if expert_gradients is not None and "ep" in states else found
+
+
+def by_pattern(table: Mapping[str, Value], block_paths: Iterable[str]) -> dict[str, Value]:
     """The table with one pattern for the same parameter of all repeated blocks, where all of them agree."""
     alike: dict[str, list[str]] = {}
     for path in table:

@@ -134,11 +134,12 @@ _RENAMED = {"aten.min.other": "torch.minimum", "aten.max.other": "torch.maximum"
 """ATen overloads whose function in `torch` has another name."""
 
 _NAMES = """
-    abs addcmul addmm amax amin arange argmax baddbmm bmm cat ceil clamp complex cos cumsum
-    div einsum erf exp expm1 eye flip floor full full_like gather index_add index_select isinf isnan linspace
-    log log1p log2 logical_and logical_not logical_or logsumexp masked_fill maximum minimum narrow ones
-    ones_like outer polar reciprocal relu roll round rsqrt scatter scatter_add select_scatter sigmoid sign sin
-    slice_scatter sort sqrt square stack tanh tile topk tril triu unbind where zeros zeros_like all any diff
+    abs addcmul addmm all amax amin any arange argmax argsort baddbmm bmm cat ceil clamp complex cos cumsum
+    diff div einsum erf exp expm1 eye flip floor full full_like gather histc index_add index_select isinf
+    isnan linspace log log1p log2 logical_and logical_not logical_or logsumexp masked_fill maximum minimum
+    narrow ones ones_like outer polar reciprocal relu roll round rsqrt scatter scatter_add select_scatter
+    sigmoid sign sin slice_scatter sort sqrt square stack tanh tile topk tril triu unbind where zeros
+    zeros_like
 """
 _TORCH_FUNCTIONS = frozenset(_NAMES.split())
 """ATen ops whose function of the same name in `torch` takes the same arguments."""
@@ -274,13 +275,17 @@ def _index(call: Call) -> Expression:
 
 
 def _attention(call: Call) -> Expression:
-    """With what differs from the defaults: a mask, dropout, a scale other than one over the root of the head
-    size.
-    """
-    query, key = (call.tensors[call.op.inputs[index]] for index in (0, 1))
-    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), call.op.args[3:], strict=False)) | dict(
-        call.op.kwargs
-    )
+    texts = [literal(arg, call.values) for arg in call.op.args[:3]]
+    options = attention_options(call.op, call.tensors)
+    texts += [f"{name}={literal(arg, call.values)}" for name, arg in options.items()]
+    return Expression(f"F.scaled_dot_product_attention({', '.join(texts)})")
+
+
+def attention_options(op: Op, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The keyword arguments of an attention that differ from their defaults: a mask, dropout, a scale other
+    than one over the root of the head size."""
+    query, key = (tensors[op.inputs[index]] for index in (0, 1))
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), op.args[3:], strict=False)) | dict(op.kwargs)
     defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
     if given.get("scale") is not None and math.isclose(
         given["scale"], query.shape[-1] ** -0.5, rel_tol=1e-12
@@ -288,9 +293,7 @@ def _attention(call: Call) -> Expression:
         del given["scale"]
     if len(query.shape) == 4 and query.shape[-3] == key.shape[-3]:
         given.pop("enable_gqa", None)
-    texts = [literal(arg, call.values) for arg in call.op.args[:3]]
-    texts += [f"{name}={literal(arg, call.values)}" for name, arg in given.items() if arg != defaults[name]]
-    return Expression(f"F.scaled_dot_product_attention({', '.join(texts)})")
+    return {name: value for name, value in given.items() if name in defaults and value != defaults[name]}
 
 
 def _cross_entropy(call: Call) -> Expression | None:
@@ -412,6 +415,7 @@ _WRITERS: Mapping[str, Writer] = {
     "sub": _binary("-", SUM),
     "mul": _binary("*", PRODUCT),
     "div": _binary("/", PRODUCT),
+    "floor_divide": _binary("//", PRODUCT),
     "mm": _binary("@", PRODUCT),
     "matmul": _binary("@", PRODUCT),
     "__and__": _binary("&", AND),

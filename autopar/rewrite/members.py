@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 
+from autopar.rewrite.batch_norm import keeps_statistics
 from autopar.rewrite.context import ProgramContext, access, below
 from autopar.rewrite.expressions import literal
 from autopar.rewrite.tree import CALL, Node
@@ -63,6 +64,9 @@ class Members:
             owner: self._leaf(f"{node.path}.{owner}" if node.path else owner, tensors, ops)
             for owner, tensors in leaves.items()
         }
+        for op in node.items:
+            if isinstance(op, Op) and keeps_statistics(op):
+                constructors[below(op.module, node.path)] = self._batch_norm(op)
         constructors |= {below(path, node.path): constructor for path, constructor in children.items()}
         for owner, _ in buffers:
             if owner and not any(path.startswith(f"{owner}.") for path in constructors):
@@ -113,6 +117,12 @@ class Members:
         if call is None:
             return None
         return f"{self._shape(tensors['weight'])}, eps={call.kwargs['eps']}"
+
+    def _batch_norm(self, op: Op) -> str:
+        x, weight = op.args[0].name, op.args[1]
+        affine = "" if weight is not None else ", affine=False"
+        channels = self.context.sizes(x)[1]
+        return f"BatchNorm({channels}, momentum={op.args[6]}{affine}{self.context.dtype(x)})"
 
     def _shape(self, tensor: str) -> str:
         return ", ".join(self.context.sizes(tensor))

@@ -7,13 +7,15 @@ import keyword
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+from autopar.localize import CAUSAL_ROWS
 from graphs.ir import Op, OpGraph
 
 _RESERVED = """
-    self mesh torch nn F layer layers number batch checkpoint checkpointed functools KEPT Tensor DeviceMesh
-    Parameters Placements Split BATCH TP DP all_gather all_gather_replicated all_reduce all_reduce_partial
-    all_to_all copy cross_entropy embedding first_grad first_only grouped_mm keep keep_matmuls keep_nothing
-    reduce_scatter saved_buffer shard shard_partial
+    self mesh torch nn F layer layers number batch batch_norm checkpoint checkpointed functools KEPT Tensor
+    DeviceMesh Parameters Placements Split BATCH TP DP CP EP all_gather all_gather_replicated all_reduce
+    all_reduce_partial all_to_all causal_attention copy cross_entropy deferred_linear deferred_matmul
+    embedding exchange_counts first_grad first_only from_experts grouped_mm keep keep_matmuls keep_nothing
+    reduce_scatter saved_buffer shard shard_partial to_experts
 """
 RESERVED = frozenset(_RESERVED.split())
 """Names that the source of a `forward` may need for what they stand for."""
@@ -36,11 +38,12 @@ _SPOKEN = {
     "cross_entropy": "loss",
     "constant_pad_nd": "padded",
     "arange": "positions",
+    "batch_norm": "normalized",
     "cat": "joined",
     "where": "chosen",
     **{"eq": "equal", "ne": "unequal", "lt": "less", "gt": "greater", "le": "at_most", "ge": "at_least"},
 }
-_ATTENTION = "aten.scaled_dot_product_attention.default"
+_ATTENTION = {"aten.scaled_dot_product_attention.default", CAUSAL_ROWS}
 _ROLES = ("query", "key", "value")
 _ROLE_DISTANCE = 12
 """How many ops before an attention its operands are known as query, key and value."""
@@ -115,7 +118,7 @@ class Names:
             for name in reached:
                 for index in self.graph.consumers.get(name, ()):
                     op = self.graph.ops[index]
-                    if op.target == _ATTENTION and name in op.inputs[:3]:
+                    if op.target in _ATTENTION and name in op.inputs[:3]:
                         return _ROLES[op.inputs.index(name)]
                     if op.module == module:
                         following += op.outputs

@@ -11,6 +11,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
+
+from autopar.rewrite.precision import Precision
+from autopar.runtime.autopar_runtime import LossScale, MasterAdamW, updated
 
 NUM_STEPS = 3
 LEARNING_RATE = 1e-3
@@ -24,28 +28,34 @@ def reference(
     num_microbatches: int,
     loss_name: str,
     num_replicas: int = 1,
+    precision: Precision | None = None,
 ) -> dict[str, object]:
     """What the original model does on a global batch: the content of `reference.pt`.
 
     Microbatches weigh the same, as they do in the program: the loss is the mean of the losses of
     `num_microbatches` microbatches. Each takes its rows from all `num_replicas` parts of the batch, as the
     replicas do at the same time: where samples meet (batch norm, a contrastive loss, a mean over labels that
-    count), it matters which. What is no tensor in the batch goes with every microbatch. The model is left as
-    it was.
+    count), it matters which. What is no tensor in the batch goes with every microbatch. `precision` is that
+    of the program (None: all in that of the model). The model is left as it was.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     was_training = model.training
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=EPSILON)
+    has_master = precision is not None and precision.has_master
+    optimizer = (MasterAdamW if has_master else AdamW)(model.parameters(), lr=LEARNING_RATE, eps=EPSILON)
+    scale = LossScale() if precision is not None and precision.needs_loss_scale else None
     losses = []
     gradients: dict[str, Tensor] = {}
     for step in range(NUM_STEPS):
         total = 0.0
+        _set_gradient_dtype(model, precision)
         for rows in _microbatches(tensors, num_microbatches, num_replicas):
             loss = _loss(model(**{**batch, **rows}), loss_name) / num_microbatches
-            loss.backward()
+            (loss if scale is None else scale.scale(loss)).backward()
             total += loss.item()
+        if scale is not None:
+            scale.unscale(model.parameters())
         if step == 0:
             gradients = {
                 name: parameter.grad.clone()
@@ -55,9 +65,10 @@ def reference(
         losses.append(total)
         optimizer.step()
         optimizer.zero_grad()
-    parameters = {
-        name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)
-    }
+    named = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {name: tensor.detach().clone() for name, tensor in updated(named, optimizer).items()}
+    buffers = {name: each.detach().clone() for name, each in model.named_buffers() if name in weights}
+    _set_gradient_dtype(model, None)
     model.load_state_dict(weights)
     model.train(was_training)
     return {
@@ -66,9 +77,17 @@ def reference(
         "losses": losses,
         "gradients": gradients,
         "parameters": parameters,
+        "buffers": buffers,
         "tied": _tied(model),
         "optimizer": {"lr": LEARNING_RATE, "eps": EPSILON},
     }
+
+
+def _set_gradient_dtype(model: nn.Module, precision: Precision | None) -> None:
+    """Let gradients be added up in the dtype of `precision`; in that of each parameter for None."""
+    for parameter in model.parameters():
+        is_narrow = precision is not None and parameter.dtype == precision.compute
+        parameter.grad_dtype = precision.gradient if is_narrow and precision else parameter.dtype
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -120,9 +139,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopar_runtime import gather
+from autopar_runtime import gather, replica_part, start, updated
 from model import PLACEMENTS
-from train import OPTIMIZER, build, forward_backward, replica_part, start
+from train import OPTIMIZER, build, forward_backward
 
 # Relative, by the least precise dtype of the parameters. Models cast to single precision inside, so that even
 # in double precision sums in another order differ; AdamW divides small gradients by themselves and enlarges
@@ -148,7 +167,7 @@ def main() -> None:
     rank = build(device, reference["weights"])
     named = rank.parameters()
     optimizer = OPTIMIZER(dict.fromkeys(named.values()), **reference["optimizer"])
-    batch = replica_part(reference["batch"], rank, device)
+    batch = replica_part(reference["batch"], rank.mesh, device)
     worst: dict[str, tuple[float, str]] = {"loss": (0.0, "")}
     for step, wanted in enumerate(reference["losses"]):
         loss = forward_backward(rank, batch).item()
@@ -165,12 +184,23 @@ def main() -> None:
                 worst["gradients"] = (float("inf"), f"no gradient for {', '.join(sorted(missing))}")
         optimizer.step()
         optimizer.zero_grad()
-    found = gather(named, rank.mesh, PLACEMENTS)
+    found = gather(updated(named, optimizer), rank.mesh, PLACEMENTS, named)
     farthest = reference["optimizer"]["lr"] * len(reference["losses"])  # that AdamW moves any parameter
-    dtype = max((each.dtype for each in named.values()), key=lambda each: TOLERANCE.get(each, 0.0))
+    dtypes = {each.dtype for each in reference["weights"].values()}
+    dtype = max(dtypes, key=lambda each: TOLERANCE.get(each, 0.0))
+    wanted = reference["parameters"]
     # In half precision rounding turns the sign of single small gradients, and AdamW goes by the sign.
     order = 2.0 if dtype.itemsize == 2 else float("inf")
-    worst["parameters"] = compare(found, reference["parameters"], farthest, order)
+    if any(each.dtype != reference["weights"][name].dtype for name, each in wanted.items()):
+        # Master copies: they tell more exactly how far AdamW went.
+        found, wanted = moved(found, reference["weights"]), moved(wanted, reference["weights"])
+        farthest /= 10
+    worst["parameters"] = compare(found, wanted, farthest, order)
+    stages = rank.stages.values()
+    buffers = {name: each for stage in stages for name, each in stage.named_buffers()}
+    known = {name: each for name, each in buffers.items() if name in reference["buffers"]}
+    if found := gather(known, rank.mesh, PLACEMENTS):  # running statistics
+        worst["buffers"] = compare(found, reference["buffers"], 1e-3)
     limits = {what: TOLERANCE[dtype] * (PARAMETERS_FACTOR if what == "parameters" else 1) for what in worst}
     equal = all(value <= limits[what] for what, (value, _) in worst.items())
     if dist.get_rank() == 0:
@@ -187,6 +217,11 @@ def compare(
     """The largest difference and where it is. What the program does not use, it does not hold."""
     wide = {name: each.cpu().double() for name, each in found.items()}
     return max((difference(each, wanted[name].double(), floor, order), name) for name, each in wide.items())
+
+
+def moved(found: dict[str, Tensor], began: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How far parameters are from where they began."""
+    return {name: each.cpu().double() - began[name].double() for name, each in found.items()}
 
 
 def untied(tensors: dict[str, Tensor], tied: dict[str, str]) -> set[str]:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
-from autopar.data_parallel import data_parallel
 from autopar.errors import RewriteError
-from autopar.localize import Assignment, Localized, localize
-from autopar.placements import RR, Partial, State
-from autopar.plan import PLANNED_SCHEDULES, Plan, has_program
+from autopar.localize import Localized
+from autopar.op_kinds import is_conversion
+from autopar.placements import Partial
+from autopar.plan import Parallelism, Plan, has_program
+from autopar.request import policy_of
+from autopar.rewrite.batch_norm import check_batch_norms
 from autopar.rewrite.context import ProgramContext
-from autopar.rewrite.emit import block_patterns, emit_model, format_source, parameter_tables
+from autopar.rewrite.deferral import defer_weights
+from autopar.rewrite.emit import block_patterns, by_pattern, emit_model, format_source, parameter_tables
+from autopar.rewrite.local import local_program
+from autopar.rewrite.mesh import ProgramMesh
 from autopar.rewrite.parity import PARITY
+from autopar.rewrite.precision import Precision, precision_of
 from autopar.rewrite.recompute import check_recomputation, recomputing
 from autopar.rewrite.stages import Stage, cut
 from autopar.rewrite.training import TrainingFacts, emit_training
 from autopar.rewrite.tree import is_leaf
-from autopar.strategies import Strategy, natural_sections, stored_state, strategies
+from autopar.runtime.autopar_runtime import Expected, Recipe
+from autopar.search.summaries import main_dtype
+from costmodel import OptimizerPolicy
+from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, stage_ranks
 from graphs import Capture, CaptureError
-from graphs.blocks import find_blocks
 from graphs.ir import OpGraph
 
 RUNTIME = "autopar_runtime.py"
@@ -37,12 +46,14 @@ class Program:
         files: name -> text of `model.py`, `train.py`, `parity.py`, `plan.json` and the runtime.
         buffers: buffers of the model too large to stand in the source.
         loss_name: under which key, or at which place, the original model returns its loss.
+        precision: in which it trains.
     """
 
     plan: Plan
     files: Mapping[str, str]
     buffers: Mapping[str, torch.Tensor]
     loss_name: str
+    precision: Precision
 
     @property
     def source(self) -> str:
@@ -69,8 +80,14 @@ class Program:
         return target
 
 
-def rewrite(capture: Capture, plan: Plan) -> Program:
-    """The program that trains the captured model as `plan` says.
+def rewrite(
+    capture: Capture,
+    plan: Plan,
+    policy: OptimizerPolicy | None = None,
+    recipes: Mapping[str, Recipe] = MappingProxyType({}),
+) -> Program:
+    """The program that trains the captured model as `plan` says, with the precision of the optimizer policy
+    that it was priced with (None: the one of the model). `recipes` tell how parameters are initialised.
 
     Raises `RewriteError` where the plan asks for something that cannot be emitted, and names it.
     """
@@ -79,13 +96,18 @@ def rewrite(capture: Capture, plan: Plan) -> Program:
     graph = local.graph
     assert graph.loss is not None
     stages = cut(graph, [_start(local, stage.first_op) for stage in plan.stages], (graph.loss,))
+    _check_stages(graph, stages, plan.parallelism)
+    if plan.parallelism.schedule in SPLIT_BACKWARD_SCHEDULES:
+        stages = tuple(defer_weights(stage, graph) for stage in stages)
     context = _context(capture, plan, local)
     root = capture.graph.modules.get("")
     model = emit_model(
         context, stages, _header(plan), root.type_name if root else _class_name(plan.model.name)
     )
     _, partial = parameter_tables(context, stages)
-    training = emit_training(_training_facts(context, plan, stages, bool(partial)))
+    precision = precision_of(policy_of(policy, capture.graph), main_dtype(capture.graph))
+    facts = _training_facts(context, plan, stages, bool(partial), precision)
+    training = emit_training(replace(facts, initial=_initial(recipes, context.block_paths)))
     runtime = Path(__file__).parents[1] / "runtime" / RUNTIME
     files = {
         "model.py": model.text,
@@ -95,48 +117,7 @@ def rewrite(capture: Capture, plan: Plan) -> Program:
         "plan.json": plan.to_json(),
     }
     loss_name = capture.graph.output_names[capture.graph.outputs.index(capture.graph.loss or "")]
-    return Program(plan, files, model.buffers, loss_name)
-
-
-def local_program(capture: Capture, plan: Plan) -> Localized:
-    """What one rank runs, before it is cut into stages."""
-    parallelism = plan.parallelism
-    local = Localized.of(capture.at(parallelism.microbatch_size * parallelism.dp))
-    if parallelism.dp > 1:
-        local = localize(local, data_parallel(local.graph, parallelism.dp))
-    if parallelism.tp > 1:
-        local = localize(local, chosen(local.graph, "tp", parallelism.tp, plan.strategies["tp"]))
-    return replace(local, graph=replace(local.graph, blocks=find_blocks(local.graph)))
-
-
-def chosen(graph: OpGraph, axis: str, size: int, keys: Mapping[str, str]) -> Assignment:
-    """The assignment that a plan's strategy keys name; repeated blocks take the keys of their
-    representative."""
-    graph = replace(graph, blocks=find_blocks(graph))
-    sections = natural_sections(graph, size)
-    choice = []
-    for index, op in enumerate(graph.ops):
-        key = keys.get(op.name) or keys.get(graph.ops[graph.representative[index]].name)
-        offered = {strategy.key: strategy for strategy in strategies(op, graph, size, sections)}
-        if key is None or key not in offered:
-            raise RewriteError(
-                f"the plan gives {op.name} ({op.target}, module {op.module or 'root'}) the strategy "
-                f"{key!r} on axis {axis}, but the model offers {', '.join(offered)}; the plan was made for "
-                "another model"
-            )
-        choice.append(offered[key])
-    return Assignment(axis, size, tuple(choice), parameter_sources(graph, choice))
-
-
-def parameter_sources(graph: OpGraph, choice: Sequence[Strategy]) -> dict[str, State]:
-    """The state in which every input, parameter and buffer lies on an axis; for parameters see
-    `stored_state`."""
-    wanted: dict[str, list[State]] = {}
-    for op, strategy in zip(graph.ops, choice, strict=True):
-        for name, state in zip(op.inputs, strategy.operands, strict=True):
-            wanted.setdefault(name, []).append(state)
-    sources = dict.fromkeys((*graph.inputs, *(buffer.tensor for buffer in graph.buffers)), RR)
-    return sources | {each.tensor: stored_state(wanted.get(each.tensor, ())) for each in graph.parameters}
+    return Program(plan, files, model.buffers, loss_name, precision)
 
 
 def _check(graph: OpGraph, plan: Plan) -> None:
@@ -146,34 +127,40 @@ def _check(graph: OpGraph, plan: Plan) -> None:
             f"{graph.name} returns no loss: training needs a scalar output; pass labels, or return the loss "
             "from forward"
         )
-    scalars = [each.name for each in graph.parameters if not graph.tensors[each.tensor].shape]
-    if parallelism.zero_stage and scalars:
-        raise RewriteError(
-            f"ZeRO stage {parallelism.zero_stage} cannot split the parameter {scalars[0]}: it is a scalar, "
-            "which fully_shard does not take; give it one dimension of size 1, or use zero_stage=0"
-        )
     check_recomputation(plan.recomputation)
+    check_batch_norms(graph)
     axes = list(parallelism.mesh)
     if {"dp_replicate", "dp_shard"} <= set(axes) and axes.index("dp_shard") < axes.index("dp_replicate"):
         raise RewriteError(
             f"axis_order ({', '.join(parallelism.axis_order)}) has dp_replicate inside dp_shard, but "
             "fully_shard takes the replicas of shards outside of them; put dp_replicate before dp_shard"
         )
-    if parallelism.schedule not in PLANNED_SCHEDULES:
-        raise RewriteError(
-            f"schedule={parallelism.schedule!r} can be evaluated but not yet emitted; use one of "
-            f"{', '.join(PLANNED_SCHEDULES)}"
-        )
     if not has_program(parallelism.schedule, parallelism.pp, parallelism.num_microbatches):
         raise RewriteError(
             f"torch's {parallelism.schedule} needs a microbatch for each of its {parallelism.pp} stages, got "
             f"{parallelism.num_microbatches}; use smaller microbatches, fewer stages, or schedule='GPipe'"
         )
-    for axis, size, what in (("cp", parallelism.cp, "context"), ("ep", parallelism.ep, "expert")):
-        if size > 1:
+
+
+def _check_stages(graph: OpGraph, stages: Sequence[Stage], parallelism: Parallelism) -> None:
+    """Raises RewriteError where a rank has nothing to train, or two copies of a parameter under one name."""
+    ranks = stage_ranks(parallelism.schedule, parallelism.pp, parallelism.num_virtual_stages)
+    for rank in range(parallelism.pp):
+        mine = [stage for stage in stages if ranks[stage.index] == rank]
+        numbers = ", ".join(str(stage.index + 1) for stage in mine)
+        read = {name for stage in mine for op in stage.ops for name in op.inputs}
+        if not any(name in read and graph.tensors[name].requires_grad for name in graph.parameter_tensors):
             raise RewriteError(
-                f"{axis}={size}: {what} parallelism can be evaluated but not yet emitted; use {axis}=1"
+                f"pipeline rank {rank} would train nothing: stages {numbers} of {len(stages)} hold no "
+                "parameters; let stages begin elsewhere, or use fewer of them"
             )
+        for tie in _ties(graph, mine):
+            names = [path for path, _ in tie]
+            if len(set(names)) < len(names):
+                raise RewriteError(
+                    f"pipeline rank {rank} would hold {names[0]} twice: several of its stages ({numbers} of "
+                    f"{len(stages)}) read it there; use a schedule with one stage on a rank, such as 1F1B"
+                )
 
 
 def _start(local: Localized, first_op: str) -> str:
@@ -182,10 +169,9 @@ def _start(local: Localized, first_op: str) -> str:
     position = next(index for index, op in enumerate(graph.ops) if op.name == first_op)
     while position > 0:
         before = graph.ops[position - 1]
-        axis = before.kwargs.get("axis")
-        if not before.target.startswith("autopar.") or axis is None:
+        if not is_conversion(before):
             break
-        if isinstance(local.states[before.inputs[0]][axis].value, Partial):
+        if isinstance(local.states[before.inputs[0]][before.kwargs["axis"]].value, Partial):
             break
         position -= 1
     return graph.ops[position].name
@@ -193,7 +179,8 @@ def _start(local: Localized, first_op: str) -> str:
 
 def _context(capture: Capture, plan: Plan, local: Localized) -> ProgramContext:
     parallelism = plan.parallelism
-    data_axis = _data_axis(plan)
+    degrees = {axis: getattr(parallelism, axis) for axis in ("dp", "cp", "tp", "ep")}
+    mesh = ProgramMesh.of(parallelism)
     block_paths = frozenset(
         block.path for block in capture.graph.blocks if not is_leaf(capture.graph, block.path)
     )
@@ -201,23 +188,13 @@ def _context(capture: Capture, plan: Plan, local: Localized) -> ProgramContext:
         graph=local.graph,
         states=local.states,
         batch_coefficient=_batch_coefficients(capture, local.graph, parallelism.microbatch_size),
-        axis_names={"dp": data_axis or "", "tp": "tp"},
-        axis_sizes={
-            axis: size for axis, size in (("dp", parallelism.dp), ("tp", parallelism.tp)) if size > 1
-        },
+        axis_names={"dp": mesh.joint("dp") or "", "cp": "cp", "tp": "tp", "ep": "ep"},
+        axis_sizes={axis: size for axis, size in degrees.items() if size > 1},
+        mesh=mesh,
         batch=parallelism.microbatch_size,
         block_paths=block_paths,
         recomputing=recomputing(plan.recomputation, local.graph, block_paths),
     )
-
-
-def _data_axis(plan: Plan) -> str | None:
-    parallelism = plan.parallelism
-    if parallelism.dp == 1:
-        return None
-    if parallelism.dp_replicate == 1:
-        return "dp_shard"
-    return "dp_replicate" if parallelism.dp_shard == 1 else "dp"
 
 
 def _batch_coefficients(capture: Capture, local: OpGraph, batch: int) -> dict[str, tuple[int, ...]]:
@@ -240,7 +217,7 @@ def _batch_coefficients(capture: Capture, local: OpGraph, batch: int) -> dict[st
 
 
 def _training_facts(
-    context: ProgramContext, plan: Plan, stages: Sequence[Stage], partial: bool
+    context: ProgramContext, plan: Plan, stages: Sequence[Stage], partial: bool, precision: Precision
 ) -> TrainingFacts:
     graph = context.graph
     axes = [
@@ -258,13 +235,55 @@ def _training_facts(
             name: (graph.tensors[name].shape[1:], graph.tensors[name].dtype, _num_values(graph, name))
             for name in graph.inputs
         },
-        data_axis=_data_axis(plan),
+        mesh=context.mesh.axes,
+        data_axis=context.mesh.joint("dp_cp"),
         loss_axes=loss_axes,
         partial_gradients=partial,
         ties=_ties(graph, stages),
         block_patterns=block_patterns(context.block_paths),
         loss_dtype=graph.tensors[graph.loss or ""].dtype,
+        has_whole_parameters=any(
+            not tensor.shape or tensor.dtype != precision.compute
+            for tensor in (graph.tensors[each.tensor] for each in graph.parameters)
+        ),
+        precision=precision,
+        aliases={alias: each.name for each in graph.parameters for alias in each.aliases},
+        tokens=_token_inputs(graph),
+        expected=_expected(plan),
     )
+
+
+def _initial(recipes: Mapping[str, Recipe], block_paths: Collection[str]) -> dict[Recipe, list[str]]:
+    """Patterns of parameter names by how they are initialised."""
+    patterns: dict[Recipe, list[str]] = {}
+    for pattern, recipe in by_pattern(recipes, block_paths).items():
+        patterns.setdefault(recipe, []).append(pattern)
+    return patterns
+
+
+def _expected(plan: Plan) -> Expected:
+    predicted = plan.prediction
+    return Expected(
+        tokens=plan.parallelism.global_batch * plan.model.tokens_per_sample,
+        model_flops=predicted.model_flops_per_s_per_device * predicted.step_s,
+        peak_flops_per_s=plan.cluster.peak_flops_per_s,
+        step_s=predicted.step_s,
+    )
+
+
+def _token_inputs(graph: OpGraph) -> tuple[str, str] | None:
+    """The inputs that a text can fill: the integers of which there are most kinds, and labels of the same
+    shape."""
+    integers = {name: _num_values(graph, name) for name in graph.inputs if _is_integer(graph, name)}
+    tokens = max(integers, key=lambda name: integers[name], default="")
+    shape = graph.tensors[tokens].shape if tokens else ()
+    labels = [name for name in integers if name != tokens and graph.tensors[name].shape == shape]
+    named = [name for name in labels if "label" in name or "target" in name]
+    return (tokens, named[0]) if named else None
+
+
+def _is_integer(graph: OpGraph, name: str) -> bool:
+    return graph.tensors[name].dtype in (torch.int32, torch.int64)
 
 
 def _num_values(graph: OpGraph, name: str) -> int:

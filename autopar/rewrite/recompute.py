@@ -16,7 +16,7 @@ from textwrap import wrap
 from autopar.errors import RewriteError
 from autopar.kernels import CONJUGATES
 from autopar.module_paths import module_ranges
-from autopar.op_kinds import is_conversion, short_name
+from autopar.op_kinds import EXCHANGES, is_conversion, short_name
 from autopar.plan import Recomputation
 from graphs.ir import Op, OpGraph
 
@@ -124,7 +124,7 @@ def _numbers(graph: OpGraph, wanted: Recomputation) -> str:
     counts: Counter[str] = Counter()
     for op in _inside(graph.ops, wanted.blocks[0]):
         kind, count = _dispatched(op, graph)
-        if op.name in wanted.kept:
+        if op.name in wanted.kept or op.target in EXCHANGES:  # rows travel once
             kept.setdefault(kind, []).extend(range(counts[kind], counts[kind] + count))
         counts[kind] += count
     return ", ".join(f"{kind}={numbers}" for kind, numbers in sorted(kept.items()) if kind)
@@ -139,8 +139,10 @@ def _dispatched(op: Op, graph: OpGraph) -> tuple[str, int]:
     name = short_name(op)
     if is_conversion(op):
         return ("collectives", 1) if CONJUGATES[name][0] else ("", 0)
+    if op.target in EXCHANGES:
+        return "collectives", 1
     if "scaled_dot_product" in name:
-        return "attention", 1
+        return "attention", 2 if op.kwargs.get("zigzag") else 1  # each slice of the queries by itself
     if name == "grouped_mm_fallback":  # the runtime multiplies the experts one after the other
         return "products", graph.tensors[op.inputs[1]].shape[0]
     if name == "matmul":

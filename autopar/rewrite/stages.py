@@ -1,14 +1,13 @@
 """Cut a local graph into pipeline stages.
 
 A stage has the ops from its first one up to the next stage's. What it needs of earlier stages it receives,
-and passes on what later ones need, so a skip connection may jump over any number of stages. Values without a
-gradient (masks, rotary angles, positions) are not sent: every stage that needs them computes them again from
-the batch.
+and passes on what later ones need, so a skip connection may jump over any number of stages. What follows from
+the batch alone (masks, rotary angles, positions) is not sent: every stage that needs it computes it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from autopar.errors import RewriteError
@@ -52,10 +51,17 @@ def cut(graph: OpGraph, first_ops: Sequence[str], results: Sequence[str]) -> tup
     """
     position = {op.name: index for index, op in enumerate(graph.ops)}
     starts = [0, *(position[name] for name in first_ops[1:]), len(graph.ops)]
-    borders: list[tuple[str, ...]] = [()]
-    for start in starts[1:-1]:
-        borders.append(_live(graph, start, results))
-    borders.append(tuple(results))
+    sent = _dependent(graph)
+    inner = (_live(graph, start, results, sent) for start in starts[1:-1])
+    borders = [(), *inner, tuple(results)]
+    for index, (start, border) in enumerate(zip(starts[1:], borders[1:], strict=True), 1):
+        if not any(graph.tensors[name].requires_grad for name in border):
+            op = graph.ops[start]
+            raise RewriteError(
+                f"stage {index} of {len(starts) - 1} would train nothing: no value before {op.name} "
+                f"({op.target}, module {op.module or 'root'}), where stage {index + 1} begins, has a "
+                "gradient; let it begin later, or use fewer stages"
+            )
     stages = []
     num_stages = len(starts) - 1
     for index in range(num_stages):
@@ -67,37 +73,37 @@ def cut(graph: OpGraph, first_ops: Sequence[str], results: Sequence[str]) -> tup
     return tuple(stages)
 
 
-def _live(graph: OpGraph, start: int, results: Iterable[str]) -> tuple[str, ...]:
-    """Values with a gradient made before op `start` and needed from there on, in the order they are made."""
+def _dependent(graph: OpGraph) -> frozenset[str]:
+    """What follows from parameters: values with a gradient, and others, such as the experts that a router
+    chose."""
+    found = set(graph.parameter_tensors)
+    for op in graph.ops:
+        if not found.isdisjoint(op.inputs):
+            found.update(op.outputs)
+    return frozenset(found)
+
+
+def _live(graph: OpGraph, start: int, results: Iterable[str], sent: Collection[str]) -> tuple[str, ...]:
+    """Of the values in `sent`, those made before op `start` and needed from there on, in the order they are
+    made."""
     wanted = set(results)
-    live = []
-    for op in graph.ops[:start]:
-        for name in op.outputs:
-            if not graph.tensors[name].requires_grad:
-                continue
-            if name in wanted or any(reader >= start for reader in graph.consumers[name]):
-                live.append(name)
-    return tuple(live)
+    made = (name for op in graph.ops[:start] for name in op.outputs if name in sent)
+    return tuple(
+        name for name in made if name in wanted or any(reader >= start for reader in graph.consumers[name])
+    )
 
 
 def _needed(
     graph: OpGraph, start: int, stop: int, receives: Sequence[str], sends: Sequence[str]
 ) -> tuple[Op, ...]:
-    """Ops `[start, stop)` that lead to what the stage sends, and the gradient-free ones before them that they
-    need.
-    """
+    """Ops `[start, stop)` that lead to what the stage sends, and those before that these need: they follow
+    from the batch alone."""
     wanted = set(sends) - set(receives)
     needed: list[Op] = []
     for index in range(stop - 1, -1, -1):
         op = graph.ops[index]
         if not wanted.intersection(op.outputs):
             continue
-        if index < start and any(graph.tensors[name].requires_grad for name in op.inputs):
-            raise RewriteError(
-                f"{op.name} ({op.target}, module {op.module or 'root'}) makes a value without "
-                "gradient from one that has one, and a later pipeline stage needs it; cut the model "
-                "elsewhere or use pp=1"
-            )
         needed.append(op)
         wanted.update(name for name in op.inputs if name not in receives)
     return tuple(reversed(needed))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from textwrap import indent
 
 import torch
 
 from autopar.plan import Parallelism
+from autopar.rewrite.precision import Precision
+from autopar.runtime.autopar_runtime import Expected, Recipe
+from costmodel import stage_ranks
 
 
 @dataclass(frozen=True)
@@ -17,32 +20,56 @@ class TrainingFacts:
     """What `train.py` is written from.
 
     `inputs` are shape (of one sample) and dtype of every model input, with the number of values of integer
-    ones; `data_axis` is the mesh axis over which data parallelism sums (None without it), `loss_axes` are the
-    mesh axes on which each rank has only a term of the loss; `partial_gradients` says whether `model.py` has
-    such a table; `ties` are the paths and stages of parameters tied across stages; `block_patterns` the
-    repeated blocks, on which `fully_shard` works.
+    ones; `mesh` are the axes with their sizes, `data_axis` is the mesh axis over which data parallelism sums
+    (None without it), `loss_axes` are the mesh axes on which each rank has only a term of the loss;
+    `partial_gradients` says whether `model.py` has such a table; `ties` are the paths and stages of
+    parameters tied across stages; `block_patterns` the repeated blocks, on which `fully_shard` works;
+    `has_whole_parameters` says whether it must leave some whole; `precision` is that of the optimizer
+    policy; `aliases` are the further names of tied parameters, each with the first; `tokens` are the inputs
+    that tokens and labels go to (None where the model reads none); `expected` is what the plan says of a
+    step; `initial` are the patterns of parameters by how they are initialised.
     """
 
     name: str
     parallelism: Parallelism
     inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype, int]]
+    mesh: Mapping[str, int]
     data_axis: str | None
     loss_axes: tuple[str, ...]
     partial_gradients: bool
     ties: tuple[tuple[tuple[str, int], ...], ...]
     block_patterns: Sequence[str]
     loss_dtype: torch.dtype
+    has_whole_parameters: bool
+    precision: Precision
+    aliases: Mapping[str, str]
+    tokens: tuple[str, str] | None
+    expected: Expected
+    initial: Mapping[Recipe, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether whole gradients are summed over replicas; under ZeRO `fully_shard` does it."""
+        return self.data_axis is not None and not self.parallelism.zero_stage
+
+    @property
+    def has_master_shards(self) -> bool:
+        """Whether the shards of ZeRO are the master copies; a host keeps its own."""
+        parallelism = self.parallelism
+        on_device = parallelism.offload == "none"
+        return self.precision.has_master and parallelism.zero_stage > 0 and on_device
 
 
 def emit_training(facts: TrainingFacts) -> str:
     """The source of `train.py`."""
-    functions = [_rank(facts), _build(facts), _forward_backward(facts), MAIN]
+    functions = [_rank(facts), _build(facts), _forward_backward(facts), _main(facts)]
     code = "\n\n\n".join(["\n".join(_tables(facts)), *functions])
     used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
     plan = facts.parallelism
     docstring = (
-        f'"""Train {facts.name} under the plan {plan}.\n\n'
-        f'    torchrun --nproc-per-node {plan.world_size} train.py --steps 10\n"""'
+        f'"""Train {facts.name} under the plan {plan}: {plan.global_batch} samples a step.\n\n'
+        f"    torchrun --nproc-per-node {plan.world_size} train.py --data tokens.bin --checkpoints saved\n\n"
+        'See --help for the rest.\n"""'
     )
     imports = IMPORTS.format(
         runtime=", ".join(name for name in RUNTIME_NAMES if name in used),
@@ -51,30 +78,22 @@ def emit_training(facts: TrainingFacts) -> str:
     return f"{docstring}\n\n{imports}\n{code}\n"
 
 
-RUNTIME_NAMES = (
-    *(
-        "HostAdamW",
-        "PipelineSchedule",
-        "allocate",
-        "initialize",
-        "load",
-        "make_mesh",
-        "matching",
-        "pipeline",
-        "shard_parameters",
-    ),
-    *("sum_gradients", "sync_in_backward", "tied_parameters"),
-)
+_RUNTIME_NAMES = """
+Checkpoints Expected GradientBuckets HostAdamW LocalAdamW Log LossScale MasterAdamW MixedPrecision
+PipelineSchedule Tied Trained allocate batches clip_gradients experts_of initialize load make_mesh
+matching open_data pipeline seed_step set_learning_rate shard_parameters start sum_gradients
+sum_tied_gradients sync_in_backward tied_parameters training_options unsharded_parameters
+"""
+RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
 MODEL_TABLES = ("BORDERS", "PARTIAL_GRADIENTS", "PLACEMENTS", "STAGES")
 
 IMPORTS = """\
 from __future__ import annotations
 
-import argparse
-import os
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,18 +107,32 @@ from model import {model}
 
 def _tables(facts: TrainingFacts) -> Iterator[str]:
     plan = facts.parallelism
-    yield f"MESH = {dict(plan.mesh or {'dp_replicate': 1})!r}"
-    yield f"REPLICAS = {plan.dp}  # data-parallel"
+    yield f"MESH = {dict(facts.mesh or {'dp_replicate': 1})!r}"
     yield f"MICROBATCH = {plan.microbatch_size}  # samples of one replica in one microbatch"
     yield f"NUM_MICROBATCHES = {plan.num_microbatches}"
-    yield "GLOBAL_BATCH = REPLICAS * MICROBATCH * NUM_MICROBATCHES"
+
     if plan.offload == "optimizer":
         yield "OPTIMIZER = HostAdamW  # its states and the master copies are in the host's memory"
+    elif facts.precision.has_master and not plan.zero_stage:
+        yield f"OPTIMIZER = MasterAdamW  # of the {_name(facts.precision.compute)} parameters it has copies"
+    elif plan.zero_stage:
+        yield "OPTIMIZER = LocalAdamW  # of each rank's shards"
     else:
         yield "OPTIMIZER = torch.optim.AdamW"
+    if facts.has_master_shards:
+        dtypes = facts.precision.compute, facts.precision.master, facts.precision.gradient
+        yield f"PRECISION = MixedPrecision({', '.join(map(str, dtypes))})"
     if plan.pp > 1:
-        ranks = [index % plan.pp for index in range(plan.pp * plan.num_virtual_stages)]
+        ranks = list(stage_ranks(plan.schedule, plan.pp, plan.num_virtual_stages))
         yield f"RANKS_OF_STAGES = {ranks}  # along pp"
+    if facts.initial:
+        yield "# How parameters begin: in-place ops with their numbers, and the parameters."
+        yield "INITIAL = {"
+        yield from (f"    {recipe!r}: {list(patterns)!r}," for recipe, patterns in facts.initial.items())
+        yield "}"
+    if facts.aliases:
+        yield "# Further names of tied parameters, each with the first."
+        yield f"ALIASES = {dict(facts.aliases)!r}"
     if facts.ties:
         yield "# Paths and stages of every parameter that several stages hold a copy of."
         yield f"TIES = {[{index: path for path, index in tie} for tie in facts.ties]!r}"
@@ -111,6 +144,12 @@ def _tables(facts: TrainingFacts) -> Iterator[str]:
     for name, (shape, dtype, high) in facts.inputs.items():
         yield f'    "{name}": ({shape!r}, {dtype}, {high}),'
     yield "}"
+    expected = facts.expected
+    yield "# Of one step: tokens (samples where there are none), and the model's FLOPs on one device."
+    yield (
+        f"EXPECTED = Expected(tokens={expected.tokens}, model_flops={expected.model_flops:.6g}, "
+        f"peak_flops_per_s={expected.peak_flops_per_s:.6g}, step_s={expected.step_s:.6g})"
+    )
 
 
 def _rank(facts: TrainingFacts) -> str:
@@ -118,9 +157,11 @@ def _rank(facts: TrainingFacts) -> str:
     if facts.parallelism.pp > 1:
         fields.append("schedule: PipelineSchedule")
     if facts.ties:
-        fields.append(
-            "tied: list[tuple[nn.Parameter, dist.ProcessGroup]]  # parameters that other stages copy"
-        )
+        fields.append("tied: list[Tied]  # parameters that several stages have copies of")
+    if facts.has_buckets:
+        fields.append("gradients: GradientBuckets")
+    if facts.precision.needs_loss_scale:
+        fields.append("loss_scale: LossScale")
     return f'''\
 @dataclass(frozen=True)
 class Rank:
@@ -138,6 +179,8 @@ class Rank:
 
 def _build(facts: TrainingFacts) -> str:
     plan = facts.parallelism
+    aliases = ", ALIASES" if facts.aliases else ""
+    initial = ", INITIAL" if facts.initial else ""
     mine, stages = "", "{0: STAGES[0](mesh)}"
     if plan.pp > 1:
         mine = (
@@ -147,8 +190,10 @@ def _build(facts: TrainingFacts) -> str:
         stages = "{index: STAGES[index](mesh) for index in mine}"
     zero, ending, arguments = "", "", "mesh, stages"
     if plan.zero_stage:
-        axes = '"dp_replicate", "dp_shard"' if plan.dp_replicate > 1 else '"dp_shard"'
-        zero = f"        shard_parameters(stage, BLOCKS, mesh[{axes}], zero_stage={plan.zero_stage})\n"
+        precision = ", precision=PRECISION" if facts.has_master_shards else ""
+        experts = ", experts=experts_of(stage, PLACEMENTS)" if plan.ep > 1 else ""
+        options = f"zero_stage={plan.zero_stage}{precision}{experts}"
+        zero = f"        shard_parameters(stage, BLOCKS, mesh, {options})\n"
     if plan.pp > 1:
         ending += (
             f'    schedule = pipeline(stages, BORDERS, "{plan.schedule}", NUM_MICROBATCHES, mesh, device)\n'
@@ -157,8 +202,35 @@ def _build(facts: TrainingFacts) -> str:
     if facts.ties:
         ending += "    tied = tied_parameters(stages, TIES, RANKS_OF_STAGES, mesh)\n"
         arguments += ", tied"
+    if facts.precision.gradient != facts.precision.compute and not facts.has_master_shards:
+        ending += f"""\
+    for stage in stages.values():
+        for parameter in stage.parameters():
+            parameter.grad_dtype = {facts.precision.gradient}
+"""
+    if facts.has_buckets:
+        if plan.ep > 1:  # gradients of experts, which other ranks do not have, are in PARTIAL_GRADIENTS
+            ending += """\
+    apart = {each for stage in stages.values() for each in experts_of(stage, PLACEMENTS)}
+    parameters = [each for stage in stages.values() for each in stage.parameters() if each not in apart]
+"""
+        else:
+            ending += """\
+    parameters = [each for stage in stages.values() for each in stage.parameters()]
+"""
+        ending += f"""\
+    gradients = GradientBuckets(parameters, mesh.get_group("{facts.data_axis}"), NUM_MICROBATCHES)
+"""
+        arguments += ", gradients"
+    if facts.precision.needs_loss_scale:
+        ending += """\
+    loss_scale = LossScale()
+    if len(STAGES) - 1 in stages:
+        loss_scale.scale_output(stages[len(STAGES) - 1])
+"""
+        arguments += ", loss_scale"
     return f'''\
-def build(device: torch.device, weights: dict[str, Tensor] | None) -> Rank:
+def build(device: torch.device, weights: Mapping[str, Any] | Path | None) -> Rank:
     """This rank, with its part of the original model's `weights` (fresh ones if None)."""
     mesh = make_mesh(device.type, MESH)
 {mine}\
@@ -168,15 +240,16 @@ def build(device: torch.device, weights: dict[str, Tensor] | None) -> Rank:
 {zero}\
         allocate(stage, device)
         if weights is None:
-            initialize(stage, mesh, PLACEMENTS)
+            initialize(stage, mesh, PLACEMENTS{initial})
         else:
-            load(stage, weights, mesh, PLACEMENTS)
+            load(stage, weights, mesh, PLACEMENTS{aliases})
 {ending}\
     return Rank({arguments})'''
 
 
 def _forward_backward(facts: TrainingFacts) -> str:
-    body = _pipelined(facts) if facts.parallelism.pp > 1 else _accumulated(facts)
+    body = "    rank.gradients.clear()\n" if facts.has_buckets else ""
+    body += _pipelined(facts) if facts.parallelism.pp > 1 else _accumulated(facts)
     return f'''\
 def forward_backward(rank: Rank, batch: dict[str, Tensor]) -> Tensor:
     """Leave the gradients of the mean loss over the global batch; `batch` is the part of this rank's replica.
@@ -228,99 +301,72 @@ def _reductions(facts: TrainingFacts) -> str:
     """What is summed over ranks: partial gradients, gradients of replicas, of tied parameters, and the
     loss."""
     text = ""
+    if facts.has_buckets:  # first: the other sums read what is reduced while the backward runs
+        text += "    rank.gradients.reduce()\n"
+    if facts.parallelism.zero_stage and facts.has_whole_parameters:
+        text += f"""\
+    for stage in rank.stages.values():
+        sum_gradients(unsharded_parameters(stage), rank.mesh.get_group("{facts.data_axis}"))
+"""
     if facts.partial_gradients:
         text += """\
     for axis, names in PARTIAL_GRADIENTS.items():
         for stage in rank.stages.values():
             sum_gradients(matching(stage, names), rank.mesh.get_group(axis))
 """
-    if facts.data_axis and not facts.parallelism.zero_stage:
-        text += f"""\
-    for stage in rank.stages.values():
-        sum_gradients(stage.parameters(), rank.mesh.get_group("{facts.data_axis}"))
-"""
     if facts.ties:
         text += """\
-    for parameter, group in rank.tied:
-        sum_gradients([parameter], group)
+    sum_tied_gradients(rank.tied)
 """
     for axis in facts.loss_axes:
         text += f'    dist.all_reduce(total, group=rank.mesh.get_group("{axis}"))\n'
+    if facts.precision.needs_loss_scale:
+        text += "    rank.loss_scale.unscale(rank.parameters().values())\n"
     return text
 
 
-MAIN = '''\
-def synthetic_batch(seed: int) -> dict[str, Tensor]:
-    """A global batch of random samples, the same on every rank."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = {}
-    for name, (shape, dtype, high) in INPUTS.items():
-        if dtype.is_floating_point:
-            batch[name] = torch.randn(GLOBAL_BATCH, *shape, generator=generator, dtype=dtype)
-        else:
-            batch[name] = torch.randint(high, (GLOBAL_BATCH, *shape), generator=generator, dtype=dtype)
-    return batch
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def replica(rank: Rank) -> int:
-    """The number of this rank's data-parallel replica."""
-    coordinate = dict(zip(MESH, rank.mesh.get_coordinate() or [], strict=True))
-    return coordinate.get("dp_replicate", 0) * MESH.get("dp_shard", 1) + coordinate.get("dp_shard", 0)
-
-
-def replica_part(batch: dict[str, Tensor], rank: Rank, device: torch.device) -> dict[str, Tensor]:
-    """The samples of this rank's data-parallel replica."""
-    size = MICROBATCH * NUM_MICROBATCHES
-    rows = slice(replica(rank) * size, (replica(rank) + 1) * size)
-    return {name: tensor[rows].to(device) for name, tensor in batch.items()}
-
-
-def start() -> torch.device:
-    """Join the process group and return this rank's device."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
-    return device
-
-
+def _main(facts: TrainingFacts) -> str:
+    aliases = ", ALIASES" if facts.aliases else ""
+    tokens = f', "{facts.tokens[0]}", "{facts.tokens[1]}"' if facts.tokens else ""
+    tied = ", rank.tied" if facts.ties else ""
+    step, scale, resumed = "        optimizer.step()\n", "", ""
+    if facts.precision.needs_loss_scale:
+        step = "        if rank.loss_scale.is_good(float(norm)):\n            optimizer.step()\n"
+        scale = ", loss_scale=rank.loss_scale.state"
+        resumed = '    rank.loss_scale.state = progress.get("loss_scale", rank.loss_scale.state)\n'
+    return f"""\
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--weights", type=Path, help="state_dict of the original model (torch.save); default: fresh"
-    )
-    parser.add_argument(
-        "--data", type=Path, help="dict of tensors, one row a sample (torch.save); default: random"
-    )
-    arguments = parser.parse_args()
+    options = training_options(__doc__)
     device = start()
-    weights = torch.load(arguments.weights, mmap=True, weights_only=True) if arguments.weights else None
-    data = torch.load(arguments.data, mmap=True, weights_only=True) if arguments.data else None
-    rank = build(device, weights)
-    torch.manual_seed(replica(rank))  # of dropout: the same on ranks that share samples
-    optimizer = OPTIMIZER(dict.fromkeys(rank.parameters().values()), lr=arguments.learning_rate)
-    for step in range(arguments.steps):
-        began = time.perf_counter()
-        if data is None:
-            batch = synthetic_batch(step)
-        else:
-            first = step * GLOBAL_BATCH % max(1, len(next(iter(data.values()))) - GLOBAL_BATCH + 1)
-            batch = {name: tensor[first : first + GLOBAL_BATCH] for name, tensor in data.items()}
-        loss = forward_backward(rank, replica_part(batch, rank, device)).item()
-        optimizer.step()
+    rank = build(device, options.weights)
+    optimizer = OPTIMIZER(
+        dict.fromkeys(rank.parameters().values()), betas=options.betas, weight_decay=options.weight_decay
+    )
+    trained = Trained(tuple(rank.stages.values()), optimizer, rank.mesh, PLACEMENTS{aliases})
+    checkpoints = Checkpoints(options.checkpoints)
+    progress = checkpoints.resume(trained)
+{resumed}\
+    samples = open_data(options, INPUTS{tokens})
+    first = progress.get("step", 0)
+    data = batches(samples, rank.mesh, MICROBATCH * NUM_MICROBATCHES, first, options)
+    log = Log(EXPECTED, options)
+    for step, batch in zip(range(first, options.steps), data, strict=False):
+        seed_step(step, rank.mesh, options)
+        rate = set_learning_rate(optimizer, step, options)
+        loss = forward_backward(rank, {{name: each.to(device) for name, each in batch.items()}})
+        norm = clip_gradients(trained.stages, options.clip, rank.mesh, PLACEMENTS{tied})
+{step}\
         optimizer.zero_grad()
-        if dist.get_rank() == 0:
-            seconds = time.perf_counter() - began
-            print(f"step {step + 1}  loss {loss:.6f}  {GLOBAL_BATCH / seconds:.1f} samples/s", flush=True)
+        log.step(step + 1, loss=loss, gradient_norm=norm, learning_rate=rate)
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            checkpoints.save(step + 1, trained{scale})
+    checkpoints.wait()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()'''
+    main()"""

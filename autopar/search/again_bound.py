@@ -6,68 +6,81 @@ least
 
     L + Σ g_s e_s      where the e_s of a rank's stages together free what is too much
 
-and L is the chain without that. The least of this is a fractional knapsack for each rank, and the chain is
-the one that is longest when the ranks' stages share what must be computed again by what they have to do.
+and L is the chain without that. Where a stage's backward runs beside a forward and both communicate, together
+they take at least what they compute, and each what it takes alone: lines in e_s, of which the highest counts.
+The least of this is a fractional knapsack for each rank, and the chain is the one that is longest when the
+ranks' stages share what must be computed again by what they have to do.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated
+from autopar.search.even_stages import EvenStages
 from autopar.search.runs import Array
-from autopar.search.stages import StageTable
-from costmodel import StageWork, simulate
-from costmodel.events import overlap_saving_s
-from costmodel.orders import rank_stages
+from costmodel import Overlap, StageWork, simulate
+from costmodel.orders import OVERLAPPING_SCHEDULES, rank_stages
 
 
 def chain_bound_s(
-    table: StageTable, evaluated: Evaluated, excess_bytes: Array, send_s: Sequence[float]
+    even: EvenStages, evaluated: Evaluated, excess_bytes: Array, send_s: Sequence[float], overlap: Overlap
 ) -> float:
     """The bound, less what is done once a step; `send_s` are the messages with which stages begin, and
-    `evaluated` has the fastest variants everywhere.
-
-    0 where gathers, or passes in the other direction, hide behind all that is computed again: times do not
-    just add up then.
-    """
+    `evaluated` has the fastest variants everywhere."""
     p, stages = evaluated.parallelism, evaluated.stages
-    if any(stage.backward_gather_s for stage in stages):
-        return 0.0
-    forward_s = [stage.forward_s + stage.forward_communication_s for stage in stages]
-    backward_s = [stage.recompute_s + stage.backward_s + stage.backward_communication_s for stage in stages]
-    savings_s = _savings_s(stages) if p.schedule == "DualPipeV" else [0.0] * len(stages)
-    if any(
-        saved > min(pair) for saved, *pair in zip(savings_s, reversed(forward_s), backward_s, strict=True)
-    ):
-        return 0.0
-    again_s = _shared(p, table.ranks_relief_s(p, evaluated.cuts, excess_bytes), forward_s)
+    ways = [_Passes.of(stage, overlap) for stage in stages]
+    forward_s = [way.forward_s for way in ways]
+    again_s = _shared(p, even.relief_s(p, evaluated.cuts, excess_bytes), forward_s)
+    backward_s = [way.backward_s + again for way, again in zip(ways, again_s, strict=True)]
+    savings_s = _savings_s(ways, backward_s) if p.schedule in OVERLAPPING_SCHEDULES else [0.0] * len(ways)
     timeline = simulate(
-        p.schedule, p.pp, p.num_microbatches, forward_s,
-        [sum(both) for both in zip(backward_s, again_s, strict=True)], send_s, p.num_virtual_stages,
+        p.schedule, p.pp, p.num_microbatches, forward_s, backward_s, send_s, p.num_virtual_stages,
         weight_s=[stage.weight_s for stage in stages],
         overlap_saving_s=savings_s,
     )  # fmt: skip
     last = max(range(p.pp), key=timeline.finish_s.__getitem__)
-    passes = Counter(stage for phase, stage, _ in timeline.path_to_end(last) if phase in ("B", "I", "O"))
-    weights = [float(passes[stage]) for stage in range(len(stages))]
+    passes = Counter((phase, stage) for phase, stage, _ in timeline.path_to_end(last))
+    # A backward that is as long as the forward beside it hides what it computes again.
+    weights = [
+        float(passes["B", stage] + passes["I", stage] + (saved < backward_s[stage]) * passes["O", stage])
+        for stage, saved in enumerate(savings_s)
+    ]
     chain_s = timeline.finish_s[last] - sum(w * s for w, s in zip(weights, again_s, strict=True))
-    return chain_s + float(table.ranks_relief_s(p, evaluated.cuts, excess_bytes, weights).sum())
+    return chain_s + float(even.relief_s(p, evaluated.cuts, excess_bytes, weights).sum())
 
 
-def _savings_s(stages: Sequence[StageWork]) -> list[float]:
-    """The most that a backward of each stage saves beside a forward of the other stage of its rank, however
-    much it computes again."""
+class _Passes(NamedTuple):
+    """The least that a stage's forward takes, and its backward without what is computed again; and what of
+    them is communication."""
+
+    forward_s: float
+    backward_s: float
+    communication_s: tuple[float, float]
+
+    @staticmethod
+    def of(stage: StageWork, overlap: Overlap) -> _Passes:
+        """Gathers hide behind what they can, but for the first."""
+
+        def gathered_s(seconds: float) -> float:
+            exposed_s = seconds / stage.num_units
+            return exposed_s + overlap.contention * (seconds - exposed_s)
+
+        moved_s = stage.forward_communication_s, stage.backward_communication_s
+        forward_s = stage.forward_s + moved_s[0] + gathered_s(stage.forward_gather_s)
+        backward_s = stage.recompute_s + stage.backward_s + moved_s[1] + gathered_s(stage.backward_gather_s)
+        return _Passes(forward_s, backward_s, moved_s)
+
+
+def _savings_s(ways: Sequence[_Passes], backward_s: Sequence[float]) -> list[float]:
+    """What a backward of each stage saves beside a forward of the other stage of its rank: as they take at
+    least what both compute, and each by itself."""
     return [
-        overlap_saving_s(
-            other.forward_s,
-            other.forward_communication_s,
-            one.backward_s + other.forward_s + other.forward_communication_s + one.backward_communication_s,
-            one.backward_communication_s,
-        )
-        for one, other in zip(stages, reversed(stages), strict=True)
+        min(other.communication_s[0] + one.communication_s[1], other.forward_s, whole_s)
+        for one, other, whole_s in zip(ways, reversed(ways), backward_s, strict=True)
     ]
 
 

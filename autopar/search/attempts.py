@@ -10,15 +10,26 @@ Optimizer states are offloaded to the host only when nothing fits without.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.errors import InfeasibleError, PinConflictError
-from autopar.search.describe import host_memory_bytes, memory_excess, size
+from autopar.plan import Plan
+from autopar.search.alternatives import alternatives, memory_excess
+from autopar.search.describe import build_plan, certificate, host_memory_bytes
 from autopar.search.infeasible import infeasible, smallest
 from autopar.search.outcome import Solved, rank
 from autopar.search.planner import Planner, SearchResult
+from autopar.search.wording import size
 from costmodel import CostModelError, check_host
+from hardware_db import Cluster
+
+PlannerOf = Callable[[Cluster, bool], Planner]
+"""Makes the planner of a cluster; where true, its search runs on the shallow model."""
+
+RELATIVE_ERROR = 1e-3
+"""By how much the shallow model of the search may differ from the full one before the search runs at full
+depth."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +46,45 @@ class Found:
 
     def error(self) -> InfeasibleError:
         """Why nothing fits."""
-        error = infeasible(self.planner, self.result)
-        message = f"{error} {self.remark}" if self.remark else str(error)
-        return InfeasibleError(
-            message, limit=error.limit, excess_bytes=error.excess_bytes, relaxations=error.relaxations
+        return infeasible(self.planner, self.result, after=self.remark)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The best plan of all searches, priced at full depth, with its planner and what they found together."""
+
+    planner: Planner
+    best: Solved
+    result: SearchResult
+    remark: str
+
+    def plan(self, solve_s: float) -> Plan:
+        """The plan that was found in so many seconds."""
+        return build_plan(
+            self.planner,
+            self.best,
+            certificate(self.result, self.best.evaluated.step_s, self.planner.effort, solve_s),
+            alternatives(self.planner, self.result, self.best.evaluated),
+            warnings=(self.remark,) if self.remark else (),
         )
+
+
+def settled(planner_of: PlannerOf, shapes: Sequence[Cluster]) -> Settled:
+    """The best plan for shapes of one cluster: by a search of the shallow model, or of the full one where
+    that did not tell the truth. Raises InfeasibleError where nothing fits, and as `Planner.search`."""
+    for shorten in (True, False):
+        found = search([planner_of(shape, shorten) for shape in shapes])
+        if found.result.best is None:
+            raise found.error()
+        best = found.planner.finish(found.result.best)
+        if best.evaluated.fits and agree(best.evaluated.step_s, found.result.best.evaluated.step_s):
+            break
+    return Settled(found.planner, best, found.result, found.remark)
+
+
+def agree(full_s: float, short_s: float) -> bool:
+    """Whether the shallow model told the truth about a step of the full one."""
+    return abs(full_s - short_s) <= RELATIVE_ERROR * full_s
 
 
 def search(planners: Sequence[Planner]) -> Found:

@@ -58,8 +58,12 @@ class Prices(Protocol):
         """Which values of a graph stay in registers."""
         ...
 
-    def op_s(self, local: OpGraph, traffic: Traffic) -> float:
-        """Time of one op in its local form, forward and backward; `traffic` is that of the whole graph."""
+    def op(self, local: OpGraph, traffic: Traffic) -> OpCost:
+        """What one op costs in its local form; `traffic` is that of the whole graph."""
+        ...
+
+    def seconds(self, cost: OpCost) -> float:
+        """What of it nothing hides, forward and backward."""
         ...
 
     def conversion_s(self, how: Conversion, num_bytes: float) -> float:
@@ -82,17 +86,15 @@ class ClusterPrices:
     def traffic(self, graph: OpGraph) -> Traffic:
         return self.pricer.traffic(graph)
 
-    def op_s(self, local: OpGraph, traffic: Traffic) -> float:
+    def op(self, local: OpGraph, traffic: Traffic) -> OpCost:
         inside = traffic | self.traffic(local)
-        costs = (self.pricer.op(part, local.tensors, inside, self.parameters) for part in local.ops)
-        return self._seconds(total(costs))
+        return total(self.pricer.op(part, local.tensors, inside, self.parameters) for part in local.ops)
 
     def conversion_s(self, how: Conversion, num_bytes: float) -> float:
         backward = how.backward is not None
-        return self._seconds(self.pricer.conversion(how.name, num_bytes, self.axis, backward=backward))
+        return self.seconds(self.pricer.conversion(how.name, num_bytes, self.axis, backward=backward))
 
-    def _seconds(self, cost: OpCost) -> float:
-        """What the software does not hide behind other work."""
+    def seconds(self, cost: OpCost) -> float:
         exposed = 1 - self.pricer.era.tensor_parallel_overlap
         communication_s = cost.forward_communication_s + cost.backward_communication_s
         return cost.forward_s + cost.backward_s + exposed * communication_s
@@ -210,7 +212,20 @@ class AxisProblem:
 
     @cached_property
     def op_times_s(self) -> Mapping[int, tuple[float, ...]]:
-        """Per representative op, the time of all its instances together under each of its strategies.
+        """Per representative op, the time of all its instances together under each of its strategies."""
+        return {index: tuple(map(self.prices.seconds, costs)) for index, costs in self._op_costs.items()}
+
+    @cached_property
+    def computed_s(self) -> Mapping[int, float]:
+        """Per representative op, what all its instances compute at least, whatever that communicates."""
+        return {
+            index: min(cost.forward_s + cost.backward_s for cost in costs)
+            for index, costs in self._op_costs.items()
+        }
+
+    @cached_property
+    def _op_costs(self) -> Mapping[int, tuple[OpCost, ...]]:
+        """Per representative op, what all its instances together cost under each of its strategies.
 
         Instances differ only in which of their operands and results a fused chain keeps out of memory.
         """
@@ -223,8 +238,8 @@ class AxisProblem:
             kinds[index][kind] = one, others + count
         return {
             index: tuple(
-                sum(
-                    count * self.prices.op_s(self._local_op(one, strategy), traffic)
+                total(
+                    self.prices.op(self._local_op(one, strategy), traffic).times(count)
                     for one, count in kinds[index].values()
                 )
                 for strategy in offered

@@ -256,6 +256,12 @@ class BlockIlp:
         num_bytes = problem.graph.tensors[tensors.name].num_bytes / problem.parts(state)
         return Part(op, tensors.count, num_bytes, tensors, maker is not None, (made, state))
 
+    def computed_s(self, start: int, stop: int) -> float:
+        """What ops `[start, stop)` compute at least, whatever that communicates."""
+        problem = self.problem
+        ops = {problem.graph.representative[index] for index in range(start, stop)}
+        return sum(problem.computed_s[index] / problem.instances[index] for index in sorted(ops))
+
     @clocked("operator floors")
     def floor_s(
         self, start: int, stop: int, price: float = 0.0, again_s: Mapping[int, float] | None = None

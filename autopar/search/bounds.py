@@ -31,7 +31,13 @@ from typing import NamedTuple, Protocol
 
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import DEFAULT_SOFTWARE, Pricer
-from autopar.search.data_axes import data_groups, held_states, least_update_s, updated_elements
+from autopar.search.data_axes import (
+    data_groups,
+    held_states,
+    least_accumulation_s,
+    least_update_s,
+    updated_elements,
+)
 from autopar.search.experts import expert_parameters
 from autopar.search.pieces import Elements
 from autopar.search.saved import MODES, Saved, SavedActivations
@@ -44,11 +50,13 @@ from hardware_db import Cluster
 
 
 class DataAxes(NamedTuple):
-    """Bandwidth time of the data axes over all stages, with every microbatch and once a step, the parameters
-    that a rank updates, and bytes of all model states."""
+    """Bandwidth time of the data axes over all stages, with every microbatch and once a step, the time in
+    which gradients are added to those of earlier microbatches, the parameters that a rank updates, and bytes
+    of all model states."""
 
     moved_s: float
     sync_s: float
+    accumulation_s: float
     num_updated: float
     state_bytes: float
 
@@ -57,7 +65,7 @@ class DeviceSums(Protocol):
     """The sums of a microbatch on one device that floors are made of."""
 
     @property
-    def microbatch_s(self) -> float: ...
+    def computed_s(self) -> float: ...
     @property
     def weight_s(self) -> float: ...
     @property
@@ -175,8 +183,8 @@ class Bounds:
     def step_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """No step with this parallelism takes less, if a microbatch takes `microbatch_s` on one rank of all
         stages together; `device` has the sums of the same microbatch on one device."""
-        microbatch_s += self._again_s(p, device)
-        moved_s, sync_s, num_updated, _ = self._data(p)
+        moved_s, sync_s, _, num_updated, _ = self._data(p)
+        microbatch_s += self.more_s(p, device)
         # What moves behind computing slows it down; what does not fit behind it comes on top.
         contention = self.software.contention
         total_s = microbatch_s + max(contention * moved_s, moved_s - microbatch_s)
@@ -190,9 +198,14 @@ class Bounds:
     def layout_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """The same for every way to run the layout of `p`, the one that keeps least: nothing but its
         microbatches without a bubble, and the way of one of them through all stages."""
-        microbatch_s += self._again_s(p, device)
+        microbatch_s += self.more_s(p, device)
         through_s = microbatch_s - device.weight_s / (p.tp * p.cp)
         return max(p.num_microbatches * microbatch_s / p.pp, through_s) + self.software.step_overhead_s
+
+    def more_s(self, p: Parallelism, device: DeviceSums) -> float:
+        """What a microbatch takes on all stages together beside its own passes: what must be computed again,
+        and its gradients added to those before."""
+        return self._again_s(p, device) + self._data(p).accumulation_s
 
     def _again_s(self, p: Parallelism, device: DeviceSums) -> float:
         """What must at least be computed again for a microbatch, on all stages together.
@@ -219,7 +232,8 @@ class Bounds:
             moved_s, sync_s = map(sum, zip(*traffic_s, strict=True))
             num_updated = updated_elements(elements, p)
             state_bytes = held_states(elements, p, self.policy).total_bytes
-            self._known[key] = DataAxes(moved_s, sync_s, num_updated, state_bytes)
+            accumulation_s = sum(elements.values()) * least_accumulation_s(p, self.policy, self._pricer)
+            self._known[key] = DataAxes(moved_s, sync_s, accumulation_s, num_updated, state_bytes)
         return self._known[key]
 
     def _traffic_s(self, p: Parallelism, num_elements: int, is_expert: bool) -> tuple[float, float]:

@@ -3,9 +3,9 @@
 Everything that may still win stands in one queue, ordered by the least it can cost. What comes first is
 looked at more closely, which raises its floor, splits it, or prices it:
 
-    layout         arithmetic of one device, divided over all
-      ↓            strategies of the tensor axis at their true prices      `Floors.tensor_s`
-    way            the same, its bubble, bandwidth of its data axes        `Bounds.step_s`
+    layout         arithmetic of one device, divided over all              `WayFloors.quick_layout_s`
+      ↓            strategies of the tensor axis at their true prices      `WayFloors.layout_s`
+    way            the same, its bubble, bandwidth of its data axes        `WayFloors.way_s`
       ↓            one rank's kernels, their memory and messages           `Programs.program`
     program        stages cut with fractions of what may be recomputed     `StageLayer.draft`
       ↓
@@ -25,15 +25,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from autopar.plan import Parallelism
+from autopar.search.mixed import Blend
 from autopar.search.outcome import Outcome, Solved
 from autopar.search.programs import MEMORY_PRICES, Program
-from autopar.search.space import Layout, parallelism, ways
-from autopar.search.stages import StageTable
+from autopar.search.space import Layout, ways
 from autopar.search.staging import Draft
+from costmodel.orders import OVERLAPPING_SCHEDULES
 
 if TYPE_CHECKING:
     from autopar.search.planner import Planner
@@ -44,6 +46,15 @@ NEGLIGIBLE = 1e-3
 
 DIVES_EVERY = 1.1
 """By how much the work grows from one dive to the next: so their number grows like its logarithm."""
+
+FIRST_LOOK = 8.0
+"""The ways whose programs were made when the search first looks ahead for better ones."""
+
+LOOKS_EVERY = 1.5
+"""By how much their number grows from one time to the next."""
+
+MOST_LOOKS = 4
+"""How many ways are looked at each time."""
 
 MOST_DIVES = 3
 """How often a dive is repeated that hit upon something that does not fit."""
@@ -59,7 +70,8 @@ REPORT_EVERY = 256
 
 
 class LayoutNode(NamedTuple):
-    """A layout whose floor is that of one device, or of the tensor axis's strategies where `is_close`."""
+    """A layout whose floor is that of one device, or, where `is_close`, of the tensor axis's strategies; then
+    it is without the schedules that hide what these communicate."""
 
     layout: Layout
     is_close: bool = False
@@ -84,7 +96,15 @@ class SmallerNode(NamedTuple):
     rigour: int = 0
 
 
-Node = LayoutNode | WayNode | SmallerNode
+class MixedNode(NamedTuple):
+    """A way whose blocks may run different programs, and the stages of their blend."""
+
+    p: Parallelism
+    blend: Blend
+    draft: Draft
+
+
+Node = LayoutNode | WayNode | SmallerNode | MixedNode
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,7 @@ class BranchAndBound:
         deadline: float | None,
     ) -> None:
         self.planner = planner
+        self.floors = planner.way_floors
         self.layouts = layouts
         self.tolerance = tolerance
         self.report = report
@@ -120,9 +141,14 @@ class BranchAndBound:
         self._queue: list[tuple[float, int, Node]] = []
         self._likely: list[tuple[float, int, WayNode]] = []
         self._arrivals = 0
+        self._unseen: list[tuple[float, int, Parallelism]] = []
+        self._ties = count()
         self._next_dive = 0.0
+        self._num_programs = 0
+        self._next_look = FIRST_LOOK
         self._reported = 0
         self._num_ways: dict[object, int] = {}
+        self._uniform_s: dict[Parallelism, float] = {}  # the least draft of a way, while it seems to fit
 
     @cached_property
     def num_candidates(self) -> int:
@@ -157,15 +183,15 @@ class BranchAndBound:
             with suppress(KeyboardInterrupt):  # the proof stands
                 self._price_more(num_runners_up)
         self._count_left()
+        self._report("", always=True)
         return self.outcome
 
     def _run(self) -> None:
         for layout in self.layouts:
-            floor_s = self._layout_floor_s(layout)
-            if floor_s is None:
-                self.outcome.prune("memory floor", self._count(layout))
+            if self.floors.may_fit(layout):
+                self._push(self.floors.quick_layout_s(layout), LayoutNode(layout))
             else:
-                self._push(floor_s, LayoutNode(layout))
+                self.outcome.prune("memory floor", self._count(layout))
         while self._queue and self.floor_s < self.outcome.best_s * (1 - self.tolerance):
             if self.deadline is not None and time.monotonic() > self.deadline:
                 self.stopped = "time limit"
@@ -174,6 +200,8 @@ class BranchAndBound:
                 self.stopped = "work limit"
                 return
             self._step()
+            if self._num_programs >= self._next_look:
+                self._look_ahead()
             if self._arrivals >= self._next_dive:
                 self._dive()
 
@@ -185,10 +213,14 @@ class BranchAndBound:
         heapq.heappop(self._queue)
         for entry in found:
             self._push(*entry)
-        self._report(node, always=self.outcome.best is not best)
+        looking_at = "" if isinstance(node, LayoutNode) else str(node.p)
+        self._report(looking_at, always=self.outcome.best is not best)
 
     def _push(self, floor_s: float, node: Node) -> None:
         heapq.heappush(self._queue, (floor_s, self._arrivals, node))
+        if isinstance(node, WayNode) and node.program is None:
+            likely_s = max(floor_s, self.floors.likely_s(node.p))
+            heapq.heappush(self._unseen, (likely_s, next(self._ties), node.p))
         self._arrivals += 1
 
     def _dive(self) -> None:
@@ -211,10 +243,7 @@ class BranchAndBound:
 
     def _likeliest(self, layout: Layout) -> Parallelism | None:
         """The way of a layout that takes least, as far as is known before its program is."""
-        share = self.planner.floors.share(layout.microbatch_size, layout.ep)
-        microbatch_s = share.microbatch_s / (layout.tp * layout.cp)
-        step_s = partial(self.planner.bounds.step_s, microbatch_s=microbatch_s, device=share)
-        return min(self._ways(layout), key=step_s, default=None)
+        return min(self._ways(layout), key=self.floors.likely_s, default=None)
 
     def _price_likeliest(self, below_s: float = float("inf")) -> Solved | None:
         while self._likely and self._likely[0][0] < below_s:
@@ -226,6 +255,21 @@ class BranchAndBound:
                     self.outcome.offer(node.p, solved)
                 return solved
         return None
+
+    def _look_ahead(self) -> None:
+        """Draft the ways that seem the best of all that have no program yet."""
+        self._next_look = LOOKS_EVERY * self._num_programs
+        for _ in range(MOST_LOOKS):
+            if not self._unseen or self._unseen[0][0] >= self.outcome.best_s:
+                return
+            _, _, p = heapq.heappop(self._unseen)
+            program = self.planner.programs.program(p)
+            draft = self.planner.layer.draft(program, p)
+            if draft is not None:
+                self._note_likely(draft.bound_s, WayNode(p, program, draft=draft))
+
+    def _note_likely(self, likely_s: float, node: WayNode) -> None:
+        heapq.heappush(self._likely, (likely_s, next(self._ties), node))
 
     def _price_more(self, number: int) -> None:
         """Price more meshes until there are so many beside the best: as they come out of the queue, while
@@ -241,16 +285,16 @@ class BranchAndBound:
         """What a node turns into, each with its floor."""
         match node:
             case LayoutNode(layout, False):
-                yield max(floor_s, self._close_floor_s(layout)), LayoutNode(layout, True)
+                yield max(floor_s, self.floors.layout_s(layout)), LayoutNode(layout, True)
+                for way in self._ways(layout, overlapping=True):
+                    yield max(floor_s, self.floors.way_s(way)), WayNode(way)
             case LayoutNode(layout, True):
-                microbatch_s, device = self._microbatch_floor_s(layout), self._device(layout)
-                for way in self._ways(layout):
-                    step_s = self.planner.bounds.step_s(way, microbatch_s, device)
-                    schedule_s = self.planner.layer.schedule_floor_s(way)
-                    yield max(floor_s, step_s, schedule_s), WayNode(way)
+                for way in self._ways(layout, overlapping=False):
+                    yield max(floor_s, self.floors.way_s(way)), WayNode(way)
             case WayNode(p, None):
+                self._num_programs += 1
                 program = self.planner.programs.program(p)
-                yield max(floor_s, self._way_floor_s(p, program)), WayNode(p, program)
+                yield max(floor_s, self.floors.way_s(p, program)), WayNode(p, program)
             case WayNode(p, program, False):
                 # Memory may drive the way to other programs: what is closed here is closed for all.
                 least = program if p.tp == 1 else self.planner.programs.relaxed(p, trades=False)
@@ -265,6 +309,8 @@ class BranchAndBound:
                 yield from self._solve(floor_s, node)
             case SmallerNode():
                 yield from self._close_smaller(floor_s, node)
+            case MixedNode():
+                self._solve_mixed(node)
 
     def _draft(self, floor_s: float, node: WayNode) -> Iterator[tuple[float, Node]]:
         """Cut stages; where memory makes that slow, smaller programs may do better."""
@@ -272,8 +318,9 @@ class BranchAndBound:
         assert program is not None
         draft = self.planner.layer.draft(program, p)
         if draft is not None:
+            self._uniform_s[p] = min(draft.bound_s, self._uniform_s.get(p, float("inf")))
             drafted = node._replace(draft=draft)
-            heapq.heappush(self._likely, (draft.bound_s, self._arrivals, drafted))
+            self._note_likely(draft.bound_s, drafted)
             yield max(floor_s, draft.bound_s), drafted
         fastest_s = float("inf") if draft is None else draft.bound_s
         if p.tp > 1 and fastest_s * (1 - NEGLIGIBLE) > floor_s:
@@ -291,6 +338,7 @@ class BranchAndBound:
         # Another relaxation may have proven more than the draft.
         self.outcome.add(node.p, replace(solved, bound_s=max(solved.bound_s, floor_s)))
         if not solved.evaluated.fits:
+            self._uniform_s[node.p] = float("inf")
             self.outcome.leave(floor_s)
         yield from ()
 
@@ -304,80 +352,59 @@ class BranchAndBound:
                 yield max(floor_s, draft.bound_s), node._replace(rigour=rigour + 1)
             elif fastest_s == float("inf"):
                 self.outcome.decide(p, "out of memory")
-        elif price == len(MEMORY_PRICES) or floor_s >= fastest_s * (1 - NEGLIGIBLE):
+        elif price == len(MEMORY_PRICES):
+            self.outcome.leave(floor_s)
+            yield from self._mix(floor_s, p)
+        elif floor_s >= fastest_s * (1 - NEGLIGIBLE):
             self.outcome.leave(floor_s)
         else:
             yield floor_s, WayNode(p, self.planner.programs.program(p, price), is_close=True)
 
-    # --- floors ---------------------------------------------------------------------------------------------
+    def _mix(self, floor_s: float, p: Parallelism) -> Iterator[tuple[float, Node]]:
+        """Let the blocks of a way choose between its programs."""
+        for blend in self.planner.mixer.blends(p):
+            draft = self.planner.layer.draft(blend.program, p)
+            if draft is not None:
+                yield max(floor_s, draft.bound_s), MixedNode(p, blend, draft)
 
-    def _layout_floor_s(self, layout: Layout) -> float | None:
-        """The floor of one device's arithmetic, divided over all; None where memory cannot suffice."""
-        p = self._lightest(layout)
-        if self.planner.bounds.memory_bytes(p) > self.planner.cluster.device.memory_bytes:
-            return None
-        device = self.planner.floors.share(layout.microbatch_size, layout.ep)
-        inner = layout.tp * layout.cp
-        return self.planner.bounds.layout_s(self._freest(layout), device.microbatch_s / inner, device)
-
-    def _close_floor_s(self, layout: Layout) -> float:
-        microbatch_s = self._microbatch_floor_s(layout)
-        return self.planner.bounds.layout_s(self._freest(layout), microbatch_s, self._device(layout))
-
-    def _microbatch_floor_s(self, layout: Layout) -> float:
-        """A microbatch on all stages of one rank."""
-        size, tp, cp, ep = layout[:4]
-        floors = self.planner.floors
-        return floors.tensor_s(size, tp, ep) / cp + floors.context_s(size, tp, cp)
-
-    def _way_floor_s(self, p: Parallelism, program: Program) -> float:
-        """The same for a way, its program known."""
-        layer = self.planner.layer
-        device = self.planner.floors.device(p.microbatch_size, p.ep)
-        step_s = self.planner.bounds.step_s(p, layer.table(program).microbatch_s, device)
-        return max(step_s, layer.schedule_floor_s(p, program))
-
-    def _device(self, layout: Layout) -> StageTable:
-        return self.planner.floors.device(layout.microbatch_size, layout.ep)
-
-    def _lightest(self, layout: Layout) -> Parallelism:
-        """The way that holds least, or less."""
-        pins = self.planner.pins
-        sharded = {"zero_stage": 3, "dp_shard": layout.dp, "dp_replicate": 1}
-        if layout.dp * layout.cp == 1:
-            sharded = {"zero_stage": 0, "dp_shard": 1, "dp_replicate": 1}
-        recompute = pins.recompute if pins.recompute and not pins.recompute_modules else "mixed"
-        offload = pins.offload or "none"
-        return parallelism(**layout.degrees, **sharded, recompute=recompute, offload=offload)
-
-    def _freest(self, layout: Layout) -> Parallelism:
-        """The way that keeps least beside activations."""
-        shard = {"dp_replicate": 1, "dp_shard": layout.dp, "zero_stage": 3}
-        return parallelism(**layout.degrees, **shard, schedule="1F1B", offload="optimizer")
+    def _solve_mixed(self, node: MixedNode) -> None:
+        """Price a way with several programs, where that promises more than one for all."""
+        p, blend, draft = node
+        uniform_s = self._uniform_s.get(p, float("inf"))
+        if draft.bound_s < min(self.outcome.best_s, uniform_s * (1 - NEGLIGIBLE)):
+            solved = self.planner.mixer.solve(p, blend, draft, self.outcome.best_s)
+            if solved is not None:
+                self.outcome.offer(p, solved)
 
     # --- counting -------------------------------------------------------------------------------------------
 
-    def _ways(self, layout: Layout) -> Iterator[Parallelism]:
-        return ways(layout, self.planner.cluster, self.planner.degrees, self.planner.pins)
+    def _ways(self, layout: Layout, *, overlapping: bool | None = None) -> Iterator[Parallelism]:
+        """The ways to run a layout, or those whose schedule hides communication, or the others."""
+        for p in ways(layout, self.planner.cluster, self.planner.degrees, self.planner.pins):
+            if overlapping is None or overlapping is (p.schedule in OVERLAPPING_SCHEDULES):
+                yield p
 
-    def _count(self, layout: Layout) -> int:
-        key = (layout.pp, layout.num_microbatches, layout.dp, layout.tp, layout.cp)
+    def _count(self, layout: Layout, *, overlapping: bool | None = None) -> int:
+        key = (layout.pp, layout.num_microbatches, layout.dp, layout.tp, layout.cp, overlapping)
         if key not in self._num_ways:
-            self._num_ways[key] = sum(1 for _ in self._ways(layout))
+            self._num_ways[key] = sum(1 for _ in self._ways(layout, overlapping=overlapping))
         return self._num_ways[key]
 
     def _count_left(self) -> None:
         """What is still in the queue; a way that was decided may have another program there."""
         nodes = [node for _, _, node in self._queue]
         left = {n.p for n in nodes if not isinstance(n, LayoutNode)} - self.outcome.decided.keys()
-        layouts = sum(self._count(n.layout) for n in nodes if isinstance(n, LayoutNode))
+        layouts = sum(
+            self._count(n.layout, overlapping=False if n.is_close else None)
+            for n in nodes
+            if isinstance(n, LayoutNode)
+        )
         self.outcome.prune(self.stopped or "time floor", len(left) + layouts)
 
-    def _report(self, node: Node, *, always: bool) -> None:
+    def _report(self, looking_at: str, *, always: bool) -> None:
         if not always and self._arrivals - self._reported < REPORT_EVERY:
             return
         self._reported = self._arrivals
-        looking_at = "" if isinstance(node, LayoutNode) else str(node.p)
         gap = self.outcome.gap(self.floor_s)
         best = self.outcome.best
         self.report(Progress(self.outcome.num_decided, self.num_candidates, looking_at, best, gap))

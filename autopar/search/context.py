@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment
-from autopar.placements import Placement, Shard
+from autopar.op_kinds import without_order
+from autopar.placements import Shard
 from autopar.pricing import Pricer
 from autopar.search.axis_problem import LOSS_STATES, AxisProblem, Prices
 from autopar.search.block_ilp import MANY_MICROBATCHES, BlockIlp
 from autopar.search.cut import cheapest_cut
 from autopar.search.effort import Effort
-from autopar.search.replicas import without_order
+from autopar.search.replicas import Samples
 from autopar.strategies import Strategy, strategies
 from graphs.ir import Op, OpGraph
 
@@ -35,7 +35,7 @@ class ContextProblem(AxisProblem):
     def __init__(
         self, graph: OpGraph, size: int, prices: Prices, counts: Sequence[int], *, whole_heads: bool
     ) -> None:
-        self._samples = _split_samples(graph)
+        self._samples = Samples.of(graph)
         self._whole_heads = whole_heads
         super().__init__(graph, "cp", size, prices, counts)
 
@@ -61,9 +61,7 @@ class ContextProblem(AxisProblem):
             )
             if isinstance(state.value, Shard)
         }
-        if any(
-            name in self.graph.parameter_tensors or self._samples.get(name) == split[name] for name in split
-        ):
+        if self._samples.are_split(op, strategy) or split.keys() & self.graph.parameter_tensors.keys():
             return False
         if self.graph.loss in op.outputs:
             return strategy.results[op.outputs.index(self.graph.loss)] in LOSS_STATES
@@ -71,19 +69,6 @@ class ContextProblem(AxisProblem):
             positions = len(self.graph.tensors[op.outputs[0]].shape) + ROWS
             return all(value.dim == positions for name, value in split.items() if name in op.outputs)
         return True
-
-
-def _split_samples(graph: OpGraph) -> dict[str, Placement]:
-    """How tensors lie when samples are split."""
-    batch = max(
-        (graph.tensors[name].shape[0] for name in graph.inputs if graph.tensors[name].shape), default=1
-    )
-    if batch == 1:
-        return {}
-    parts = next(n for n in range(2, batch + 1) if batch % n == 0)
-    split = data_parallel(graph, parts)
-    states = {name: split.state_of(graph, name).value for name in graph.tensors}
-    return {name: value for name, value in states.items() if isinstance(value, Shard)}
 
 
 def is_attention(op: Op) -> bool:

@@ -150,6 +150,21 @@ def least_update_s(p: Parallelism, policy: OptimizerPolicy, pricer: Pricer) -> f
     return offloaded_update(1.0, policy, pricer.cluster).exposed_s(inf)
 
 
+def accumulation_s(elements: Elements, p: Parallelism, policy: OptimizerPolicy, pricer: Pricer) -> float:
+    """Seconds in which a rank adds a microbatch's gradients to those before, where the products that make
+    them do not."""
+    if pricer.era.fused_gradient_accumulation or p.num_microbatches == 1:
+        return 0.0
+    held = sum(elements.values()) / (p.dp_shard if p.zero_stage >= 2 else 1)
+    per_element = policy.parameter_bytes + 2 * policy.gradient_bytes
+    return pricer.work_s(0, per_element * held, torch.float32)
+
+
+def least_accumulation_s(p: Parallelism, policy: OptimizerPolicy, pricer: Pricer) -> float:
+    """What `accumulation_s` is at least for each parameter of a rank."""
+    return accumulation_s({False: int(_MANY)}, p, policy, pricer) / _MANY
+
+
 @dataclass(frozen=True, slots=True)
 class DataTraffic:
     """Seconds of communication over the data and context axes: with every forward, with every backward, and

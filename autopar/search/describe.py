@@ -1,14 +1,10 @@
-"""From what the search found to a `Plan`: names, predictions, and why the others lost."""
+"""From what the search found to a `Plan`: names and predictions."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from math import prod
+from collections.abc import Sequence
 from typing import Protocol
-
-import torch
 
 from autopar.module_paths import module_ranges
 from autopar.op_kinds import dtype_name, kind_of
@@ -16,8 +12,6 @@ from autopar.placements import RR
 from autopar.plan import (
     Alternative,
     Certificate,
-    ClusterSummary,
-    ModelSummary,
     Parallelism,
     Plan,
     Prediction,
@@ -30,25 +24,13 @@ from autopar.search.outcome import Solved
 from autopar.search.placement import rank_groups
 from autopar.search.planner import Planner
 from autopar.search.saved import MODES
-from costmodel import OptimizerPolicy, check_host, model_flops_utilization, optimizer_policy
+from autopar.search.summaries import cluster_summary, main_dtype, model_summary, tokens_per_sample
+from autopar.search.units import Unit
+from costmodel import Ledger, StageWork, check_host, model_flops_utilization
 from costmodel.orders import stage_ranks
-from graphs import Capture, CaptureError, rules
+from graphs import Capture, rules
 from graphs.ir import OpGraph
 from hardware_db import Cluster
-
-TERM_NAMES: Mapping[str, str] = {
-    "compute": "compute",
-    "recompute": "recomputation",
-    "tensor_parallel": "tensor-parallel communication",
-    "parameter_gather": "parameter gathering",
-    "send_recv": "pipeline messages",
-    "pipeline_bubble": "pipeline bubble",
-    "gradient_sync": "gradient synchronisation",
-    "optimizer": "optimizer",
-    "overhead": "overhead",
-}
-
-GB, MB = 1e9, 1e6
 
 
 class Searched(Protocol):
@@ -95,8 +77,8 @@ def build_plan(
         rank_groups=rank_groups(evaluated.parallelism, planner.cluster),
         strategies=solved.program.strategies,
         placements=parameter_placements(planner.capture.graph, solved),
-        stages=tuple(_stage_plan(evaluated, index) for index in range(len(evaluated.stages))),
-        recomputation=recomputation(planner.capture.graph, evaluated),
+        stages=_stage_plans(evaluated),
+        recomputation=recomputation(planner.capture.graph, evaluated, solved.program.key.levels),
         prediction=_prediction(planner, evaluated),
         certificate=certificate,
         alternatives=tuple(alternatives),
@@ -124,100 +106,38 @@ def parameter_placements(graph: OpGraph, solved: Solved) -> dict[str, str]:
     return found
 
 
-def training_policy(graph: OpGraph) -> OptimizerPolicy:
-    """AdamW in the precision of the model: with fp32 master weights where it is narrower than fp32."""
-    dtype = main_dtype(graph)
-    if dtype.itemsize == 8:
-        return OptimizerPolicy("adamw-fp64", 8, 8, (("exp_avg", 8), ("exp_avg_sq", 8)), 8)
-    return optimizer_policy("adamw-mixed" if dtype.itemsize <= 2 else "adamw-fp32")
-
-
-def main_dtype(graph: OpGraph) -> torch.dtype:
-    """The dtype of most parameters."""
-    counts: dict[torch.dtype, int] = {}
-    for parameter in graph.parameters:
-        tensor = graph.tensors[parameter.tensor]
-        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements
-    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
-
-
-def fingerprint(graph: OpGraph) -> str:
-    """SHA-256 of the graph's text: equal for equal models, whatever their weights."""
-    digest = hashlib.sha256()
-    for tensor in graph.tensors.values():
-        digest.update(f"{tensor.name} {tensor.shape} {tensor.dtype} {tensor.requires_grad}\n".encode())
-    for op in graph.ops:
-        digest.update(f"{op.name} {op.target} {op.args} {sorted(op.kwargs.items())} {op.outputs}\n".encode())
-    for parameter in graph.parameters:
-        digest.update(f"{parameter.name} {parameter.tensor} {parameter.aliases}\n".encode())
-    return digest.hexdigest()
-
-
-def model_summary(capture: Capture) -> ModelSummary:
-    graph = capture.graph
-    shapes = _sample_shapes(capture)
-    return ModelSummary(
-        name=graph.name,
-        fingerprint=fingerprint(graph),
-        num_parameters=graph.num_parameters,
-        dtype=dtype_name(main_dtype(graph)),
-        input_shapes=shapes,
-        tokens_per_sample=tokens_per_sample(capture),
-        num_ops=len(graph.ops),
-        flops_per_sample=graph.flops / 2,
-    )
-
-
-def _sample_shapes(capture: Capture) -> dict[str, tuple[int, ...]]:
-    try:
-        graph = capture.at(1)
-    except CaptureError:
-        graph = capture.graph
-    return {name: graph.tensors[name].shape for name in graph.inputs}
-
-
-def tokens_per_sample(capture: Capture) -> int:
-    """Positions of the first integer input of a sample, which are its tokens; 1 for models that read none."""
-    graph = capture.graph
-    for name in graph.inputs:
-        tensor = graph.tensors[name]
-        if not tensor.dtype.is_floating_point and tensor.dtype != torch.bool and len(tensor.shape) > 1:
-            return prod(tensor.shape[1:])
-    return 1
-
-
-def cluster_summary(cluster: Cluster, capture: Capture) -> ClusterSummary:
-    device = cluster.device
-    return ClusterSummary(
-        id=cluster.id,
-        name=cluster.name,
-        device=device.id,
-        num_devices=cluster.num_devices,
-        devices_per_node=cluster.devices_per_node,
-        memory_bytes=device.memory_bytes,
-        host_memory_bytes=cluster.host_memory_bytes_per_device,
-        peak_flops_per_s=device.peak_flops_per_s(dtype_name(main_dtype(capture.graph))),
-        price_usd_per_device_hour=cluster.price_usd_per_device_hour,
-    )
-
-
-def _stage_plan(evaluated: Evaluated, index: int) -> StagePlan:
-    work, units = evaluated.stages[index], evaluated.units(index)
+def _stage_plans(evaluated: Evaluated) -> tuple[StagePlan, ...]:
     p = evaluated.parallelism
-    rank = stage_ranks(p.schedule, p.pp, p.num_virtual_stages)[index]
+    ranks = stage_ranks(p.schedule, p.pp, p.num_virtual_stages)
+    ledgers = (evaluated.ledgers[rank] for rank in ranks)
+    return tuple(
+        stage_plan(index, evaluated.units(index), work, ledger)
+        for index, (work, ledger) in enumerate(zip(evaluated.stages, ledgers, strict=True))
+    )
+
+
+def stage_plan(
+    index: int, units: Sequence[Unit], work: StageWork, ledger: Ledger, pool: str | None = None
+) -> StagePlan:
+    """A stage, on one of several pools or on the only one, with the ledger of its device."""
     return StagePlan(
         index=index,
         first_op=units[0].first_op,
         modules=module_ranges(module for unit in units for module in unit.modules),
         forward_s=work.forward_s + work.forward_communication_s,
         backward_s=work.recompute_s + work.backward_s + work.backward_communication_s,
-        memory_bytes=dict(evaluated.ledgers[rank].entries),
+        memory_bytes=dict(ledger.entries),
+        pool=pool,
     )
 
 
-def recomputation(graph: OpGraph, evaluated: Evaluated) -> tuple[Recomputation, ...]:
-    """What blocks compute again, those together that do the same; `graph` is the captured one."""
-    classes = {block.path: block.block_class for block in graph.blocks}
+def recomputation(
+    graph: OpGraph, evaluated: Evaluated, levels: Sequence[int] = ()
+) -> tuple[Recomputation, ...]:
+    """What blocks compute again, those together that do the same; `graph` is the captured one, and `levels`
+    tell programs of blocks apart where these differ."""
+    pairs = zip(graph.blocks, levels or (0,) * len(graph.blocks), strict=True)
+    forms = {block.path: (block.block_class, level) for block, level in pairs}
     groups: dict[tuple[object, ...], tuple[list[str], tuple[str, ...]]] = {}
     for unit, choice in zip(evaluated.chain.units, evaluated.choices, strict=True):
         if not unit.is_block or choice == "none":
@@ -228,7 +148,7 @@ def recomputation(graph: OpGraph, evaluated: Evaluated) -> tuple[Recomputation, 
             continue
         kept = unit.kept[choice]
         places = tuple(place for place, result in enumerate(unit.results) if result.name in kept)
-        key = ("kept", classes[path], len(unit.results), places)
+        key = ("kept", forms[path], len(unit.results), places)
         groups.setdefault(key, ([], kept))[0].append(path)
     return tuple(
         Recomputation.model_validate(
@@ -254,22 +174,29 @@ def _result_label(graph: OpGraph, name: str, block: str) -> str:
 
 
 def _prediction(planner: Planner, evaluated: Evaluated) -> Prediction:
-    p = evaluated.parallelism
-    graph = planner.capture.graph
-    step_s = evaluated.step_s
-    flops = 3 * graph.flops / 2 * p.global_batch  # a backward is two forwards
-    peak = planner.cluster.device.peak_flops_per_s(dtype_name(main_dtype(graph)))
+    p, capture, step_s = evaluated.parallelism, planner.capture, evaluated.step_s
+    peak = planner.cluster.device.peak_flops_per_s(dtype_name(main_dtype(capture.graph)))
     return Prediction(
         software=planner.evaluator.era.name,
         step_s=step_s,
         terms_s=dict(evaluated.step.terms),
-        tokens_per_s=tokens_per_sample(planner.capture) * p.global_batch / step_s,
-        model_flops_per_s_per_device=flops / step_s / p.world_size,
-        mfu=model_flops_utilization(flops, step_s, p.world_size, peak),
+        **rates(capture, p.global_batch, step_s, p.world_size, peak),
         peak_memory_bytes=evaluated.peak_memory_bytes,
         host_memory_bytes=host_memory_bytes(evaluated, planner.cluster),
         single_device_step_s=_single_device_step_s(planner, p),
     )
+
+
+def rates(
+    capture: Capture, num_samples: int, step_s: float, num_devices: int, peak_flops_per_s: float
+) -> dict[str, float]:
+    """Tokens a second, the model's FLOPs a second on each device, and their share of the peak (MFU)."""
+    flops = 3 * capture.graph.flops / 2 * num_samples  # a backward is two forwards
+    return {
+        "tokens_per_s": tokens_per_sample(capture) * num_samples / step_s,
+        "model_flops_per_s_per_device": flops / step_s / num_devices,
+        "mfu": model_flops_utilization(flops, step_s, num_devices, peak_flops_per_s),
+    }
 
 
 def host_memory_bytes(evaluated: Evaluated, cluster: Cluster) -> float:
@@ -285,68 +212,6 @@ def _single_device_step_s(planner: Planner, p: Parallelism) -> float:
         microbatch_size=p.microbatch_size, num_microbatches=p.global_batch // p.microbatch_size
     )
     return planner.evaluator.evaluate(planner.programs.program(alone).chain, alone, (0,)).step_s
-
-
-def alternative(label: str, solved: Solved, best: Evaluated) -> Alternative:
-    """A runner-up and why it lost."""
-    evaluated = solved.evaluated
-    return Alternative(
-        label=label,
-        parallelism=Parallelism.model_validate(evaluated.parallelism.model_dump()),
-        step_s=evaluated.step_s,
-        peak_memory_bytes=evaluated.peak_memory_bytes,
-        reason=_why_worse(evaluated, best),
-    )
-
-
-def impossible_baseline(label: str, global_batch: int, num_devices: int) -> Alternative:
-    """Plain data parallelism over all devices, where the batch does not divide over them."""
-    sharded = label == "FSDP"
-    return Alternative(
-        label=label,
-        parallelism=Parallelism(
-            dp_shard=num_devices if sharded else 1,
-            dp_replicate=1 if sharded else num_devices,
-            zero_stage=3 if sharded else 0,
-        ),
-        step_s=None,
-        peak_memory_bytes=None,
-        reason=f"a global batch of {global_batch} does not divide over {num_devices} replicas",
-    )
-
-
-def _why_worse(evaluated: Evaluated, best: Evaluated) -> str:
-    if not evaluated.fits:
-        return memory_excess(evaluated)
-    if evaluated.parallelism == best.parallelism:
-        return "this is the plan"
-    extra = {name: seconds - best.step.terms[name] for name, seconds in evaluated.step.terms.items()}
-    worst = max(extra, key=lambda name: extra[name])
-    ratio = evaluated.step_s / best.step_s
-    factor = f"{ratio:.2f}x slower" if ratio >= 1.005 else f"{100 * (ratio - 1):.1g} % slower"
-    return f"{factor}: {TERM_NAMES[worst]} +{duration(extra[worst])}"
-
-
-def memory_excess(evaluated: Evaluated) -> str:
-    """By how much a candidate exceeds memory, and its largest entries."""
-    if evaluated.excess_bytes == evaluated.host_excess_bytes:
-        return f"out of the host's memory by {size(evaluated.excess_bytes)}: offloaded optimizer states"
-    fullest = max(evaluated.ledgers, key=lambda ledger: ledger.total_bytes)
-    entries = sorted(fullest.entries.items(), key=lambda entry: -entry[1])
-    largest = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in entries[:2])
-    return f"out of memory by {size(evaluated.excess_bytes)} in the {fullest.moment}: {largest}"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / GB:.1f} GB" if num_bytes >= 0.1 * GB else f"{num_bytes / MB:.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds >= 0.1:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{1e3 * seconds:.2g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.2g} us"
 
 
 def rule_warnings(graph: OpGraph) -> tuple[str, ...]:

@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-import torch
-
 from autopar.errors import InvalidParallelismError
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer
-from autopar.search.data_axes import data_groups, data_traffic, host_excess_bytes, mesh_groups, optimizer_s
+from autopar.search.data_axes import (
+    accumulation_s,
+    data_groups,
+    data_traffic,
+    host_excess_bytes,
+    mesh_groups,
+    optimizer_s,
+)
 from autopar.search.ledger import rank_ledgers
 from autopar.search.pieces import Choices, Piece, Pieces
 from autopar.search.saved import MODES
@@ -165,7 +170,7 @@ class Evaluator:
     def _priced_work(self, piece: Piece, choices: Choices, p: Parallelism, pricer: Pricer) -> StageWork:
         traffic = data_traffic(piece.buckets, p, pricer, self.policy)
         cost, exposed = piece.cost, 1 - self.era.tensor_parallel_overlap
-        backward_s = cost.backward_s + self._accumulation_s(piece, p, pricer)
+        backward_s = cost.backward_s + accumulation_s(piece.elements, p, self.policy, pricer)
         return StageWork(
             forward_s=cost.forward_s,
             backward_s=backward_s,
@@ -180,14 +185,6 @@ class Evaluator:
             num_units=piece.num_sharding_units,
             weight_s=cost.weight_s,
         )
-
-    def _accumulation_s(self, piece: Piece, p: Parallelism, pricer: Pricer) -> float:
-        """Adding a microbatch's gradients to those before, where the products that make them do not."""
-        if self.era.fused_gradient_accumulation or p.num_microbatches == 1:
-            return 0.0
-        held = sum(piece.elements.values()) / (p.dp_shard if p.zero_stage >= 2 else 1)
-        per_element = self.policy.parameter_bytes + 2 * self.policy.gradient_bytes
-        return pricer.work_s(0, per_element * held, torch.float32)
 
 
 def _chosen(pieces: Pieces, p: Parallelism, choices: Sequence[str] | None) -> tuple[Parallelism, Choices]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autopar.search.programs import Program, Programs
-from autopar.search.stages import StageTable
+from autopar.search.stage_table import StageTable
 
 POWER_OF_TWO = 32
 """Block problems are made for a multiple of all sizes that no higher power of two divides, if that will do:
@@ -33,8 +33,8 @@ class Share:
     part: float
 
     @property
-    def microbatch_s(self) -> float:
-        return self.part * self.whole.microbatch_s
+    def computed_s(self) -> float:
+        return self.part * self.whole.computed_s
 
     @property
     def weight_s(self) -> float:
@@ -79,6 +79,15 @@ class Floors:
         if (tp, multiple) not in self._tensor_s:
             self._tensor_s[tp, multiple] = self.programs.floor_s(multiple, tp) / multiple
         return max(device_s, microbatch_size * self._tensor_s[tp, multiple])
+
+    def computed_s(self, microbatch_size: int, tp: int, ep: int) -> float:
+        """What of that is arithmetic, whatever strategies communicate."""
+        device_s = self.device(microbatch_size, ep).computed_s / tp
+        if ep > 1 or tp == 1:
+            return device_s
+        multiple = self._multiple(microbatch_size)
+        computed_s = self.programs.computed_floor_s(multiple, tp) * microbatch_size / multiple
+        return max(device_s, computed_s)
 
     def _multiple(self, microbatch_size: int) -> int:
         multiple = self.largest

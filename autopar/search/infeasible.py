@@ -8,11 +8,11 @@ from math import ceil
 
 from autopar.errors import InfeasibleError, PinConflictError
 from autopar.plan import Parallelism
-from autopar.search.describe import GB, MB, size
 from autopar.search.outcome import Solved, better
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner, SearchResult
 from autopar.search.space import ways
+from autopar.search.wording import GB, MB, size
 from hardware_db import Cluster
 
 NUM_PROBES = 8
@@ -25,8 +25,10 @@ FACTORS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """By how much larger clusters are tried."""
 
 
-def infeasible(planner: Planner, result: SearchResult) -> InfeasibleError:
-    """The error to raise, after trying what would help."""
+def infeasible(
+    planner: Planner, result: SearchResult, *, before: str = "", after: str = ""
+) -> InfeasibleError:
+    """The error to raise, after trying what would help; `before` and `after` are what else to say."""
     nearest = smallest(planner)
     evaluated = nearest.evaluated
     fullest = max(evaluated.ledgers, key=lambda ledger: ledger.total_bytes)
@@ -43,7 +45,8 @@ def infeasible(planner: Planner, result: SearchResult) -> InfeasibleError:
         f"{size(device.memory_bytes)} of {device.name}. The largest part is {limit}, {size(limit_bytes)}. "
         f"What helps: {'; '.join(helps)}."
     )
-    return InfeasibleError(message, limit=limit, excess_bytes=excess, relaxations=helps)
+    told = " ".join(filter(None, (before, message, after)))
+    return InfeasibleError(told, limit=limit, excess_bytes=excess, relaxations=helps)
 
 
 def smallest(planner: Planner) -> Solved:

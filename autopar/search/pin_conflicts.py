@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from autopar.errors import InvalidParallelismError, PinConflictError
 from autopar.placements import Shard
-from autopar.plan import PLANNED_SCHEDULES
 from autopar.search.module_patterns import covers, generalized, nearest
 from autopar.search.pin_placement import PINNED_AXES, PinnedPlacement
 from autopar.search.pin_rules import covered_parameters, placements_of
@@ -42,7 +41,7 @@ def check_pins(pins: Pins, graph: OpGraph, num_devices: int, global_batch: int) 
 
 def check_emitted(pins: Pins) -> None:
     """Raises PinConflictError for what no program can be written for yet."""
-    emitted: dict[str, tuple[object, ...]] = {"schedule": PLANNED_SCHEDULES, "cp": (1,), "ep": (1,)}
+    emitted: dict[str, tuple[object, ...]] = {"cp": (1,), "ep": (1,)}
     for name, values in emitted.items():
         value = getattr(pins, name)
         if value is not None and value not in values:

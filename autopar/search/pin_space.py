@@ -21,7 +21,8 @@ from autopar.search.pinned import BytesMoved
 from autopar.search.pins import Pins
 from autopar.search.replicas import Replica
 from autopar.search.space import Layout
-from autopar.search.stages import Options, Where
+from autopar.search.stage_table import Options
+from autopar.search.stages import Where
 from autopar.search.units import RECOMPUTE_MODES, Unit
 from graphs.ir import OpGraph
 

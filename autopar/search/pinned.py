@@ -18,6 +18,7 @@ from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment
 from autopar.op_kinds import kind_of
 from autopar.placements import Shard
+from autopar.pricing import OpCost
 from autopar.search.axis_problem import AxisProblem
 from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp
 from autopar.search.replicas import SEQUENCE, context_parallel
@@ -105,14 +106,17 @@ class BytesMoved:
     def traffic(self, graph: OpGraph) -> Traffic:
         return EVERYTHING_TOUCHES_MEMORY
 
-    def op_s(self, local: OpGraph, traffic: Traffic) -> float:
+    def op(self, local: OpGraph, traffic: Traffic) -> OpCost:
         touched = sum(
             local.tensors[name].num_bytes
             for op in local.ops
             if kind_of(op, local.tensors) not in ("view", "communication")
             for name in dict.fromkeys((*op.inputs, *op.outputs))
         )
-        return LOCAL_WORK * (touched + sum(op.flops for op in local.ops))
+        return OpCost(LOCAL_WORK * (touched + sum(op.flops for op in local.ops)))
+
+    def seconds(self, cost: OpCost) -> float:
+        return cost.total_s
 
     def conversion_s(self, how: Conversion, num_bytes: float) -> float:
         return sum(self._sent(kind, num_bytes) for kind in (how.forward, how.backward) if kind is not None)

@@ -18,6 +18,7 @@ from autopar.search.evaluate import Evaluator
 from autopar.search.experts import num_experts
 from autopar.search.floors import Floors
 from autopar.search.given import even_cuts
+from autopar.search.mixed import Mixer
 from autopar.search.outcome import Solved, better, rank
 from autopar.search.pin_conflicts import minimal_conflict
 from autopar.search.pin_space import PinSpace
@@ -36,6 +37,7 @@ from autopar.search.space import (
     ways,
 )
 from autopar.search.staging import StageLayer
+from autopar.search.way_floors import WayFloors
 from costmodel import OptimizerPolicy, Software
 from graphs import Capture
 from graphs.ir import OpGraph, Tensor
@@ -116,7 +118,7 @@ class Planner:
     def under(self, pins: Pins) -> Planner:
         """The same search under other pins; what these do not change is shared."""
         other = copy(self)
-        for name in ("degrees", "layouts", "floors"):
+        for name in ("degrees", "layouts", "floors", "way_floors", "mixer"):
             vars(other).pop(name, None)
         other.pins, other.pin_space = pins, PinSpace(pins, self.capture.graph)
         if pins.placements != self.pins.placements:
@@ -140,11 +142,9 @@ class Planner:
         fewest, most = self.pin_space.num_stages(self.num_units)
         tp = self.pin_space.tensor_degrees(self._tensor_degrees())
         num_blocks = len(self.capture.graph.blocks)
-        free = Degrees(tp, (1,), (1,), most, fewest, num_blocks, programs_only=not self.whole_space)
-        if free.programs_only:
-            return free
         ep = tuple(n for n in divisors(experts) if self.cluster.num_devices % n == 0) if experts else (1,)
-        return free._replace(cp=self._context_degrees(), ep=ep)
+        cp, programs_only = self._context_degrees(), not self.whole_space
+        return Degrees(tp, cp, ep, most, fewest, num_blocks, programs_only=programs_only)
 
     def _tensor_degrees(self) -> tuple[int, ...]:
         """Degrees within reach by which most of the parameters can be split."""
@@ -194,6 +194,16 @@ class Planner:
         """Floors on a microbatch's time."""
         common = lcm(*(layout.microbatch_size for layout in self.layouts))
         return Floors(self.programs, common, self.layer.table)
+
+    @cached_property
+    def way_floors(self) -> WayFloors:
+        """Floors on the step of layouts and ways."""
+        return WayFloors(self.floors, self.bounds, self.layer, self.pins)
+
+    @cached_property
+    def mixer(self) -> Mixer:
+        """Plans of several programs."""
+        return Mixer(self.programs, self.layer)
 
     # --- the search -----------------------------------------------------------------------------------------
 

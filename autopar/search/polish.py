@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from autopar.search.evaluate import Evaluated
-from autopar.search.stages import StageTable, Where
+from autopar.search.stage_table import StageTable
+from autopar.search.stages import Where
 from autopar.search.variants import InFlight, Variants
 
 NUM_TAKERS = 3

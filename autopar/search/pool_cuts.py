@@ -8,11 +8,10 @@ step, O_ij what the stage itself has to do then,
 
     V_ij = A_i + B_ij + max(R_i, O_ij)
 
-    best_1(i) = V_il        best_s(i) = min over j of max(V_ij, best_{s-1}(j))
-
-is exact for stages up to seam l. P depends on the seams alone, so they are gone through one by one, those
-first that promise most. Where leg q takes W_q of a microbatch, with n stages and S_{q+1} seconds of it after
-it, one round trip after the first makes
+and the cuts whose largest V is least (`autopar.search.stages.cheapest`) are exact for stages between seams. P
+depends on the seams alone, so they are gone through one by one, those first that promise most. Where leg q
+takes W_q of a microbatch, with n stages and S_{q+1} seconds of it after it, one round trip after the first
+makes
 
     P + S_{q+1} + (m - 1 - n) W_q / p_q      and      A_q + W_q / (1 - (1 - 1/m)^p_q) + R_q
 
@@ -30,10 +29,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autopar.search.runs import Array
 from autopar.search.stage_times import StageTimes, busy_s
+from autopar.search.stages import cheapest
 
-Vector = NDArray[np.float64]
-Matrix = NDArray[np.float64]
 Seams = NDArray[np.int_]
 
 
@@ -46,14 +45,14 @@ class LegTimes:
     microbatches are in flight.
     """
 
-    before_s: tuple[Vector, Vector]
-    send_s: Vector
+    before_s: tuple[Array, Array]
+    send_s: Array
     num_stages: int
     in_flight: tuple[int, ...] = ()
     ways: Sequence[Sequence[StageTimes]] = ()
 
     @classmethod
-    def of(cls, forward_s: Vector, backward_s: Vector, num_stages: int) -> LegTimes:
+    def of(cls, forward_s: Array, backward_s: Array, num_stages: int) -> LegTimes:
         """The leg with these times of units, without messages."""
         before_s = (np.append(0.0, np.cumsum(forward_s)), np.append(0.0, np.cumsum(backward_s)))
         return cls(before_s, np.zeros_like(forward_s), num_stages)
@@ -99,7 +98,7 @@ def best_cuts(legs: Sequence[LegTimes], num_microbatches: int, cutoff_s: float =
     return best
 
 
-def seam_floors(legs: Sequence[LegTimes], num_microbatches: int) -> tuple[Vector, Seams]:
+def seam_floors(legs: Sequence[LegTimes], num_microbatches: int) -> tuple[Array, Seams]:
     """What no cuts between seams undercut, and the seams, 0 and the number of units included: a row each."""
     m = num_microbatches
     seams = _all_seams(len(legs[0].send_s), tuple(leg.num_stages for leg in legs))
@@ -147,12 +146,13 @@ def _between(legs: Sequence[LegTimes], seams: Sequence[int], m: int, limit_s: fl
         if not first:
             once_s = min(_first_once_s(leg, stages, last, offsets, m, limit_s) for stages in leg.ways)
             offsets = offsets._replace(first_once_s=once_s)
-        found = [_cut_leg(leg, stages, first, last, offsets, m) for stages in leg.ways]
-        way = min(range(len(found)), key=lambda number: found[number][0])
-        bound_s = max(bound_s, found[way][0])
-        if bound_s >= limit_s:
+        tried = (cheapest(_values(leg, stages, first, last, offsets, m)) for stages in leg.ways)
+        found = {number: cut for number, cut in enumerate(tried) if cut is not None}
+        way = min(found, key=lambda number: found[number].bound_s, default=None)
+        if way is None or found[way].bound_s >= limit_s:
             return None
-        cuts += found[way][1]
+        bound_s = max(bound_s, found[way].bound_s)
+        cuts += [first + cut for cut in found[way].cuts]
         ways.append(way)
         offsets = offsets.plus(*(float(before[last] - before[first]) for before in leg.before_s))
     return RouteCut(tuple(cuts), tuple(ways), bound_s)
@@ -172,33 +172,23 @@ def _first_once_s(
 ) -> float:
     """The least that the first stage does once a step if the others stay below the limit; infinite where they
     cannot."""
-    rest_s = _suffixes(_values(leg, stages, 0, last, offsets, m))[1]
+    rest_s = np.where(np.arange(last + 1) < last, np.inf, 0.0)
+    for values in reversed(_values(leg, stages, 0, last, offsets, m)[1:]):
+        rest_s = np.maximum(values, rest_s).min(axis=1)
     once_s = stages[0].once_s[0, : last + 1]
     return float(np.min(once_s[1:], initial=np.inf, where=rest_s[1:] < limit_s))
 
 
-def _cut_leg(
-    leg: LegTimes, stages: Sequence[StageTimes], first: int, last: int, offsets: Offsets, m: int
-) -> tuple[float, list[int]]:
-    """The least that the slowest stage of units [first, last) takes, and where the stages then begin."""
-    values = _values(leg, stages, first, last, offsets, m)
-    best = _suffixes(values)
-    begins = [0]
-    for stage, rest_s in zip(values[:-1], best[1:], strict=False):
-        begins.append(int(np.maximum(stage[begins[-1]], rest_s).argmin()))
-    return float(best[0][0]), [first + begin for begin in begins]
-
-
 def _values(
     leg: LegTimes, stages: Sequence[StageTimes], first: int, last: int, offsets: Offsets, m: int
-) -> list[Matrix]:
+) -> list[Array]:
     """V of the runs of units [first, last), for each stage."""
     here = slice(first, last + 1)
     forward_s, backward_s = (before[here] - before[first] for before in leg.before_s)
     arrival_s, return_s = offsets.arrival_s + forward_s, offsets.return_s + backward_s
     after_s = offsets.path_s - arrival_s - return_s
     no_run = np.tri(len(arrival_s), dtype=bool)
-    known: dict[tuple[int, int], Matrix] = {}
+    known: dict[tuple[int, int], Array] = {}
     keys = [(id(times), flight) for times, flight in zip(stages, leg.in_flight, strict=True)]
     for key, times in zip(keys, stages, strict=True):
         if key in known:
@@ -208,12 +198,3 @@ def _values(
         values_s = arrival_s[:, None] + busy_s(own, after_s, m, key[1]) + last_s
         known[key] = np.where(no_run, np.inf, values_s)
     return [known[key] for key in keys]
-
-
-def _suffixes(values: Sequence[Matrix]) -> list[Vector]:
-    """For each stage, and none after the last, the least that the slowest from there on takes, by the unit
-    with which it begins."""
-    best = [np.where(np.arange(len(values[0])) < len(values[0]) - 1, np.inf, 0.0)]
-    for stage in reversed(values):
-        best.append(np.maximum(stage, best[-1]).min(axis=1))
-    return best[::-1]

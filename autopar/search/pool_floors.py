@@ -17,7 +17,7 @@ from autopar.search.pool_cuts import LegTimes, seam_floors
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_routes import Leg, Route
 from autopar.search.space import parallelism
-from autopar.search.stages import StageTable
+from autopar.search.stage_table import StageTable
 
 SMALL = 4
 """The microbatch that stands for those that divide it."""
@@ -40,10 +40,7 @@ class RouteFloors:
         """No more blocks fit the devices of a leg."""
         if leg not in self._capacity:
             planner, layout = self.legs.planners[leg.pool], leg.layout
-            offload = planner.pins.offload or "none"
-            sharded = parallelism(
-                tp=layout.tp, cp=layout.cp, ep=layout.ep, dp_shard=layout.dp, zero_stage=3, offload=offload
-            )
+            sharded = parallelism(tp=layout.tp, cp=layout.cp, ep=layout.ep, dp_shard=layout.dp, zero_stage=3)
             state = planner.bounds.block_state_bytes(sharded)
             samples = layout.microbatch_size / (layout.tp * layout.cp)
             device = planner.cluster.device

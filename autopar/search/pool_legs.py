@@ -9,7 +9,6 @@ with fewer nodes limits the rate. Ranks of a tensor axis that all want the whole
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -18,13 +17,11 @@ from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluator
 from autopar.search.ledger import rank_ledgers
 from autopar.search.pieces import Pieces
-from autopar.search.pins import Pins
 from autopar.search.planner import Planner
-from autopar.search.pool_cuts import Vector
-from autopar.search.pool_routes import SCHEDULE, Leg, Route
+from autopar.search.pool_routes import Leg, Route, leg_ways
 from autopar.search.programs import Program
-from autopar.search.space import ways
-from autopar.search.stages import StageTable
+from autopar.search.runs import Array
+from autopar.search.stage_table import StageTable
 from autopar.search.units import Chain
 from costmodel import Ledger, StageWork
 from hardware_db import Pools
@@ -68,13 +65,7 @@ class Legs:
     def ways(self, leg: Leg) -> tuple[Parallelism, ...]:
         """The ways to shard a leg over its data axes: over none, the fewest or the most replicas."""
         if leg not in self._ways:
-            planner = self.planners[leg.pool]
-            pins = _leg_pins(planner.pins)
-            degrees = planner.degrees._replace(fewest_stages=1, programs_only=False)
-            found = list(ways(leg.layout, planner.cluster, degrees, pins))
-            shards = {p.dp_shard for p in found if p.zero_stage}
-            usual = {1, min(shards, default=1), max(shards, default=1)}
-            self._ways[leg] = tuple(p for p in found if p.dp_shard in usual)
+            self._ways[leg] = leg_ways(self.planners[leg.pool], leg.layout)
         return self._ways[leg]
 
     def program(self, leg: Leg, price: int) -> Program:
@@ -89,17 +80,17 @@ class Legs:
     def _any_way(self, leg: Leg) -> Parallelism:
         return self.ways(leg)[0]
 
-    def sends_s(self, route: Route, number: int, price: int) -> Vector:
+    def sends_s(self, route: Route, number: int, price: int) -> Array:
         """Seconds of the message with which leg `number` begins, for each unit that it may begin with; the
         first leg receives none."""
         crossing_s = self.crossing_s(route, number)
         if not number:
             return crossing_s
         sides = (self._gathering_s(leg, price) for leg in route.legs[number - 1 : number + 1])
-        sends_s: Vector = crossing_s + np.maximum(*sides)
+        sends_s: Array = crossing_s + np.maximum(*sides)
         return sends_s
 
-    def crossing_s(self, route: Route, number: int) -> Vector:
+    def crossing_s(self, route: Route, number: int) -> Array:
         """What of that the link takes."""
         if not number:
             return np.zeros_like(self._boundary_bytes)
@@ -107,11 +98,11 @@ class Legs:
         samples = after.layout.microbatch_size * after.layout.dp
         num_nodes = min(map(self._stage_nodes, (before, after)))
         bytes_per_s = self.pools.link_bytes_per_s * num_nodes
-        crossing_s: Vector = self.pools.link_latency_s + samples * self._boundary_bytes / bytes_per_s
+        crossing_s: Array = self.pools.link_latency_s + samples * self._boundary_bytes / bytes_per_s
         return crossing_s
 
     @cached_property
-    def _boundary_bytes(self) -> Vector:
+    def _boundary_bytes(self) -> Array:
         """What a sample brings into each unit."""
         units = self.planners[0].programs.program(Parallelism()).chain.units
         return np.array([float(unit.received_bytes) for unit in units])
@@ -121,7 +112,7 @@ class Legs:
         cluster = self.pools.pools[leg.pool]
         return cluster.num_devices / leg.layout.pp / cluster.devices_per_node
 
-    def _gathering_s(self, leg: Leg, price: int) -> Vector:
+    def _gathering_s(self, leg: Leg, price: int) -> Array:
         """Gathering on the tensor axis, at each unit before which all its ranks have the whole."""
         local = np.array([float(unit.received_bytes) for unit in self.table(leg, price).chain.units])
         whole = leg.layout.microbatch_size / leg.layout.cp * self._boundary_bytes
@@ -129,9 +120,3 @@ class Legs:
         seconds = {n: pricer.collective_s("all_gather", n, pricer.groups["tp"]) for n in set(local.tolist())}
         gathered = (local > 0.5 * whole) & (leg.layout.tp > 1)
         return np.where(gathered, [seconds[num_bytes] for num_bytes in local.tolist()], 0.0)
-
-
-def _leg_pins(pins: Pins) -> Pins:
-    """The pins without those that are about the whole pipeline."""
-    forbid = {name: values for name, values in pins.forbid.items() if name not in ("schedule", "pp")}
-    return replace(pins, pp=None, schedule=SCHEDULE, num_virtual_stages=None, forbid=forbid)

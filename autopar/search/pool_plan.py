@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from math import fsum
 
 from autopar.errors import InfeasibleError
-from autopar.module_paths import module_ranges
 from autopar.plan import (
     Alternative,
     Certificate,
@@ -19,91 +18,87 @@ from autopar.plan import (
     Recomputation,
     StagePlan,
 )
+from autopar.search.alternatives import alternatives
+from autopar.search.attempts import PlannerOf, agree
 from autopar.search.describe import (
-    alternative,
     build_plan,
     certificate,
-    cluster_summary,
-    duration,
-    model_summary,
     parameter_placements,
+    rates,
     recomputation,
     rule_warnings,
-    tokens_per_sample,
+    stage_plan,
 )
 from autopar.search.infeasible import infeasible
 from autopar.search.placement import rank_groups
-from autopar.search.planner import Planner
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_prices import PricedLeg, PricedRoute, Prices
 from autopar.search.pools import PoolSearch, PoolsResult, Report
-from costmodel import model_flops_utilization
+from autopar.search.summaries import cluster_summary, model_summary
+from autopar.search.wording import duration
 from hardware_db import Pools
 from hardware_db.pools import collective_library
 
-RELATIVE_ERROR = 1e-3
-"""By how much the shallow model of the search may differ from the full one."""
 
-
-def plan_pools(
-    planners: Sequence[Planner],
-    pools: Pools,
-    *,
-    time_limit_s: float | None = None,
-    report: Report | None = None,
-) -> Plan | None:
-    """The best plan for pools, each with its planner, whose batch and pins are the same; None where the
-    shallow model of the search did not tell the truth about the full one.
-
-    Raises as `autopar.plan`.
-    """
+def plan_pools(planner_of: PlannerOf, pools: Pools, time_limit_s: float | None, report: Report) -> Plan:
+    """The best plan for pools: by a search of the shallow model, or of the full one where that did not tell
+    the truth. Raises as `autopar.plan`."""
     started = time.monotonic()
-    legs = Legs(planners, pools)
-    search = PoolSearch(legs, planners[0].global_batch, planners[0].pins, time_limit_s, report)
-    result = search.run()
-    if result.best is not None:
-        best = Prices(legs).finished(result.best)
-        proof = certificate(result, best.step_s, legs.effort, time.monotonic() - started)
-        return _pipeline(legs, best, proof, result) if _agree(best, result.best) else None
+    for shorten in (True, False):
+        legs = Legs([planner_of(pool, shorten) for pool in pools.pools], pools)
+        result = PoolSearch(legs, time_limit_s, report).run()
+        plan = _through(legs, result, started) if result.best is not None else _alone(legs, result, started)
+        if plan is not None:
+            return plan
+    raise AssertionError("at full depth the search prices what the plan is made of")
+
+
+def _through(legs: Legs, result: PoolsResult, started: float) -> Plan | None:
+    """The plan of a pipeline through pools; None where it takes another time at full depth."""
+    assert result.best is not None
+    best = Prices(legs).finished(result.best)
+    if not best.fits or not agree(best.step_s, result.best.step_s):
+        return None
+    proof = certificate(result, best.step_s, legs.effort, time.monotonic() - started)
+    return _pipeline(legs, best, proof, result)
+
+
+def _alone(legs: Legs, result: PoolsResult, started: float) -> Plan | None:
+    """The plan for one pool; None where it takes another time at full depth."""
     if result.alone is None:
         raise _infeasible(legs, result)
     pool, found = result.alone
     assert found.best is not None, "a pool by itself counts only with a plan"
-    solved = planners[pool].finish(found.best)
+    planner = legs.planners[pool]
+    solved = planner.finish(found.best)
     step_s = solved.evaluated.step_s
-    if abs(step_s - found.best.evaluated.step_s) > RELATIVE_ERROR * step_s or not solved.evaluated.fits:
+    if not solved.evaluated.fits or not agree(step_s, found.best.evaluated.step_s):
         return None
-    others = [(str(each.parallelism), each) for each in found.runners_up]
-    others += [(name, each) for name, each in found.baselines.items() if each is not None]
-    idle = " and ".join(each.id for number, each in enumerate(pools.pools) if number != pool)
+    idle = " and ".join(each.id for number, each in enumerate(legs.pools.pools) if number != pool)
     return build_plan(
-        planners[pool],
+        planner,
         solved,
         certificate(result, step_s, legs.effort, time.monotonic() - started),
-        [alternative(label, each, solved.evaluated) for label, each in others],
+        alternatives(planner, found, solved.evaluated),
         [f"{idle} stays idle: every pipeline through it takes longer"],
     )
-
-
-def _agree(full: PricedRoute, short: PricedRoute) -> bool:
-    """Whether the shallow model told the truth about the full one."""
-    return full.fits and abs(full.step_s - short.step_s) <= RELATIVE_ERROR * full.step_s
 
 
 def _pipeline(legs: Legs, best: PricedRoute, certificate: Certificate, result: PoolsResult) -> Plan:
     """The plan of a pipeline through pools, priced at full depth."""
     capture = legs.planners[0].capture
     pools = tuple(_pool_plan(legs, best, number) for number in range(len(best.legs)))
+    cluster = _whole_cluster(legs, best, pools)
     return Plan(
         model=model_summary(capture),
-        cluster=_whole_cluster(legs, best, pools),
+        cluster=cluster,
         parallelism=_parallelism(best.legs[0].parallelism, pp=len(best.cuts)),
         strategies=pools[0].strategies,
         placements=pools[0].placements,
         stages=_stage_plans(best, pools),
         pools=pools,
         recomputation=_recomputation(legs, best),
-        prediction=_prediction(legs, best, pools),
+        prediction=_prediction(legs, best, cluster),
         certificate=certificate,
         alternatives=tuple(_alternative(other, best) for other in result.runners_up),
         warnings=rule_warnings(capture.graph),
@@ -155,24 +150,11 @@ def _whole_cluster(legs: Legs, priced: PricedRoute, pools: Sequence[PoolPlan]) -
 
 
 def _stage_plans(priced: PricedRoute, pools: Sequence[PoolPlan]) -> tuple[StagePlan, ...]:
-    stages = []
-    for leg, pool in zip(priced.legs, pools, strict=True):
-        units = leg.program.chain.units
-        ends = (*priced.cuts, len(units))
-        for index, (work, ledger) in enumerate(zip(leg.stages, leg.ledgers, strict=True), pool.first_stage):
-            mine = units[ends[index] : ends[index + 1]]
-            stages.append(
-                StagePlan(
-                    index=index,
-                    first_op=mine[0].first_op,
-                    modules=module_ranges(module for unit in mine for module in unit.modules),
-                    forward_s=work.forward_s + work.forward_communication_s,
-                    backward_s=work.recompute_s + work.backward_s + work.backward_communication_s,
-                    memory_bytes=dict(ledger.entries),
-                    pool=pool.cluster.id,
-                )
-            )
-    return tuple(stages)
+    return tuple(
+        stage_plan(index, priced.solved(number).evaluated.units(index), work, ledger, pool.cluster.id)
+        for number, (leg, pool) in enumerate(zip(priced.legs, pools, strict=True))
+        for index, (work, ledger) in enumerate(zip(leg.stages, leg.ledgers, strict=True), pool.first_stage)
+    )
 
 
 def _recomputation(legs: Legs, priced: PricedRoute) -> tuple[Recomputation, ...]:
@@ -181,20 +163,15 @@ def _recomputation(legs: Legs, priced: PricedRoute) -> tuple[Recomputation, ...]
     return tuple(part for each in solved for part in recomputation(graph, each.evaluated))
 
 
-def _prediction(legs: Legs, priced: PricedRoute, pools: Sequence[PoolPlan]) -> Prediction:
-    capture = legs.planners[0].capture
-    batch = priced.legs[0].parallelism.global_batch
-    flops = 3 * capture.graph.flops / 2 * batch  # a backward is two forwards
-    cluster = _whole_cluster(legs, priced, pools)
+def _prediction(legs: Legs, priced: PricedRoute, cluster: ClusterSummary) -> Prediction:
+    capture, num_samples = legs.planners[0].capture, priced.legs[0].parallelism.global_batch
     terms_s = dict(priced.step.terms)
     terms_s["send_recv"] += priced.step_s - priced.step.total_s
     return Prediction(
         software=legs.evaluators[0].era.name,
         step_s=priced.step_s,
         terms_s=terms_s,
-        tokens_per_s=tokens_per_sample(capture) * batch / priced.step_s,
-        model_flops_per_s_per_device=flops / priced.step_s / cluster.num_devices,
-        mfu=model_flops_utilization(flops, priced.step_s, cluster.num_devices, cluster.peak_flops_per_s),
+        **rates(capture, num_samples, priced.step_s, cluster.num_devices, cluster.peak_flops_per_s),
         peak_memory_bytes=_peak_bytes(_fullest(priced)),
     )
 
@@ -210,19 +187,15 @@ def _fullest(priced: PricedRoute) -> PricedLeg:
 
 def _infeasible(legs: Legs, result: PoolsResult) -> InfeasibleError:
     """Why nothing fits: no pipeline does, and the pool with most memory does not by itself."""
-    pool, found = max(
-        result.tried_alone.items(),
-        key=lambda each: (
-            legs.pools.pools[each[0]].num_devices * legs.pools.pools[each[0]].device.memory_bytes
-        ),
+    clusters = legs.pools.pools
+    pool = max(
+        result.tried_alone, key=lambda pool: clusters[pool].num_devices * clusters[pool].device.memory_bytes
     )
-    error = infeasible(legs.planners[pool], found)
     num_routes = result.num_candidates - len(legs.planners)
-    message = (
-        f"none of {num_routes} pipelines through {legs.pools.name} fits, nor does one pool alone. {error}"
-    )
-    return InfeasibleError(
-        message, limit=error.limit, excess_bytes=error.excess_bytes, relaxations=error.relaxations
+    return infeasible(
+        legs.planners[pool],
+        result.tried_alone[pool],
+        before=f"none of {num_routes} pipelines through {legs.pools.name} fits, nor does one pool alone.",
     )
 
 

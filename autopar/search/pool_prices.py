@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated
@@ -18,11 +19,22 @@ from autopar.search.pool_cuts import RouteCut
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_routes import SCHEDULE, Route
 from autopar.search.programs import Program
-from autopar.search.variants import Variants
 from costmodel import Ledger, StageWork, StepCost, peak_in_flight, step_cost
 
 NUM_REPAIRS = 6
 """How often what does not fit yet is taken off again."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """A route with all that is decided before its price: the price of memory of its programs, the units with
+    which its stages begin, 0 first, the parallelism of each leg, and the messages between legs."""
+
+    route: Route
+    memory_price: int
+    cuts: tuple[int, ...]
+    ways: tuple[Parallelism, ...]
+    crossings_s: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -48,19 +60,25 @@ class PricedLeg:
 class PricedRoute:
     """A route with its price.
 
-    `cuts` are the units with which its stages begin, 0 first, `crossings_s` the messages between legs, and
-    `link_s` the least that a link takes which carries every microbatch. With other cuts, other ways to shard,
-    or other things computed again, the route takes no less than `bound_s`.
+    `link_s` is the least that a link takes which carries every microbatch. With other cuts, other ways to
+    shard, or other things computed again, the route takes no less than `bound_s`.
     """
 
-    route: Route
-    price: int
-    cuts: tuple[int, ...]
+    course: Course
     legs: tuple[PricedLeg, ...]
-    crossings_s: tuple[float, ...]
     step: StepCost
     link_s: float
     bound_s: float = 0.0
+
+    @property
+    def route(self) -> Route:
+        """The route that was priced."""
+        return self.course.route
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """The units with which its stages begin, 0 first."""
+        return self.course.cuts
 
     @property
     def step_s(self) -> float:
@@ -98,18 +116,18 @@ class Prices:
 
     def __init__(self, legs: Legs) -> None:
         self.legs = legs
-        self._variants: dict[int, Variants] = {}
 
     def solve(self, route: Route, price: int, cut: RouteCut) -> PricedRoute:
         """The route with these cuts and ways, and what memory makes it compute again; where nothing fits,
         what comes nearest."""
-        return replace(self._with_cuts(route, price, cut.cuts, self._ways(route, cut)), bound_s=cut.bound_s)
+        ways = tuple(self.legs.ways(leg)[way] for leg, way in zip(route.legs, cut.ways, strict=True))
+        return replace(self._with_cuts(route, price, cut.cuts, ways), bound_s=cut.bound_s)
 
     def polished(self, priced: PricedRoute) -> PricedRoute:
         """The route with its cuts moved by single units as long as that helps."""
-        ways = [leg.parallelism for leg in priced.legs]
+        route, price, ways = priced.route, priced.course.memory_price, priced.course.ways
         while priced.fits:
-            near = (self._with_cuts(priced.route, priced.price, cuts, ways) for cuts in self._near(priced))
+            near = (self._with_cuts(route, price, cuts, ways) for cuts in self._near(priced))
             best = min(near, key=lambda one: one.rank, default=priced)
             if not best.fits or best.step_s >= priced.step_s * (1 - 1e-9):
                 break
@@ -127,14 +145,11 @@ class Prices:
         """The same at full depth: with the names and numbers that a plan is made of."""
         planners = self.legs.planners
         programs = [planners[leg.pool].programs.finished(leg.program) for leg in priced.legs]
-        return self._again(priced, programs, [leg.choices for leg in priced.legs])
-
-    def _ways(self, route: Route, cut: RouteCut) -> list[Parallelism]:
-        pairs = zip(route.legs, cut.ways, strict=True)
-        return [self.legs.ways(leg)[way] for leg, way in pairs]
+        again = self._price(priced.course, programs, [leg.choices for leg in priced.legs])
+        return replace(again, bound_s=priced.bound_s)
 
     def _with_cuts(
-        self, route: Route, price: int, cuts: tuple[int, ...], ways: Sequence[Parallelism]
+        self, route: Route, price: int, cuts: tuple[int, ...], ways: tuple[Parallelism, ...]
     ) -> PricedRoute:
         crossings_s = tuple(
             float(self.legs.sends_s(route, number, price)[cuts[route.first_stage(number)]])
@@ -142,85 +157,51 @@ class Prices:
         )
         programs = [self.legs.program(leg, price) for leg in route.legs]
         bases = [self.legs.table(leg, price).base for leg in route.legs]
-        return self._fitting(self._price(route, price, cuts, ways, crossings_s, programs, bases))
-
-    def _again(
-        self, priced: PricedRoute, programs: Sequence[Program], choices: Sequence[tuple[str, ...]]
-    ) -> PricedRoute:
-        """The same cuts with other programs or choices."""
-        ways = [leg.parallelism for leg in priced.legs]
-        again = self._price(
-            priced.route, priced.price, priced.cuts, ways, priced.crossings_s, programs, choices
-        )
-        return replace(again, bound_s=priced.bound_s)
+        return self._fitting(self._price(Course(route, price, cuts, ways, crossings_s), programs, bases))
 
     def _price(
-        self,
-        route: Route,
-        price: int,
-        cuts: tuple[int, ...],
-        ways: Sequence[Parallelism],
-        crossings_s: tuple[float, ...],
-        programs: Sequence[Program],
-        choices: Sequence[tuple[str, ...]],
+        self, course: Course, programs: Sequence[Program], choices: Sequence[tuple[str, ...]]
     ) -> PricedRoute:
+        """The course with these programs, whose units keep what `choices` say."""
+        route = course.route
         legs: list[PricedLeg] = []
         sends_s: list[float] = []
-        for number, (p, program, names) in enumerate(zip(ways, programs, choices, strict=True)):
-            pool = route.legs[number].pool
+        for number, (p, program, names) in enumerate(zip(course.ways, programs, choices, strict=True)):
+            pool, first = route.legs[number].pool, route.first_stage(number)
             evaluator = self.legs.evaluators[pool]
-            sends_s += crossings_s[number - 1 : number] if number else ()
-            stages, ledgers, messages_s = evaluator.leg(
-                program.chain, p, cuts, route.first_stage(number), names
-            )
-            sends_s += messages_s
+            stages, ledgers, messages_s = evaluator.leg(program.chain, p, course.cuts, first, names)
+            sends_s += [*course.crossings_s[number - 1 : number], *messages_s]
             memory_bytes = evaluator.cluster.device.memory_bytes
             legs.append(PricedLeg(pool, p, program, names, stages, ledgers, memory_bytes))
         works = [work for leg in legs for work in leg.stages]
         evaluator = self.legs.evaluators[0]
         step = step_cost(
-            works,
-            route.num_microbatches,
-            SCHEDULE,
-            1,
-            sends_s,
-            evaluator.overlap,
-            blocking_sends=evaluator.era.blocking_sends,
-            overhead_s=evaluator.era.step_overhead_s,
-        )
-        link_s = 0.0
-        if crossings_s:
-            path_s = sum(work.forward_s + work.backward_s for work in works) + 2 * sum(sends_s)
-            link_s = path_s + (route.num_microbatches - 1) * max(crossings_s)
-        return PricedRoute(route, price, cuts, tuple(legs), crossings_s, step, link_s)
+            works, route.num_microbatches, SCHEDULE, 1, sends_s, evaluator.overlap,
+            blocking_sends=evaluator.era.blocking_sends, overhead_s=evaluator.era.step_overhead_s,
+        )  # fmt: skip
+        path_s = sum(work.forward_s + work.backward_s for work in works) + 2 * sum(sends_s)
+        link_s = path_s + (route.num_microbatches - 1) * max(course.crossings_s)
+        return PricedRoute(course, tuple(legs), step, link_s)
 
     def _fitting(self, priced: PricedRoute) -> PricedRoute:
         """The same cuts with variants that fit; the last tried where none do."""
-        freed: dict[int, float] = {}
         for _ in range(NUM_REPAIRS):
             if priced.fits:
                 break
-            choices = [self._relieved(priced, number, freed) for number in range(len(priced.legs))]
+            choices = [self._relieved(priced, number) for number in range(len(priced.legs))]
             if choices == [leg.choices for leg in priced.legs]:
                 break
-            priced = self._again(priced, [leg.program for leg in priced.legs], choices)
+            priced = self._price(priced.course, [leg.program for leg in priced.legs], choices)
         return priced
 
-    def _relieved(self, priced: PricedRoute, number: int, freed: dict[int, float]) -> tuple[str, ...]:
-        """What units of a leg keep so that its full stages hold less; `freed` is what was asked of each stage
-        so far."""
-        leg, route = priced.legs[number], priced.route
-        table = self.legs.table(route.legs[number], priced.price)
-        variants = self._variants.setdefault(id(table), Variants(table, self.legs.effort))
-        flights = peak_in_flight(SCHEDULE, len(priced.cuts), route.num_microbatches, 1)
-        ends = (*priced.cuts, table.num_units)
-        choices = list(leg.choices)
-        for stage, ledger in enumerate(leg.ledgers, route.first_stage(number)):
-            excess = ledger.total_bytes - leg.memory_bytes
-            if excess > 0:
-                freed[stage] = freed.get(stage, 0.0) + excess / (1 + table.chain.era.fragmentation)
-                units = dict.fromkeys(range(ends[stage], ends[stage + 1]), flights[stage])
-                chosen = variants.choose(units, freed[stage])
-                for unit, name in (chosen or {n: table.options[n][-1] for n in units}).items():
-                    choices[unit] = name
-        return tuple(choices)
+    def _relieved(self, priced: PricedRoute, number: int) -> tuple[str, ...]:
+        """What units of a leg keep so that its full stages hold less."""
+        leg, first = priced.legs[number], priced.route.first_stage(number)
+        flights = peak_in_flight(SCHEDULE, len(priced.cuts), priced.route.num_microbatches, 1)
+        runs = pairwise((*priced.cuts, len(leg.choices)))
+        stages = [dict.fromkeys(range(*run), flight) for run, flight in zip(runs, flights, strict=True)]
+        layer = self.legs.planners[leg.pool].layer
+        held_per_byte = layer.table(leg.program).held_per_byte
+        excess = ((ledger.total_bytes - leg.memory_bytes) / held_per_byte for ledger in leg.ledgers)
+        own = stages[first : first + leg.parallelism.pp]
+        return layer.variants(leg.program).relieved(leg.choices, own, excess)

@@ -10,13 +10,14 @@ every microbatch would cross between pools as often.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import permutations, product
 from typing import NamedTuple
 
-from autopar.plan import ScheduleName
+from autopar.plan import Parallelism, ScheduleName, has_program
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
-from autopar.search.space import Layout, divisors, runs, scale_up_size
+from autopar.search.space import Degrees, Layout, divisors, runs, scale_up_size, ways
 
 SCHEDULE: ScheduleName = "1F1B"
 
@@ -48,38 +49,62 @@ class Route(NamedTuple):
         return self.legs[0].layout.num_microbatches
 
 
-def routes(planners: Sequence[Planner], global_batch: int, pins: Pins) -> Iterator[Route]:
-    """All routes, in a fixed order. Of the pins, `pp` counts the stages of all legs, and every leg keeps to
-    the others; a `mesh`, which is of one cluster, leaves none, nor does offloading."""
-    is_possible = SCHEDULE in pins.values("schedule", (SCHEDULE,)) and 1 in pins.values(
-        "num_virtual_stages", (1,)
-    )
-    if not is_possible or pins.mesh is not None or "none" not in pins.values("offload", ("none",)):
+def routes(planners: Sequence[Planner]) -> Iterator[Route]:
+    """All routes, in a fixed order; planners share batch and pins. Of the pins, `pp` counts the stages of all
+    legs, and every leg keeps to the others; a `mesh`, which is of one cluster, leaves none, nor does
+    offloading."""
+    global_batch, pins = planners[0].global_batch, planners[0].pins
+    fixed = (("schedule", SCHEDULE), ("num_virtual_stages", 1), ("offload", "none"))
+    if pins.mesh is not None or not all(value in pins.values(name, (value,)) for name, value in fixed):
         return
-    fewest, most = planners[0].pin_space.num_stages(planners[0].num_units)
+    degrees = planners[0].degrees
     for samples in divisors(global_batch):
-        legs = [list(_legs(pool, planner, samples, global_batch)) for pool, planner in enumerate(planners)]
+        legs = [list(_legs(pool, planner, samples)) for pool, planner in enumerate(planners)]
         for number in range(2, len(planners) + 1):
             for order in permutations(range(len(planners)), number):
                 for chosen in product(*(legs[pool] for pool in order)):
                     route = Route(chosen)
-                    pp = route.num_stages
-                    suits = fewest <= pp <= most and pp in pins.values("pp", (pp,))
-                    if suits and runs(SCHEDULE, pp, route.num_microbatches, 1):
+                    if _suits(route.num_stages, route.num_microbatches, degrees, pins):
                         yield route
 
 
-def _legs(pool: int, planner: Planner, samples: int, global_batch: int) -> Iterator[Leg]:
+def _suits(pp: int, num_microbatches: int, degrees: Degrees, pins: Pins) -> bool:
+    """Whether pins leave so many stages, and the schedule runs on them: in torch, where programs are asked
+    for."""
+    is_left = degrees.fewest_stages <= pp <= degrees.num_units and pp in pins.values("pp", (pp,))
+    is_run = runs(SCHEDULE, pp, num_microbatches, 1)
+    return is_left and is_run and (has_program(SCHEDULE, pp, num_microbatches) or not degrees.programs_only)
+
+
+def _legs(pool: int, planner: Planner, samples: int) -> Iterator[Leg]:
     """The legs on one pool whose replicas share microbatches of so many samples."""
-    pins, cluster = planner.pins, planner.cluster
+    pins, own, cluster = planner.pins, _leg_pins(planner.pins), planner.cluster
     inside = tuple(n for n in planner.degrees.tp if n <= scale_up_size(cluster))
     inner = product(pins.values("tp", inside), pins.values("cp", (1,)), pins.values("ep", (1,)))
     for (tp, cp, ep), pp in product(inner, divisors(cluster.num_devices)):
         dp, remainder = divmod(cluster.num_devices, tp * cp * pp)
         if remainder or samples % dp or dp % ep or dp not in pins.values("dp", (dp,)):
             continue
-        layout = Layout(samples // dp, tp, cp, ep, pp, dp, global_batch // samples)
-        if pp >= planner.num_units or not pins.values("microbatch_size", (layout.microbatch_size,)):
-            continue
-        if planner.pin_space.admits(layout, planner.programs.replica):
+        layout = Layout(samples // dp, tp, cp, ep, pp, dp, planner.global_batch // samples)
+        is_run = pp < planner.num_units and any(True for _ in _ways(planner, layout, own))
+        if is_run and planner.pin_space.admits(layout, planner.programs.replica):
             yield Leg(pool, layout)
+
+
+def leg_ways(planner: Planner, layout: Layout) -> tuple[Parallelism, ...]:
+    """The ways to shard a leg over its data axes: over none, the fewest or the most replicas."""
+    found = tuple(_ways(planner, layout, _leg_pins(planner.pins)))
+    shards = {p.dp_shard for p in found if p.zero_stage}
+    usual = {1, min(shards, default=1), max(shards, default=1)}
+    return tuple(p for p in found if p.dp_shard in usual)
+
+
+def _ways(planner: Planner, layout: Layout, pins: Pins) -> Iterator[Parallelism]:
+    degrees = planner.degrees._replace(fewest_stages=1, programs_only=False)
+    return ways(layout, planner.cluster, degrees, pins)
+
+
+def _leg_pins(pins: Pins) -> Pins:
+    """The pins without those that are about the whole pipeline."""
+    forbid = {name: values for name, values in pins.forbid.items() if name not in ("schedule", "pp")}
+    return replace(pins, pp=None, schedule=SCHEDULE, num_virtual_stages=None, forbid=forbid)

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 from autopar.errors import PinConflictError, SearchTimeoutError
 from autopar.search.outcome import Solved
-from autopar.search.pins import Pins
 from autopar.search.planner import SearchResult
 from autopar.search.pool_bounds import RouteCuts
 from autopar.search.pool_cuts import RouteCut
@@ -35,6 +34,7 @@ from autopar.search.pool_prices import PricedRoute, Prices
 from autopar.search.pool_routes import SCHEDULE, Route, routes
 from autopar.search.programs import MEMORY_PRICES
 from autopar.search.solver import Size
+from autopar.search.wording import duration
 
 TOLERANCE = 1e-2
 """The gap at which a search is done."""
@@ -42,10 +42,8 @@ TOLERANCE = 1e-2
 PROMISING = 0.95
 """A route's price is some percent above its bound: below this part of the best, the bound promises more."""
 
-NUM_RUNNERS_UP = 4
-
 Report = Callable[[str, int, int], None]
-"""Told the best so far, how many candidates are decided, and of how many."""
+"""Told what was found so far, how many candidates are decided, and of how many."""
 
 
 class RouteNode(NamedTuple):
@@ -86,19 +84,16 @@ class PoolsResult:
 
 
 class PoolSearch:
-    """One search through `legs`, within pins."""
+    """One search through `legs`, within the pins of their planners."""
 
-    def __init__(
-        self, legs: Legs, global_batch: int, pins: Pins, time_limit_s: float | None, report: Report | None
-    ) -> None:
+    def __init__(self, legs: Legs, time_limit_s: float | None = None, report: Report | None = None) -> None:
         self.legs = legs
         self.planners = legs.planners
-        self.global_batch = global_batch
         self.cuts = RouteCuts(legs)
         self.prices = Prices(legs)
         self.deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self.report = report or (lambda best, done, total: None)
-        self.routes = tuple(routes(self.planners, global_batch, pins))
+        self.routes = tuple(routes(self.planners))
         sizes = (leg.layout.microbatch_size for route in self.routes for leg in route.legs)
         self.floors = RouteFloors(legs, lcm(*sizes))
         self.best: PricedRoute | None = None
@@ -150,8 +145,12 @@ class PoolSearch:
                 f"them and the schedule is {SCHEDULE}; nor does one pool alone: {self._conflicts[0]}"
             )
         self.legs.effort.solved("candidates", Size(self.num_candidates, 1, self.num_candidates))
+        return self._result(stopped)
+
+    def _result(self, stopped: str | None) -> PoolsResult:
         bounds_s = [entry[0] for entry in self._queue[:1]]
         bounds_s += [found.bound_s for found in self._tried_alone.values()]
+        bounds_s += map(self._final_bound_s, self.solved)
         fates = Counter(self._fate.values())
         num_solved = fates.pop("solved", 0)
         fates[stopped or "time floor"] += self.num_candidates - len(self._fate)
@@ -160,8 +159,8 @@ class PoolSearch:
         return PoolsResult(
             best=None if is_alone else self.best,
             alone=self.alone if is_alone else None,
-            runners_up=tuple(islice(others, NUM_RUNNERS_UP)),
-            bound_s=min(self.best_s, *map(self._final_bound_s, self.solved), *bounds_s),
+            runners_up=tuple(islice(others, self.planners[0].num_runners_up)),
+            bound_s=min(self.best_s, *bounds_s),
             num_candidates=self.num_candidates,
             num_solved=num_solved,
             pruned={"memory floor": 0, "time floor": 0, "out of memory": 0, **fates},
@@ -278,7 +277,7 @@ class PoolSearch:
         """What a route takes at least: what was known when it was priced, or is with the final cutoff."""
         if priced.bound_s >= self.best_s * (1 - TOLERANCE):
             return priced.bound_s
-        cut = self.cuts.cut(priced.route, priced.price, self.best_s)
+        cut = self.cuts.cut(priced.route, priced.course.memory_price, self.best_s)
         return self.best_s if cut is None else max(priced.bound_s, cut.bound_s)
 
     # --- what to say ----------------------------------------------------------------------------------------
@@ -291,4 +290,4 @@ class PoolSearch:
         return found.values()
 
     def _so_far(self) -> str:
-        return "no plan yet" if self.best_s == float("inf") else f"{self.best_s:.3g} s"
+        return f"search: {'no plan yet' if self.best_s == float('inf') else duration(self.best_s)}"

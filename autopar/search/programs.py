@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from autopar.data_parallel import data_parallel
@@ -24,12 +25,14 @@ from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp, 
 from autopar.search.context import ContextProblem, exchange_floor_s
 from autopar.search.effort import Effort, clocked
 from autopar.search.experts import deal_out_experts, num_experts
+from autopar.search.mixed_assignment import mixed_assignment, op_levels
 from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
 from autopar.search.relaxed import Stretch, relaxed
 from autopar.search.replicas import Replica, make_replica, strategy_keys
 from autopar.search.shallow import Shallow, local_counts, shallow
 from autopar.search.units import Chain, build_chain, stretches
 from costmodel import Group, Software
+from costmodel.orders import OVERLAPPING_SCHEDULES
 from graphs import Capture
 from graphs.ir import OpGraph
 from hardware_db import Cluster
@@ -58,7 +61,8 @@ class Rules(Protocol):
 
 
 class ProgramKey(NamedTuple):
-    """What distinguishes programs."""
+    """What distinguishes programs. `levels` are the prices of memory of their blocks, where these are not all
+    that of the program."""
 
     microbatch_size: int
     data_size: int
@@ -68,6 +72,7 @@ class ProgramKey(NamedTuple):
     sequence_parallel: bool | None
     num_microbatches: int
     price_level: int
+    levels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,13 +120,14 @@ class Programs:
         self._ilps: dict[ProgramKey, BlockIlp] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._context_floors_s: dict[tuple[int, int, int], float] = {}
-        self._relaxed: dict[tuple[ProgramKey, bool], Program] = {}
+        self._relaxed: dict[tuple[ProgramKey, bool, bool], Program] = {}
+        self._mixed: dict[ProgramKey, Program | None] = {}
         self._propagated: Assignment | None = None
 
     def under(self, rules: Rules) -> Programs:
         """The same model under other rules, of which replicas and whole parameters know nothing."""
         other = copy(self)
-        other.rules, other._ilps, other._relaxed = rules, {}, {}
+        other.rules, other._ilps, other._relaxed, other._mixed = rules, {}, {}, {}
         other._programs = {key: made for key, made in self._programs.items() if key.tp == 1}
         return other
 
@@ -132,7 +138,9 @@ class Programs:
 
     def program(self, p: Parallelism, price_level: int = 0) -> Program:
         """The program of a candidate at one of the `MEMORY_PRICES`, or as `PINNED`."""
-        key = self._key(p, price_level)
+        return self._program(self._key(p, price_level))
+
+    def _program(self, key: ProgramKey) -> Program:
         if key not in self._programs:
             self._programs[key] = self._make(key)
         return self._programs[key]
@@ -142,8 +150,31 @@ class Programs:
         """The same program at full depth."""
         if not self.shallow.repeats:
             return program
-        key = program.key
-        whole = self.capture.at(key.microbatch_size * key.data_size)
+        found = self._carried(program.key, Shallow(self.capture, {}))
+        assert found is not None, "it was made at another depth"
+        return found
+
+    @clocked("local programs")
+    def mixed(self, p: Parallelism, price_level: int, levels: tuple[int, ...]) -> Program | None:
+        """The program of a candidate in which every block has its own of the `MEMORY_PRICES`, and what is
+        outside of blocks that of `price_level`; None where blocks would not understand each other."""
+        key = self._key(p, price_level)._replace(levels=levels)
+        if key not in self._mixed:
+            self.effort.solved("local programs")
+            blocks = self.capture.graph.blocks
+            borders = frozenset(
+                block.path
+                for block, pair in zip(blocks[1:], pairwise(levels), strict=True)
+                if len({*pair}) > 1
+            )
+            model = shallow(self.capture, borders) if self.shallow.repeats else self.shallow
+            self._mixed[key] = self._carried(key, model)
+        return self._mixed[key]
+
+    def _carried(self, key: ProgramKey, model: Shallow) -> Program | None:
+        """The strategies that the search has chosen, at another depth; None where those of different blocks
+        do not go together."""
+        whole = model.capture.at(key.microbatch_size * key.data_size)
         short = self._replica_of(key)
         dp = short.assignments.get("dp")
 
@@ -151,12 +182,33 @@ class Programs:
             return deepened(short.assignments["cp"], short.outer, outer)
 
         replica = make_replica(whole, None if dp is None else deepened(dp, short.whole, whole), key.cp, split)
-        local, solution = replica.local, program.solution
-        if solution is not None:
-            assignment = deepened(solution.assignment, short.local.graph, local.graph)
+        local, keys, solution = replica.local, dict(replica.keys), None
+        if key.tp > 1:
+            assignment = self._carried_assignment(key, whole, short.local.graph, local.graph)
+            if assignment is None:
+                return None
+            keys["tp"] = strategy_keys(local.graph, assignment)
+            solution = self._program(key._replace(levels=())).solution
+            assert solution is not None, "there is a tensor axis"
             solution = replace(solution, assignment=assignment)
             local = localize(local, assignment)
-        return Program(key, self._chain(whole, local, key, {}), solution, program.strategies)
+        return Program(key, self._chain(whole, local, key, model.repeats), solution, keys)
+
+    def _carried_assignment(
+        self, key: ProgramKey, whole: OpGraph, short: OpGraph, local: OpGraph
+    ) -> Assignment | None:
+        """What the programs of the search, local graphs of which are `short`, say of `local`, made of
+        `whole`."""
+        by_level = {}
+        for level in {key.price_level, *key.levels}:
+            solution = self._program(key._replace(price_level=level, levels=())).solution
+            assert solution is not None, "there is a tensor axis"
+            by_level[level] = deepened(solution.assignment, short, local)
+        if not key.levels:
+            return by_level[key.price_level]
+        paths = (block.path for block in self.capture.graph.blocks)
+        by_path = dict(zip(paths, key.levels, strict=True))
+        return mixed_assignment(local, by_level, op_levels(local, whole, by_path, key.price_level))
 
     def device(self, microbatch_size: int, ep: int = 1) -> Program:
         """The program of one device that has memory enough, its experts shared with `ep` others."""
@@ -164,15 +216,16 @@ class Programs:
 
     def relaxed(self, p: Parallelism, *, trades: bool = True) -> Program:
         """What no program of a candidate's layout can beat, whatever memory costs: a program but for its
-        strategies. A quick one without `trades` (`autopar.search.relaxed`)."""
-        key = self._key(p, 0)
-        if (key, trades) not in self._relaxed:
+        strategies. A quick one without `trades`, or where communication hides (`autopar.search.relaxed`)."""
+        key, hides = self._key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
+        trades &= not hides
+        if (key, trades, hides) not in self._relaxed:
             device = self.device(p.microbatch_size, p.ep).chain
             where = self._stretches(key, device)
             fastest, pricer = self.program(p).chain, self._pricer(1, 1, p.ep, 1)
-            chain = relaxed(device, fastest, p.tp, p.cp, pricer, where, trades=trades)
-            self._relaxed[key, trades] = Program(key, chain, None, {})
-        return self._relaxed[key, trades]
+            chain = relaxed(device, fastest, p.tp, p.cp, pricer, where, trades=trades, hides=hides)
+            self._relaxed[key, trades, hides] = Program(key, chain, None, {})
+        return self._relaxed[key, trades, hides]
 
     def _stretches(self, key: ProgramKey, device: Chain) -> list[Stretch | None]:
         """Where units are in the axis's problem, of which experts that are dealt out are no part."""
@@ -195,6 +248,12 @@ class Programs:
         """
         return (
             self._ilp(ProgramKey(microbatch_size, 1, 1, 1, tp, None, 1, 0)).solve(MANY_MICROBATCHES).bound_s
+        )
+
+    def computed_floor_s(self, microbatch_size: int, tp: int) -> float:
+        """What any of them computes at least, whatever it communicates."""
+        return sum(
+            self._ilp(ProgramKey(microbatch_size, 1, 1, 1, tp, None, 1, 0)).problem.computed_s.values()
         )
 
     def context_floor_s(self, microbatch_size: int, tp: int, cp: int) -> float:

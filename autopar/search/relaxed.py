@@ -15,6 +15,9 @@ b with t + λb ≥ min(T + λb_none, h(λ)) for every λ: lines that a frontier 
 
 Conversions and their conjugates mirror each other, so the minimum is divided into forward and backward as the
 fastest program divides its time.
+
+Schedules that hide communication behind other units' arithmetic leave of a unit what it computes, which is at
+least the sum over its ops of the least of their strategies.
 """
 
 from __future__ import annotations
@@ -63,17 +66,19 @@ def relaxed(
     stretches: Sequence[Stretch | None],
     *,
     trades: bool = True,
+    hides: bool = False,
 ) -> Chain:
     """The bound of all programs on `tp` `cp` ranks, given the program of one device and its prices, the
     fastest of all programs, and where units are in the block problem; without that, their collectives are
-    left out. Without `trades` blocks that compute again are thought to communicate no more than others."""
+    left out. Without `trades` blocks that compute again are thought to communicate no more than others; what
+    is not arithmetic `hides` behind other units' arithmetic in some schedules."""
     degree = tp * cp
     known: dict[tuple[int, Stretch | None], Unit] = {}
     units = []
     for unit, like, stretch in zip(device.units, fastest.units, stretches, strict=True):
         kind = (id(unit.recompute_s), stretch)
         if kind not in known:
-            known[kind] = _Least(unit, like, degree, pricer, stretch).unit(trades)
+            known[kind] = _Least(unit, like, degree, pricer, stretch, hides).unit(trades)
         # Units that share what they compute again still do.
         least = known[kind]
         units.append(
@@ -110,12 +115,15 @@ def _shard(shard: ParameterShard, tp: int) -> ParameterShard:
 class _Least:
     """The least of one kind of unit."""
 
-    def __init__(self, unit: Unit, like: Unit, degree: int, pricer: Pricer, stretch: Stretch | None) -> None:
+    def __init__(
+        self, unit: Unit, like: Unit, degree: int, pricer: Pricer, stretch: Stretch | None, hides: bool
+    ) -> None:
         self.device = unit
         self.fastest = like
         self.degree = degree
         self.pricer = pricer
         self.stretch = stretch
+        self.hides = hides
         self.time_s = unit.cost.total_s / degree
         if stretch is not None:
             self.time_s = max(self.time_s, stretch.ilp.floor_s(stretch.start, stretch.stop))
@@ -129,16 +137,32 @@ class _Least:
         names = ["none"]
         for number, (num_bytes, seconds) in enumerate(self._frontier()):
             names.append(f"least-{number}")
-            again_s[names[-1]] = seconds - self.time_s
+            again_s[names[-1]] = max(0.0, seconds - self.time_s)
             saved[names[-1]] = Saved({}, int(num_bytes))
         return replace(least, frontier=tuple(names), saved=saved)
 
     def _cost(self) -> OpCost:
-        whole = self.fastest.cost
-        share = whole.forward_total_s / whole.total_s if whole.total_s else 0.0
-        backward_s = (1 - share) * self.time_s
+        if self.stretch is None:
+            return self.device.cost.times(1 / self.degree)
+        like = self.fastest.cost
+        if not self.hides:
+            forward_s = self.time_s * _share(like.forward_total_s, like.total_s)
+            return self._passes(forward_s, self.time_s - forward_s)
+        cost = self.device.cost
+        computed_s = self.stretch.ilp.computed_s(self.stretch.start, self.stretch.stop)
+        computed_s = max(computed_s, (cost.forward_s + cost.backward_s) / self.degree)
+        # What it does beside that is communication at best, and hides behind as much at most.
+        moved_s = min(max(0.0, self.time_s - computed_s), computed_s)
+        forward_s = computed_s * _share(like.forward_s, like.forward_s + like.backward_s)
+        both_s = like.forward_communication_s + like.backward_communication_s
+        there_s = moved_s * _share(like.forward_communication_s, both_s)
+        return self._passes(forward_s, computed_s - forward_s)._replace(
+            forward_communication_s=there_s, backward_communication_s=moved_s - there_s
+        )
+
+    def _passes(self, forward_s: float, backward_s: float) -> OpCost:
         weight_s = min(backward_s, self.device.cost.weight_s / self.degree)
-        return OpCost(share * self.time_s, backward_s, weight_s=weight_s)
+        return OpCost(forward_s, backward_s, weight_s=weight_s)
 
     def _frontier(self) -> Iterator[tuple[float, float]]:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""
@@ -182,6 +206,10 @@ class _Least:
         entering = price * unit.saved["full"].num_bytes / self.degree
         results_s = self.stretch.ilp.floor_s(self.stretch.start, self.stretch.stop, price, again_s)
         return always_s + entering + results_s
+
+
+def _share(part_s: float, whole_s: float) -> float:
+    return part_s / whole_s if whole_s else 0.0
 
 
 def _spread(prices: Sequence[float], most: int) -> list[float]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 
-from autopar.data_parallel import gathered_ops
+from autopar.data_parallel import data_parallel, gathered_ops
 from autopar.errors import InvalidParallelismError
 from autopar.localize import Assignment, Localized, localize
-from autopar.op_kinds import is_causal
-from autopar.placements import RP, RR, Shard, State, sharded
+from autopar.op_kinds import without_order
+from autopar.placements import RP, RR, Placement, Shard, State, sharded
 from autopar.strategies import Strategy, conversion, natural_sections, settle, strategies
 from graphs.blocks import find_blocks
 from graphs.ir import Op, OpGraph
@@ -71,16 +71,20 @@ def _with_blocks(local: Localized) -> Localized:
 
 
 def strategy_keys(graph: OpGraph, assignment: Assignment) -> dict[str, str]:
-    """Strategy keys by the names of representative ops."""
+    """Strategy keys by the names of representative ops, and of the ops that do otherwise than these."""
+    keys = [strategy.key for strategy in assignment.choice]
     return {
-        graph.ops[index].name: assignment.choice[index].key for index in dict.fromkeys(graph.representative)
+        op.name: key
+        for index, (op, key, like) in enumerate(zip(graph.ops, keys, graph.representative, strict=True))
+        if index == like or key != keys[like]
     }
 
 
 def context_parallel(graph: OpGraph, size: int) -> Assignment:
-    """Shard the sequence of every input over `size` ranks and let the rest follow.
+    """Shard the sequence of every input over `size` ranks and let the rest follow, samples staying together.
 
-    Raises InvalidParallelismError where no input has a sequence that divides.
+    A rank is given its samples whole and takes its positions of them, so that what needs all of them (labels,
+    to be shifted) moves nothing. Raises InvalidParallelismError where no input has a sequence that divides.
     """
     lengths = {_length(graph, name) for name in graph.inputs}
     if not any(length % size == 0 for length in lengths):
@@ -94,13 +98,45 @@ def context_parallel(graph: OpGraph, size: int) -> Assignment:
     sources = whole | split | {parameter.tensor: RP for parameter in graph.parameters}
     sources = {name: settle(state, graph.tensors[name].requires_grad) for name, state in sources.items()}
     sections = natural_sections(free, size)
-    made = dict(sources)
+    made, samples = dict(sources), Samples.of(graph)
     choice = []
     for op in free.ops:
-        best = min(strategies(op, free, size, sections), key=partial(_cost, op, free, made))
+        offered = (each for each in strategies(op, free, size, sections) if not samples.are_split(op, each))
+        best = min(offered, key=partial(_cost, op, free, made))
         made.update(zip(op.outputs, best.results, strict=True))
         choice.append(best)
-    return Assignment("cp", size, tuple(choice), sources)
+    return Assignment("cp", size, tuple(choice), sources | dict.fromkeys(graph.inputs, RR))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where the samples of a batch are in each tensor: `placements` are those of data parallelism."""
+
+    batch: int
+    placements: Mapping[str, Placement]
+
+    @staticmethod
+    def of(graph: OpGraph) -> Samples:
+        """The samples of a graph."""
+        batch = max(
+            (graph.tensors[name].shape[0] for name in graph.inputs if graph.tensors[name].shape), default=1
+        )
+        if batch == 1:
+            return Samples(1, {})
+        parts = next(n for n in range(2, batch + 1) if batch % n == 0)
+        split = data_parallel(graph, parts)
+        return Samples(batch, {name: split.state_of(graph, name).value for name in graph.tensors})
+
+    def are_split(self, op: Op, strategy: Strategy) -> bool:
+        """Whether a strategy gives ranks some samples and not others."""
+        states = zip((*op.inputs, *op.outputs), (*strategy.operands, *strategy.results), strict=True)
+        return any(self._is_split(self.placements.get(name), state.value) for name, state in states)
+
+    def _is_split(self, samples: Placement | None, split: Placement) -> bool:
+        """Where samples and positions share a dimension, each sample has to be a section, or several."""
+        if not isinstance(samples, Shard) or not isinstance(split, Shard) or samples.dim != split.dim:
+            return False
+        return samples == split or split.sections is None or len(split.sections) % self.batch != 0
 
 
 def _length(graph: OpGraph, name: str) -> int:
@@ -125,16 +161,3 @@ def _cost(
         moved += tensor.num_bytes * ((how.forward is not None) + (how.backward is not None))
     undivided = 0 if strategy.factor else op.flops
     return (undivided, moved, conversions, int((strategy.factor is not None) != bool(op.inputs)))
-
-
-def without_order(op: Op) -> Op:
-    """The op as if its rows were independent: attention without its causal mask, a loss that counts its own
-    rows."""
-    if "scaled_dot_product" in op.target and is_causal(op):
-        args = (*op.args[:5], False, *op.args[6:]) if len(op.args) > 5 else op.args
-        kwargs = {**op.kwargs, "is_causal": False} if "is_causal" in op.kwargs else op.kwargs
-        return replace(op, args=args, kwargs=kwargs)
-    if op.target == "autopar.cross_entropy":
-        kwargs = {name: value for name, value in op.kwargs.items() if not name.endswith("_axis")}
-        return replace(op, target="aten.cross_entropy_loss.default", kwargs=kwargs)
-    return op

@@ -31,9 +31,10 @@ class Shallow:
         return counts_by_name(self.capture.graph, self.repeats)
 
 
-def shallow(capture: Capture) -> Shallow:
-    """The capture with its long runs of blocks shortened; the capture itself where it has none."""
-    runs = _runs(capture.graph)
+def shallow(capture: Capture, borders: frozenset[str] = frozenset()) -> Shallow:
+    """The capture with its long runs of blocks shortened; the capture itself where it has none. The blocks
+    with the paths `borders` begin a run."""
+    runs = _runs(capture.graph, borders)
     if not runs:
         return Shallow(capture, {})
     other = capture.other
@@ -64,11 +65,11 @@ def local_counts(ops: Sequence[Op], counts: Mapping[str, int]) -> tuple[int, ...
     return tuple(reversed(found))
 
 
-def _runs(graph: OpGraph) -> list[tuple[Block, ...]]:
+def _runs(graph: OpGraph, borders: frozenset[str]) -> list[tuple[Block, ...]]:
     """Long runs of adjacent blocks of one class that only pass values from each to the next."""
     runs: list[list[Block]] = []
     for block in graph.blocks:
-        last = runs[-1][-1] if runs else None
+        last = runs[-1][-1] if runs and block.path not in borders else None
         if last is not None and last.block_class == block.block_class and last.stop == block.start:
             runs[-1].append(block)
         else:

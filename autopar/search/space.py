@@ -103,7 +103,7 @@ def ways(layout: Layout, cluster: Cluster, degrees: Degrees, pins: Pins) -> Iter
                 sequence_parallel=pins.sequence_parallel if layout.tp > 1 else None,
                 recompute=pins.recompute or "none", offload=pins.offload or "none",
             )  # fmt: skip
-            if pins.admits(p):
+            if pins.admits(p) and (not degrees.programs_only or p.expert_axis is not None):
                 yield p
 
 

@@ -1,6 +1,6 @@
 """One way to run a program, solved: its stages, what their blocks compute again, its price and a bound on it.
 
-With one stage a rank the cuts are those of `StageTable.cut`, and its value is the bound. Schedules with
+With one stage a rank the cuts are those of `best_cut`, and its value is the bound. Schedules with
 several stages on a rank, whose bubble shrinks only if those are alike, are cut as evenly as the units allow;
 then only what is computed again is left to decide, and the bound is the larger of the step without that and
 of the busiest rank with fractions of variants. Memory is judged by the exact ledger: what a rank exceeds it
@@ -18,13 +18,17 @@ import numpy as np
 
 from autopar.plan import Parallelism
 from autopar.search.again_bound import chain_bound_s
+from autopar.search.data_axes import least_accumulation_s
 from autopar.search.effort import clocked, cut_size
 from autopar.search.evaluate import Evaluated, Evaluator
+from autopar.search.even_stages import EvenStages
 from autopar.search.outcome import Solved, better
 from autopar.search.polish import handed_on, takers, with_faster_units
 from autopar.search.programs import Program, Programs
 from autopar.search.runs import Array
-from autopar.search.stages import Cut, Machine, Options, StageTable, Where
+from autopar.search.stage_costs import Machine
+from autopar.search.stage_table import Options, StageTable
+from autopar.search.stages import Cut, Where, best_cut
 from autopar.search.units import Unit
 from autopar.search.variants import Variants
 from costmodel.orders import rank_stages
@@ -59,17 +63,25 @@ class StageLayer:
         self.evaluator = evaluator
         self.options = options
         self.where = where
-        self._tables: dict[int, tuple[Program, StageTable, Variants]] = {}
+        self._tables: dict[int, tuple[Program, EvenStages, Variants]] = {}
 
     def table(self, program: Program) -> StageTable:
         """The sums of a program's chain."""
+        return self.even(program).table
+
+    def even(self, program: Program) -> EvenStages:
+        """The stages of a program where memory has no say in them."""
         return self._of(program)[0]
 
-    def _of(self, program: Program) -> tuple[StageTable, Variants]:
+    def variants(self, program: Program) -> Variants:
+        """What its units may compute again."""
+        return self._of(program)[1]
+
+    def _of(self, program: Program) -> tuple[EvenStages, Variants]:
         key = id(program)
         if key not in self._tables:
             table = StageTable(program.chain, self.options(program.chain.units))
-            self._tables[key] = program, table, Variants(table, self.effort)
+            self._tables[key] = program, EvenStages(table), Variants(table, self.effort)
         return self._tables[key][1:]
 
     def schedule_floor_s(self, p: Parallelism, program: Program | None = None) -> float:
@@ -80,8 +92,13 @@ class StageLayer:
         cuts = self._even(p)
         if cuts is None:
             return float("inf")
-        table, degree = (self._device(p), p.tp * p.cp) if program is None else (self.table(program), 1)
-        return table.schedule_floor_s(p, cuts) / degree + self.evaluator.era.step_overhead_s
+        accumulation_s = least_accumulation_s(p, self.evaluator.policy, self.evaluator.pricer)
+        overhead_s = self.evaluator.era.step_overhead_s
+        if program is not None:
+            return self.even(program).schedule_floor_s(p, cuts, accumulation_s) + overhead_s
+        # All ranks of a context axis add up the gradients of the same parameters.
+        whole_s = self._device(p).schedule_floor_s(p, cuts, p.cp * accumulation_s)
+        return whole_s / (p.tp * p.cp) + overhead_s
 
     @clocked("stages")
     def floor_s(self, program: Program, p: Parallelism) -> float:
@@ -92,8 +109,8 @@ class StageLayer:
         cuts = self._even(p)
         if cuts is None:
             return float("inf")
-        table, machine = self.table(program), self._machine(p)
-        bound_s = table.even_bound_s(p, machine, cuts, table.excess_bytes(p, machine, cuts))
+        stages, machine = self.even(program), self.machine(p)
+        bound_s = stages.bound_s(p, machine, cuts, stages.excess_bytes(p, machine, cuts))
         return bound_s + self.evaluator.era.step_overhead_s
 
     @clocked("stages")
@@ -110,35 +127,38 @@ class StageLayer:
         evaluated = self.evaluator.evaluate(table.chain, p, cuts, table.base)
         bound_s = evaluated.step_s
         if not evaluated.fits:
-            bound_s = max(bound_s, self._again_bound_s(table, evaluated))
+            bound_s = max(bound_s, self._again_bound_s(self.even(program), evaluated))
         return None if bound_s == float("inf") else Draft(cuts, bound_s)
 
-    def _again_bound_s(self, table: StageTable, evaluated: Evaluated) -> float:
+    def _again_bound_s(self, stages: EvenStages, evaluated: Evaluated) -> float:
         """The least for what must be computed again; infinite where that frees too little."""
         p, cuts, excess_bytes = evaluated.parallelism, evaluated.cuts, self._excess_bytes(evaluated)
-        bound_s = table.even_bound_s(p, self._machine(p), cuts, excess_bytes)
+        bound_s = stages.bound_s(p, self.machine(p), cuts, excess_bytes)
         if bound_s < float("inf") and p.num_virtual_stages > 1:
-            messages_s = self.evaluator.messages_s(table.chain, p)
+            messages_s = self.evaluator.messages_s(evaluated.chain, p)
             sends_s = [messages_s[cut] for cut in cuts[1:]]
-            bound_s = max(bound_s, chain_bound_s(table, evaluated, excess_bytes, sends_s))
+            bound_s = max(
+                bound_s, chain_bound_s(stages, evaluated, excess_bytes, sends_s, self.evaluator.overlap)
+            )
         return bound_s + self.evaluator.era.step_overhead_s
 
     def _cut(self, table: StageTable, p: Parallelism, *, fitting: bool) -> Cut | None:
         self.effort.solved("stages", cut_size(table.num_units, p.pp))
         where, send_s = self.where(table.chain.units), self.evaluator.messages_s(table.chain, p)
-        return table.cut(p, self._machine(p), send_s, where, fitting=fitting)
+        return best_cut(table, p, self.machine(p), send_s, where, fitting=fitting)
 
-    def _device(self, p: Parallelism) -> StageTable:
-        return self.table(self.programs.device(p.microbatch_size, p.ep))
+    def _device(self, p: Parallelism) -> EvenStages:
+        return self.even(self.programs.device(p.microbatch_size, p.ep))
 
     def _even(self, p: Parallelism) -> tuple[int, ...] | None:
         """Even for one device; the programs of all ranks are cut alike."""
         if p.pp == 1:
             return (0,)
-        table = self._device(p)
-        return table.even(p.pp * p.num_virtual_stages, self.where(table.chain.units))
+        stages = self._device(p)
+        return stages.cuts(p.pp * p.num_virtual_stages, self.where(stages.table.chain.units))
 
-    def _machine(self, p: Parallelism) -> Machine:
+    def machine(self, p: Parallelism) -> Machine:
+        """What the stages of a way run on."""
         device = self.evaluator.cluster.device
         return Machine(
             self.evaluator.placed(p),
@@ -179,7 +199,8 @@ class StageLayer:
         if not now.fits:
             return solved
         price = partial(self.evaluator.evaluate, program.chain, p, now.cuts)
-        faster = with_faster_units(now, *self._of(program), self._in_flight(program, now), price)
+        table, variants = self.table(program), self.variants(program)
+        faster = with_faster_units(now, table, variants, self._in_flight(program, now), price)
         return replace(solved, evaluated=faster, bound_s=min(solved.bound_s, faster.step_s))
 
     def _near(self, evaluated: Evaluated) -> Iterator[tuple[int, ...]]:
@@ -194,7 +215,7 @@ class StageLayer:
 
     def _solved(self, program: Program, p: Parallelism, cuts: tuple[int, ...], bound_s: float) -> Solved:
         """The variants that fit into given cuts."""
-        table, _ = self._of(program)
+        table = self.table(program)
         evaluated = self.evaluator.evaluate(table.chain, p, cuts, table.base)
         if not evaluated.fits:
             evaluated = self._fitting(program, evaluated)
@@ -211,22 +232,11 @@ class StageLayer:
 
     def _fitting(self, program: Program, first: Evaluated) -> Evaluated:
         """The same cuts with variants that fit; the last tried where none do."""
-        table, variants = self._of(program)
-        ranks = self._in_flight(program, first)
-        freed = [0.0] * len(ranks)
+        ranks, choices = self._in_flight(program, first), self.table(program).base
         evaluated = first
-        choices = list(table.base)
         for _ in range(NUM_REPAIRS):
-            excess_bytes = self._excess_bytes(evaluated)
-            for rank, units in enumerate(ranks):
-                if excess_bytes[rank] <= 0:
-                    continue
-                chosen = variants.choose(units, freed[rank] + excess_bytes[rank])
-                chosen = chosen or {n: table.options[n][-1] for n in units}
-                freed[rank] = variants.freed_bytes(units, chosen)
-                for index, name in chosen.items():
-                    choices[index] = name
-            again = self.evaluator.evaluate(table.chain, first.parallelism, first.cuts, choices)
+            choices = self.variants(program).relieved(choices, ranks, self._excess_bytes(evaluated))
+            again = self.evaluator.evaluate(first.chain, first.parallelism, first.cuts, choices)
             if again.choices == evaluated.choices:
                 break  # it fits, or nothing is left to free
             evaluated = again
@@ -242,7 +252,7 @@ class StageLayer:
         """The units of each rank, and how many microbatches of each are in flight when it holds most."""
         p, cuts = evaluated.parallelism, evaluated.cuts
         ends = (*cuts, len(program.chain.units))
-        flights = self.table(program).in_flight(p, cuts)
+        flights = self.even(program).in_flight(p, cuts)
         return [
             {
                 unit: flights[stage]

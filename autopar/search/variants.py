@@ -13,12 +13,12 @@ needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from autopar.search.effort import Effort, clocked
 from autopar.search.solver import LinearModel, solve
-from autopar.search.stages import StageTable
+from autopar.search.stage_table import StageTable
 
 _ROUNDING_BYTES = 1024.0
 """Bytes are counted in these, so that the solver sees sizes it can tell apart."""
@@ -60,6 +60,20 @@ class Variants:
             ordered = [name for name, number in zip(names, numbers[kind], strict=True) for _ in range(number)]
             found.update(zip(each, reversed(ordered), strict=True))
         return found
+
+    def relieved(
+        self, choices: Sequence[str], ranks: Sequence[InFlight], excess_bytes: Iterable[float]
+    ) -> tuple[str, ...]:
+        """What units keep so that each of the ranks holds so much less than with these choices; the least
+        that they can where that does not suffice."""
+        found = list(choices)
+        for units, excess in zip(ranks, excess_bytes, strict=True):
+            if excess > 0:
+                freed = self.freed_bytes(units, {unit: choices[unit] for unit in units})
+                chosen = self.choose(units, freed + excess)
+                for unit in units:
+                    found[unit] = chosen[unit] if chosen else self.table.options[unit][-1]
+        return tuple(found)
 
     def freed_bytes(self, in_flight: InFlight, chosen: Mapping[int, str]) -> float:
         """What a rank keeps less with these variants than with the fastest."""

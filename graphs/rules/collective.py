@@ -1,7 +1,8 @@
 """Collectives and split ops of a program that has been localized over other mesh axes.
 
 On a further axis a collective acts like the identity on every dimension that it does not move, and is linear.
-A split lookup or loss keeps the rule of the op it stands for, without the factor that is split already.
+A split lookup, loss or attention keeps the rule of the op it stands for, without the factor that is split
+already.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from graphs.ir import Op, Tensor
+from graphs.rules.attention import attention
 from graphs.rules.build import make_rule, numbered, without
 from graphs.rules.embedding import embedding
 from graphs.rules.loss import cross_entropy
+from graphs.rules.normalization import batch_norm
 from graphs.rules.registry import register
 from graphs.rules.rule import Rule
 
@@ -44,9 +47,23 @@ def split_embedding(op: Op, operands: Tensors, results: Tensors) -> Rule:
 def split_cross_entropy(op: Op, operands: Tensors, results: Tensors) -> Rule:
     """A loss whose rows or classes are split already: the other of the two still can be."""
     rows = {f"d{index}" for index in range(len(operands[0].shape) - 1)}
-    axes = {"row_axis": rows, "class_axis": {"c"}}
+    axes = {"row_axes": rows, "class_axis": {"c"}}
     rule = cross_entropy(_plain(op, "aten.cross_entropy_loss.default", axes.keys()), operands, results)
     return _without_splitting(rule, set().union(*(axes[axis] for axis in axes.keys() & op.kwargs.keys())))
+
+
+@register("autopar.scaled_dot_product_attention")
+def split_attention(op: Op, operands: Tensors, results: Tensors) -> Rule:
+    """Causal attention whose rows are split already: samples and heads still can be."""
+    plain = _plain(op, "aten.scaled_dot_product_attention.default", {"row_axis", "zigzag"})
+    return attention(plain, operands, results)
+
+
+@register("autopar.batch_norm")
+def split_batch_norm(op: Op, operands: Tensors, results: Tensors) -> Rule:
+    """A batch norm whose samples are split already: channels still can be."""
+    rule = batch_norm(_plain(op, "aten.batch_norm.default", {"row_axis"}), operands, results)
+    return _without_splitting(rule, {"n"})
 
 
 def _plain(op: Op, target: str, axes: Collection[str]) -> Op:

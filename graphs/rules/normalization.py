@@ -47,24 +47,24 @@ def group_norm(op: Op, operands: Tensors, results: Tensors) -> Rule:
 
 @register("aten.batch_norm", "aten.instance_norm")
 def batch_norm(op: Op, operands: Tensors, results: Tensors) -> Rule:
-    """`x[n, c, ...]`: channels are independent; in training the statistics join all samples, or (instance
-    norm) each
-    sample's pixels. In evaluation they are given, and everything is independent."""
+    """`x[n, c, ...]`: channels are independent; in training the statistics join all samples, which takes a
+    local form of its own, or (instance norm) each sample's pixels. In evaluation they are given, and
+    everything is independent."""
     args = arguments(op)
     inner = [(f"s{index}",) for index in range(len(operands[0].shape) - 2)]
     dims: list[Dim] = [("n",), ("c",), *inner]
     per_channel: list[Dim] = [("c",)]
-    if op.target.startswith("aten.instance_norm"):
-        joined = inner if args["use_input_stats"] else []
-    else:
-        joined = [("n",), *inner] if args["training"] else []
+    is_instance = op.target.startswith("aten.instance_norm")
+    is_joined = args["use_input_stats"] if is_instance else args["training"]
+    form = {"n": "batch_norm_rows"} if is_joined and not is_instance else {}
     names = ("weight", "bias", "running_mean", "running_var")
     return make_rule(
         operands,
         results,
         args.in_order({"input": dims, **dict.fromkeys(names, per_channel)}),
         [dims],
-        unsplittable=factors(joined),
+        unsplittable=factors(inner if is_joined else []),
+        implemented=form,
     )
 
 

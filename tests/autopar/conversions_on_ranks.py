@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
-from autopar.localize import conversion_dims
+from autopar.localize import conversion_dims, zigzag_argument
 from autopar.placements import PR, RP, RR, Shard, State, sharded
 from autopar.runtime import autopar_runtime as runtime
 from autopar.strategies import conversion
 from tests.autopar.simulated_ranks import convert, deal
 
-SHAPE = (4, 8, 12)
-STATES = (RR, RP, PR, sharded(0), sharded(1), sharded(2), sharded(1, (4, 4)), sharded(2, (4, 8)))
+SHAPE = (4, 16, 12)
+ZIGZAG = sharded(1, zigzag=True), sharded(1, (8, 8), zigzag=True)
+STATES = (RR, RP, PR, sharded(0), sharded(1), sharded(2), sharded(1, (8, 8)), sharded(2, (4, 8)), *ZIGZAG)
 
 
 def everybody() -> ProcessGroup:
@@ -44,7 +46,8 @@ def check(before: State, after: State) -> bool:
     torch.autograd.backward(wanted, deal(gradient, after.grad, size))
 
     mine = parts[rank].detach().clone().requires_grad_()
-    made = getattr(runtime, how.name)(mine, everybody(), *conversion_dims(how, before, after))
+    dims, order = conversion_dims(how, before, after), zigzag_argument(before, after)
+    made = getattr(runtime, how.name)(mine, everybody(), *dims, **order)
     made.backward(deal(gradient, after.grad, size)[rank])
     what = f"{how.name}: {before} -> {after}"
     same(made, wanted[rank], after.value, what)
@@ -71,10 +74,10 @@ def check_cross_entropy() -> int:
         logits = torch.randn(8, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
         target = torch.tensor([-100, 3, 11, -100, 0, 7, 5, 1])
         options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
-        wanted = torch.nn.functional.cross_entropy(logits, target, **options)
+        wanted = F.cross_entropy(logits, target, **options)
         wanted.backward()
         rows = logits.detach().chunk(size)[rank].requires_grad_()
-        loss = runtime.cross_entropy(rows, target.chunk(size)[rank], rows=world, **options)
+        loss = runtime.cross_entropy(rows, target.chunk(size)[rank], rows=[world], **options)
         loss.backward()
         dist.all_reduce(total := loss.detach().clone())
         torch.testing.assert_close(total, wanted.detach())
@@ -93,7 +96,7 @@ def check_embedding() -> int:
     rank, size = dist.get_rank(), dist.get_world_size()
     table = torch.randn(12, 4, generator=torch.Generator().manual_seed(2), requires_grad=True)
     indices = torch.tensor([[0, 11, 5], [3, 5, 6]])
-    wanted = torch.nn.functional.embedding(indices, table, padding_idx=5)
+    wanted = F.embedding(indices, table, padding_idx=5)
     wanted.square().sum().backward()
     mine = table.detach().chunk(size)[rank].clone().requires_grad_()
     found = runtime.all_reduce(runtime.embedding(indices, mine, everybody(), padding_idx=5), everybody())
@@ -101,6 +104,25 @@ def check_embedding() -> int:
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(mine.grad, table.grad.chunk(size)[rank])
     return 1
+
+
+def check_causal_attention() -> int:
+    """Rows of the queries split over the ranks in either order, with fewer heads of keys than of queries."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((2, 4, 16, 8), (2, 2, 16, 8), (2, 2, 16, 8))
+    whole = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    wanted = F.scaled_dot_product_attention(*whole, is_causal=True, scale=0.3, enable_gqa=True)
+    count = 0
+    for zigzag in (False, True):
+        rows = sharded(2, zigzag=zigzag).value
+        query, key, value = deal(whole[0], rows, size)[rank], *whole[1:]
+        found = runtime.causal_attention(
+            query, key, value, everybody(), zigzag=zigzag, scale=0.3, enable_gqa=True
+        )
+        torch.testing.assert_close(found, deal(wanted, rows, size)[rank])
+        count += 1
+    return count
 
 
 def check_buckets() -> int:
@@ -125,7 +147,7 @@ def main() -> None:
     assert prod(SHAPE) % dist.get_world_size() == 0
     pairs = list(itertools.product(STATES, STATES))
     count = sum(check(before, after) for before, after in pairs)
-    count += check_cross_entropy() + check_embedding() + check_buckets()
+    count += check_cross_entropy() + check_embedding() + check_causal_attention() + check_buckets()
     if dist.get_rank() == 0:
         print(f"right: {count}", flush=True)
     dist.destroy_process_group()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import hardware_db
 from autopar.data_parallel import data_parallel
 from autopar.localize import Localized, localize
-from autopar.placements import RR, Partial, State
+from autopar.op_kinds import without_order
+from autopar.placements import RR, Partial, Shard, State
 from autopar.plan import (
     Certificate,
     ClusterSummary,
@@ -19,25 +21,44 @@ from autopar.plan import (
     Recomputation,
     StagePlan,
 )
+from autopar.rewrite.local import context_split
+from autopar.search.context import is_attention
 from autopar.search.programs import Programs
 from autopar.strategies import Strategy, conversion, natural_sections, strategies
 from graphs import Capture, OpGraph
+from graphs.ir import Op
 
 SPLIT_SHARE = 0.8
 """How often an op that can be split is, so that few ops just stay whole."""
 
 
 def random_plan(capture: Capture, parallelism: Parallelism, seed: int) -> Plan:
-    """A plan with these degrees in which every op takes some strategy on the tensor axis, each by itself."""
+    """A plan with these degrees in which every op takes some strategy on the context and on the tensor axis,
+    each by itself."""
     local = Localized.of(capture.at(parallelism.microbatch_size * parallelism.dp))
+    keys = {}
     if parallelism.dp > 1:
         local = localize(local, data_parallel(local.graph, parallelism.dp))
-    keys = random_strategies(local.graph, parallelism.tp, seed) if parallelism.tp > 1 else {}
-    return plan_of(capture.graph, parallelism, {"tp": keys})
+    if parallelism.cp > 1:
+        keys["cp"] = random_context(local.graph, parallelism.cp, seed)
+        local = localize(local, context_split(local.graph, parallelism.cp, keys["cp"]))
+    if parallelism.tp > 1:
+        keys["tp"] = random_strategies(local.graph, parallelism.tp, seed)
+    return plan_of(capture.graph, parallelism, keys)
 
 
-def random_strategies(graph: OpGraph, axis_size: int, seed: int) -> dict[str, str]:
-    """A strategy key for every op, such that a conversion leads to everything it needs."""
+def random_context(graph: OpGraph, axis_size: int, seed: int) -> dict[str, str]:
+    """A strategy key for every op on a context axis, where attention may be split by rows and no parameter
+    is split."""
+    free = replace(graph, ops=tuple(map(without_order, graph.ops)))
+    return random_strategies(free, axis_size, seed, whole=frozenset(graph.parameter_tensors))
+
+
+def random_strategies(
+    graph: OpGraph, axis_size: int, seed: int, whole: frozenset[str] = frozenset()
+) -> dict[str, str]:
+    """A strategy key for every op, such that a conversion leads to everything it needs; the tensors in
+    `whole` are not split."""
     rng = random.Random(seed)
     sections = natural_sections(graph, axis_size)
     made: dict[str, State] = {}
@@ -46,13 +67,18 @@ def random_strategies(graph: OpGraph, axis_size: int, seed: int) -> dict[str, st
         offered = [
             strategy
             for strategy in strategies(op, graph, axis_size, sections)
-            if _reachable(graph, op.inputs, strategy, made)
+            if _reachable(graph, op.inputs, strategy, made) and not _splits(op, strategy, whole)
         ]
         split = [strategy for strategy in offered if strategy.factor is not None]
         chosen = rng.choice(split if split and rng.random() < SPLIT_SHARE else offered)
         made.update(zip(op.outputs, chosen.results, strict=True))
         keys[op.name] = chosen.key
     return keys
+
+
+def _splits(op: Op, strategy: Strategy, whole: frozenset[str]) -> bool:
+    states = zip(op.inputs, strategy.operands, strict=True)
+    return any(name in whole and isinstance(state.value, Shard) for name, state in states)
 
 
 def _reachable(
@@ -65,6 +91,23 @@ def _reachable(
         or conversion(made.get(name, RR), needed, graph.tensors[name].requires_grad) is not None
         for name, needed in zip(operands, strategy.operands, strict=True)
     )
+
+
+def exchanging_heads(plan: Plan, graph: OpGraph) -> Plan:
+    """The plan with attention split by heads on the context axis: Ulysses (arXiv:2309.14509)."""
+    heads = {op.name: "h" for op in graph.ops if is_attention(op) and op.name in plan.strategies["cp"]}
+    strategies = {**plan.strategies, "cp": {**plan.strategies["cp"], **heads}}
+    return plan.model_copy(update={"strategies": strategies})
+
+
+def with_random_cuts(plan: Plan, graph: OpGraph, seed: int) -> Plan:
+    """The plan with stages that begin at any ops."""
+    starts = sorted(random.Random(seed).sample(range(1, len(graph.ops)), len(plan.stages) - 1))
+    stages = [
+        stage.model_copy(update={"first_op": graph.ops[start].name})
+        for stage, start in zip(plan.stages, (0, *starts), strict=True)
+    ]
+    return plan.model_copy(update={"stages": tuple(stages)})
 
 
 def with_mixed_recomputation(model: Capture, plan: Plan, seed: int) -> Plan:

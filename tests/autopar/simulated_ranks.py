@@ -8,13 +8,14 @@ runtime.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autopar.localize import Localized
-from autopar.placements import RR, Partial, Placement, Shard, State
+from autopar.localize import CAUSAL_ROWS, Localized
+from autopar.placements import RP, RR, Partial, Placement, Shard, State
 from graphs.interpret import call
 from graphs.ir import Op
 
@@ -25,9 +26,8 @@ Parts = list[Tensor]
 def deal(whole: Tensor, placement: Placement, size: int) -> Parts:
     """What each rank holds of a whole value; of a partial one the first rank holds all."""
     if isinstance(placement, Shard):
-        parts = whole.split(list(placement.sections or [whole.shape[placement.dim]]), placement.dim)
-        pieces = [part.chunk(size, placement.dim) for part in parts]
-        return [torch.cat([piece[rank] for piece in pieces], placement.dim) for rank in range(size)]
+        order = _order(whole.shape[placement.dim], placement, size).to(whole.device)
+        return [whole.index_select(placement.dim, mine) for mine in order.chunk(size)]
     if isinstance(placement, Partial):
         return [whole.clone() if rank == 0 else torch.zeros_like(whole) for rank in range(size)]
     return [whole.clone() for _ in range(size)]
@@ -36,15 +36,27 @@ def deal(whole: Tensor, placement: Placement, size: int) -> Parts:
 def whole_of(parts: Sequence[Tensor], placement: Placement) -> Tensor:
     """The whole value; of a replicated one all ranks must hold the same."""
     if isinstance(placement, Shard):
-        size, dim = len(parts), placement.dim
-        sections = placement.sections or (parts[0].shape[dim] * size,)
-        local = [part.split([section // size for section in sections], dim) for part in parts]
-        return torch.cat([piece for section in zip(*local, strict=True) for piece in section], dim)
+        dealt = torch.cat(list(parts), placement.dim)
+        order = _order(dealt.shape[placement.dim], placement, len(parts)).to(dealt.device)
+        return dealt.index_select(placement.dim, order.argsort())
     if isinstance(placement, Partial):
         return torch.stack(list(parts)).sum(0)
     for part in parts[1:]:
         torch.testing.assert_close(part, parts[0], msg="ranks disagree on a replicated tensor")
     return parts[0]
+
+
+def _order(extent: int, placement: Shard, size: int) -> Tensor:
+    """The elements of a dimension as the ranks hold them, one rank after the other."""
+    owner = []
+    for section in placement.sections or (extent,):
+        place = torch.arange(section)
+        if placement.zigzag:
+            number = place * 2 * size // section
+            owner.append(number.minimum(2 * size - 1 - number))
+        else:
+            owner.append(place * size // section)
+    return torch.cat(owner).argsort(stable=True)
 
 
 class _Convert(torch.autograd.Function):
@@ -86,8 +98,12 @@ def run(local: Localized, axis: str, size: int, wholes: Mapping[str, Tensor]) ->
 def _step(local: Localized, op: Op, axis: str, size: int, values: Mapping[str, Parts]) -> dict[str, Parts]:
     if op.target == "autopar.embedding":
         return {op.output: [_lookup(op, values, rank, size) for rank in range(size)]}
+    if op.target == "autopar.batch_norm":
+        return {op.output: _batch_norm(op, local, axis, values)}
     if op.target == "autopar.cross_entropy":
         return {op.output: _cross_entropy(op, local, axis, values)}
+    if op.target == CAUSAL_ROWS:
+        return {op.output: _causal_attention(op, local, axis, values)}
     if op.target.startswith("autopar."):
         (source,) = op.inputs
         before, after = (local.states[name].get(axis, RR) for name in (source, op.output))
@@ -101,6 +117,27 @@ def _lookup(op: Op, values: Mapping[str, Parts], rank: int, size: int) -> Tensor
     start = rank * weight.shape[0]
     mine = (indices >= start) & (indices < start + weight.shape[0])
     return weight[(indices - start).where(mine, 0)] * mine.unsqueeze(-1)
+
+
+def _causal_attention(op: Op, local: Localized, axis: str, values: Mapping[str, Parts]) -> Parts:
+    """Of all queries on every rank, which then keeps its own."""
+    query, state = op.inputs[0], local.states[op.output][axis]
+    whole = {**values, query: convert(values[query], local.states[query][axis], RP)}
+    kwargs = {key: value for key, value in op.kwargs.items() if key not in {"row_axis", "zigzag"}}
+    plain = replace(op, target="aten.scaled_dot_product_attention.default", kwargs=kwargs)
+    size = len(values[query])
+    attended = (call(plain, {name: whole[name][rank] for name in op.inputs}) for rank in range(size))
+    return [deal(each[op.output], state.value, size)[rank] for rank, each in enumerate(attended)]
+
+
+def _batch_norm(op: Op, local: Localized, axis: str, values: Mapping[str, Parts]) -> Parts:
+    """Of the whole rows; each rank then has its own."""
+    whole = [convert(values[name], local.states[name].get(axis, RR), RR) for name in op.inputs]
+    given = []
+    for x, *affine in zip(*whole, strict=True):
+        weight, bias = affine or (None, None)
+        given.append(F.batch_norm(x, None, None, weight, bias, training=True, eps=op.args[7]))
+    return convert(given, RR, local.states[op.output][axis])
 
 
 def _cross_entropy(op: Op, local: Localized, axis: str, values: Mapping[str, Parts]) -> Parts:

@@ -10,7 +10,8 @@ import graphs
 from autopar import api
 from autopar.api import Space
 from autopar.plan import Parallelism, Plan
-from autopar.search.describe import parameter_placements, training_policy
+from autopar.request import training_policy
+from autopar.search.describe import parameter_placements
 from autopar.search.planner import Planner
 from graphs import Capture
 from tests.autopar.small_models import cluster

@@ -16,8 +16,8 @@ import hardware_db
 from autopar import api
 from autopar.errors import InfeasibleError, PinConflictError
 from autopar.plan import Plan
+from autopar.request import training_policy
 from autopar.search import attempts
-from autopar.search.describe import training_policy
 from autopar.search.pins import Pins
 from autopar.search.planner import TOLERANCE, Planner
 from graphs import Capture

@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import graphs
 from autopar import api
 from autopar.cli.parser import build_parser
-from autopar.errors import InvalidParallelismError, PinConflictError
-from autopar.plan import PLANNED_SCHEDULES, Plan, ScheduleName
+from autopar.errors import InvalidParallelismError
+from autopar.plan import Plan, ScheduleName
 from autopar.pricing import DEFAULT_SOFTWARE
 from costmodel import (
     SCHEDULES,
@@ -349,12 +349,11 @@ def test_a_rank_of_a_v_holds_both_ends_and_what_they_share_once() -> None:
     assert entry(v_shaped, "parameters", 0) > entry(v_shaped, "parameters", 1) + tied_bytes
 
 
-@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - set(PLANNED_SCHEDULES)))
-def test_schedules_that_cannot_be_emitted_are_evaluated_but_not_planned(schedule: ScheduleName) -> None:
-    with pytest.raises(
-        PinConflictError, match=rf"{schedule}' can be evaluated but not planned yet; .* GPipe, 1F1B"
-    ):
-        api.plan(tower(), cluster(4), global_batch=16, schedule=schedule)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_can_be_asked_for(schedule: ScheduleName) -> None:
+    plan = api.plan(tower(), cluster(4), global_batch=16, pp=2, schedule=schedule)
+    assert plan.parallelism.schedule == schedule
+    assert len(plan.stages) == 2 * plan.parallelism.num_virtual_stages
     words = ["evaluate", "llama3-8b", "dgx-h100", "--global-batch", "64", "--pp", "4", "--schedule", schedule]
     assert build_parser().parse_args(words).schedule == schedule
 

@@ -8,7 +8,7 @@ import torch
 import graphs
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import RP, RR, Partial, Shard, sharded
-from autopar.rewrite.program import chosen
+from autopar.rewrite.local import chosen
 from autopar.strategies import Strategy, natural_sections, settle, strategies
 from graphs import OpGraph
 from tests.autopar.double_captures import captured

@@ -12,7 +12,7 @@ import pytest
 
 from autopar.errors import InvalidParallelismError
 from autopar.plan import Parallelism, Recompute
-from autopar.search.describe import training_policy
+from autopar.request import training_policy
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.given import GivenPrograms, evaluate_given, even_cuts
 from autopar.search.pieces import Pieces

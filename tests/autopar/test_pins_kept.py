@@ -17,7 +17,7 @@ from autopar.cli.parser import build_parser
 from autopar.cli.pin_options import pins_of
 from autopar.errors import InfeasibleError, PinConflictError
 from autopar.plan import Parallelism, Plan
-from autopar.search.describe import training_policy
+from autopar.request import training_policy
 from autopar.search.pin_costs import PinPricer, pin_costs
 from autopar.search.pins import Pins
 from autopar.search.planner import TOLERANCE, Planner
@@ -352,7 +352,6 @@ def test_plain_data_parallelism_is_shown_beside_whatever_is_pinned() -> None:
             {"tp": 4, "mesh": (2, 2), "dp": 2},
             r"no way to give the axes of the mesh 2x2 their roles has dp=2, tp=4",
         ),
-        ({"schedule": "DualPipeV"}, r"schedule='DualPipeV' can be evaluated but not planned yet; .*1F1B"),
     ],
 )
 def test_what_is_impossible_says_with_what_it_conflicts(settings: dict[str, Any], message: str) -> None:

@@ -16,8 +16,10 @@ from autopar import api
 from autopar.errors import InvalidParallelismError, RewriteError
 from autopar.plan import MESH_AXES, Parallelism, Plan
 from autopar.pricing import Pricer
+from autopar.request import training_policy
 from autopar.rewrite.program import rewrite
 from autopar.search import placement
+from autopar.search.alternatives import memory_excess
 from autopar.search.data_axes import (
     data_groups,
     held_states,
@@ -27,11 +29,10 @@ from autopar.search.data_axes import (
     optimizer_s,
     updated_elements,
 )
-from autopar.search.describe import memory_excess, training_policy
 from autopar.search.evaluate import Evaluated
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner, SearchResult
-from autopar.search.stages import state_bytes
+from autopar.search.stage_costs import state_bytes
 from costmodel import (
     Collective,
     CostModelError,

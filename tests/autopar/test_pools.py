@@ -17,7 +17,7 @@ from autopar.errors import AutoparError, InfeasibleError, PinConflictError, Rewr
 from autopar.launch.spec import job_of
 from autopar.plan import Plan
 from autopar.report.view import view
-from autopar.search.describe import training_policy
+from autopar.request import training_policy
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
 from autopar.search.pool_cuts import LegTimes, RouteCut, best_cuts, seam_floors
@@ -55,7 +55,7 @@ def search_of(pools: Pools, pins: Pins | None = None, depth: int = 3) -> PoolSea
         Planner(capture, pool, policy, global_batch=BATCH, pins=pins, whole_space=False)
         for pool in pools.pools
     ]
-    return PoolSearch(Legs(planners, pools), BATCH, pins or Pins(), None, None)
+    return PoolSearch(Legs(planners, pools))
 
 
 @cache
@@ -73,7 +73,7 @@ def test_comes_within_the_tolerance_of_every_cut_way_and_assignment(memory_bytes
     prices, num_units = Prices(legs), legs.planners[0].num_units
     alone = [planner.search().best for planner in legs.planners]
     best_s = min((each.evaluated.step_s for each in alone if each is not None), default=inf)
-    for route in routes(legs.planners, BATCH, Pins(tp=1)):
+    for route in routes(legs.planners):
         inner = combinations(range(1, num_units), route.num_stages - 1)
         numbers = (range(len(legs.ways(leg))) for leg in route.legs)
         for cuts, ways in product(inner, list(product(*numbers))):

@@ -24,9 +24,11 @@ from autopar.errors import RewriteError
 from autopar.kernels import CONJUGATES
 from autopar.op_kinds import is_conversion, short_name
 from autopar.plan import Parallelism, Plan, Recomputation
-from autopar.rewrite.program import local_program, rewrite
+from autopar.request import training_policy
+from autopar.rewrite.local import local_program
+from autopar.rewrite.program import rewrite
 from autopar.rewrite.recompute import recomputing
-from autopar.search.describe import recomputation, training_policy
+from autopar.search.describe import recomputation
 from autopar.search.evaluate import Evaluator
 from autopar.search.given import GivenPrograms
 from autopar.search.shallow import Shallow

@@ -9,7 +9,7 @@ import pytest
 from autopar.errors import AutoparError
 from autopar.plan import Parallelism, Plan
 from autopar.report import explain, units, view
-from autopar.report.view import group_placements
+from autopar.report.sharding import group_placements
 
 GB = 1e9
 

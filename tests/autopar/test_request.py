@@ -10,8 +10,7 @@ import hardware_db
 from autopar import api
 from autopar.errors import InfeasibleError, InvalidParallelismError
 from autopar.plan import Parallelism, Plan
-from autopar.request import cluster_of, with_memory
-from autopar.search.describe import training_policy
+from autopar.request import cluster_of, training_policy, with_memory
 from autopar.search.evaluate import Evaluator
 from autopar.search.given import GivenPrograms, evaluate_given
 from autopar.search.planner import Planner

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar.placements import PR, RP, RR, sharded
 from autopar.runtime.autopar_runtime import (
     Parameters,
     Split,
@@ -26,6 +25,7 @@ from autopar.runtime.autopar_runtime import (
     placements_of,
 )
 from autopar.strategies import conversion
+from tests.autopar.conversions_on_ranks import STATES
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,9 +40,8 @@ def test_conversions_are_what_they_are_defined_to_be(num_ranks: int) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     found = re.search(r"right: (\d+)", done.stdout)
     assert found is not None, done.stderr[-4000:]
-    states = (RR, RP, PR, *(sharded(dim) for dim in range(3)), sharded(1, (4, 4)), sharded(2, (4, 8)))
-    pairs = [(a, b) for a in states for b in states if a != b and conversion(a, b, requires_grad=True)]
-    assert int(found[1]) == len(pairs) + 10
+    pairs = [(a, b) for a in STATES for b in STATES if a != b and conversion(a, b, requires_grad=True)]
+    assert int(found[1]) == len(pairs) + 12
 
 
 def test_grouped_mm_multiplies_each_row_by_the_matrix_of_its_expert() -> None:

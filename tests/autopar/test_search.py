@@ -10,7 +10,7 @@ from autopar import api
 from autopar.errors import InvalidParallelismError, PinConflictError
 from autopar.module_paths import module_ranges
 from autopar.plan import Parallelism, Plan
-from autopar.search.describe import training_policy
+from autopar.request import training_policy
 from autopar.search.pins import Pins
 from autopar.search.planner import TOLERANCE, Planner
 from autopar.search.space import Degrees, layouts, ways

@@ -16,8 +16,8 @@ from autopar.errors import InfeasibleError
 from autopar.localize import Localized, localize
 from autopar.plan import Parallelism, Plan
 from autopar.pricing import Pricer
-from autopar.rewrite.program import chosen
-from autopar.search.describe import training_policy
+from autopar.request import training_policy
+from autopar.rewrite.local import chosen
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.experts import deal_out_experts
 from autopar.search.pins import Pins

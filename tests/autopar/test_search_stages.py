@@ -15,7 +15,9 @@ from autopar.search.data_axes import mesh_groups
 from autopar.search.programs import Programs
 from autopar.search.saved import Saved
 from autopar.search.shallow import shallow
-from autopar.search.stages import Machine, StageTable
+from autopar.search.stage_costs import Machine
+from autopar.search.stage_table import StageTable
+from autopar.search.stages import best_cut
 from autopar.search.units import Chain, ParameterShard, Unit
 from costmodel import Overlap, optimizer_policy, peak_in_flight, simulate, software
 from tests.autopar.small_models import cluster, tower
@@ -93,7 +95,7 @@ def test_no_cuts_that_fit_take_less_than_the_bound_and_the_chosen_little_more(se
     tries = {cuts: held_bytes(table, p, cuts) for cuts in all_cuts(table.num_units, num_stages)}
     budget = rng.uniform(min(tries.values()), max(tries.values()))
     fitting = [cuts for cuts, peak in tries.items() if peak <= budget]
-    cut = table.cut(p, machine(budget), sends_s)
+    cut = best_cut(table, p, machine(budget), sends_s)
     assert cut is not None
     assert cut.cuts in fitting
     best_s = min(exact_s(table, p, other, sends_s) for other in fitting)
@@ -120,8 +122,8 @@ def test_no_stages_make_a_pipeline_faster_than_its_floor(schedule: ScheduleName,
 def test_without_cuts_that_fit_memory_can_be_ignored() -> None:
     table = StageTable(random_chain(random.Random(0), 6))
     p = Parallelism(pp=3, num_microbatches=4)
-    assert table.cut(p, machine(0.0), NO_SENDS) is None
-    cut = table.cut(p, machine(0.0), NO_SENDS, fitting=False)
+    assert best_cut(table, p, machine(0.0), NO_SENDS) is None
+    cut = best_cut(table, p, machine(0.0), NO_SENDS, fitting=False)
     assert cut is not None
     best_s = min(exact_s(table, p, other, NO_SENDS) for other in all_cuts(6, 3))
     assert 0.8 * best_s <= cut.bound_s <= best_s + ONCE_S
@@ -129,7 +131,7 @@ def test_without_cuts_that_fit_memory_can_be_ignored() -> None:
 
 def test_more_stages_than_units_is_no_cut() -> None:
     table = StageTable(random_chain(random.Random(0), 6))
-    assert table.cut(Parallelism(pp=7, num_microbatches=7), machine(1e9), NO_SENDS) is None
+    assert best_cut(table, Parallelism(pp=7, num_microbatches=7), machine(1e9), NO_SENDS) is None
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -66,11 +66,20 @@ def test_what_has_no_gradient_is_computed_again_and_not_sent() -> None:
     assert last.batch == ("input0",)
 
 
-def test_a_value_without_gradient_that_comes_from_one_with_cannot_be_computed_again() -> None:
+def test_a_value_without_gradient_that_comes_from_one_with_is_sent() -> None:
     make = GraphBuilder()
     first = make.linear(make.input(4, 8), 8)
     make.tensors["frozen"] = Tensor("frozen", (4, 8), torch.float32, False, "frozen")
     make.ops.append(Op("detach", "aten.detach.default", (Ref(first),), {}, ("frozen",), "encoder"))
     graph = make.graph(make.sum(make.mul(make.relu(first), "frozen")))
-    with pytest.raises(RewriteError, match=r"aten\.detach\.default, module encoder"):
-        cut(graph, [graph.ops[0].name, graph.ops[2].name], (graph.loss or "",))
+    _, last = cut(graph, [graph.ops[0].name, graph.ops[2].name], (graph.loss or "",))
+    assert last.receives == (first, "frozen")
+    assert "detach" not in {op.name for op in last.ops}
+
+
+def test_a_stage_without_anything_to_train_is_refused() -> None:
+    make = GraphBuilder()
+    mask = make.relu(make.input(4, 8))
+    graph = make.graph(make.sum(make.mul(make.linear(make.input(4, 8), 8), mask)))
+    with pytest.raises(RewriteError, match=r"stage 1 of 2 would train nothing: no value before linear1"):
+        cut(graph, [graph.ops[0].name, graph.ops[1].name], (graph.loss or "",))

@@ -152,5 +152,5 @@ def all_cuts(planner: Planner, program: Program, p: Parallelism) -> Iterator[tup
     device = planner.programs.device(p.microbatch_size, p.ep)
     if p.num_virtual_stages == 1:
         yield from ((0, *cuts) for cuts in combinations(range(1, num_units), p.pp - 1))
-    elif (even := planner.layer.table(device).even(p.pp * p.num_virtual_stages)) is not None:
+    elif (even := planner.layer.even(device).cuts(p.pp * p.num_virtual_stages)) is not None:
         yield even

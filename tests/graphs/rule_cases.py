@@ -235,7 +235,7 @@ NORMALIZATION = [
     Case("aten._fused_rms_norm.default", (x(2, 4, 6), [6], x(6), 1e-6), "d0 d1"),
     Case("aten.group_norm.default", (x(2, 12, 5), 4, x(12), x(12)), "n g"),
     Case("aten.group_norm.default", (x(2, 4, 5), 1), "n"),
-    Case("aten.batch_norm.default", (x(4, 6, 2), x(6), x(6), None, None, True, 0.1, 1e-5, False), "c"),
+    Case("aten.batch_norm.default", (x(4, 6, 2), x(6), x(6), None, None, True, 0.1, 1e-5, False), "n c"),
     Case(
         "aten.batch_norm.default",
         (x(4, 6, 2), x(6), x(6), x(6), x(6) ** 2 + 1, False, 0.1, 1e-5, False),

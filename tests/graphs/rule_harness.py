@@ -257,7 +257,22 @@ def _loss_of_classes(call: Call, shards: Sequence[Sequence[torch.Tensor]]) -> li
     return [(loss,)] * NUM_SHARDS
 
 
+def _joined_statistics(
+    call: Call, shards: Sequence[Sequence[torch.Tensor]]
+) -> list[tuple[torch.Tensor, ...]]:
+    """Every rank normalizes by mean and variance of all rows."""
+    rows = torch.cat([x for x, *_ in shards])
+    shape = [-1] + [1] * (rows.dim() - 2)
+    variance, mean = torch.var_mean(rows, [0, *range(2, rows.dim())], correction=0)
+    found: list[tuple[torch.Tensor, ...]] = []
+    for x, weight, bias in shards:
+        normalized = (x - mean.view(shape)) / (variance + call.op.args[7]).sqrt().view(shape)
+        found.append((normalized * weight.view(shape) + bias.view(shape),))
+    return found
+
+
 FORMS: dict[str, Form] = {
+    "batch_norm_rows": _joined_statistics,
     "mean": _mean,
     "vocab_parallel_embedding": _lookup,
     "cross_entropy_rows": _loss_of_rows,

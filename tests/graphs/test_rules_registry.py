@@ -148,7 +148,7 @@ def test_a_split_lookup_is_not_split_by_words_again() -> None:
     assert not rule.implemented
 
 
-@pytest.mark.parametrize(("axis", "left"), [("row_axis", {"c"}), ("class_axis", {"d0"})])
+@pytest.mark.parametrize(("axis", "left"), [("row_axes", {"c"}), ("class_axis", {"d0"})])
 def test_a_split_loss_can_be_split_the_other_way(axis: str, left: set[str]) -> None:
     operands = [tensor("x", 8, 6), tensor("t", 8, dtype=torch.int64)]
     rule = rule_of("autopar.cross_entropy", (Ref("x"), Ref("t")), operands, tensor("loss"), **{axis: "dp"})

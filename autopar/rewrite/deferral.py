@@ -1,0 +1,45 @@
+"""Which products of a stage leave the gradients of their weights for later.
+
+A schedule that splits backwards (zero bubbles, arXiv:2401.10241) sends the gradients of activations on first,
+and computes those of weights where a rank would wait. Products with a trained matrix are written as calls of
+the runtime that leave the second part; all other ops compute both at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autopar.rewrite.stages import Stage
+from graphs.ir import Op, OpGraph
+
+NAMESPACE = "deferred."
+"""Before the name of a product that leaves its weight's gradient."""
+
+_NAMES = {
+    "aten.linear.default": "linear",
+    "aten.matmul.default": "matmul",
+    "aten.mm.default": "matmul",
+}
+
+
+def defer_weights(stage: Stage, graph: OpGraph) -> Stage:
+    """The stage with products that leave the gradients of their weights.
+
+    A matrix that something else reads too, such as a table of embeddings, gets its gradient at once: torch
+    tells that a gradient is complete when the first part of it arrives.
+    """
+    products = [op for op in stage.ops if _is_weight_product(op, graph)]
+    others = {name for op in stage.ops if op not in products for name in op.inputs}
+    deferred = {op.name for op in products if op.inputs[1] not in others}
+    ops = (
+        replace(op, target=NAMESPACE + _NAMES[op.target]) if op.name in deferred else op for op in stage.ops
+    )
+    return replace(stage, ops=tuple(ops))
+
+
+def _is_weight_product(op: Op, graph: OpGraph) -> bool:
+    """Whether an op multiplies rows by a trained matrix, without a bias."""
+    if op.target not in _NAMES or len(op.inputs) != 2 or op.inputs[1] not in graph.parameter_tensors:
+        return False
+    rows, weight = (graph.tensors[name] for name in op.inputs)
+    return weight.requires_grad and len(weight.shape) == 2 and len(rows.shape) > 1

@@ -1,0 +1,114 @@
+"""How a model initialises its parameters: asked of its modules, while nothing is written.
+
+Modules of torch say it in `reset_parameters`, models of Hugging Face and many others in
+`_init_weights(module)`, which has the last word. Both are run under a mode that notes what they would do to
+parameters and leaves it at that. What they compute in other ways (a copy of some tensor) is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autopar.runtime.autopar_runtime import Recipe
+
+FRESH = {"normal_", "uniform_", "fill_", "zero_"}
+"""Ops after which nothing is left of what was there."""
+
+CHANGES = {"erfinv_", "mul_", "div_", "add_", "clamp_"}
+"""Ops on single numbers that may follow: `trunc_normal_` is made of them."""
+
+DEFAULTS: Mapping[str, tuple[float, ...]] = {"normal_": (0.0, 1.0), "uniform_": (0.0, 1.0)}
+
+
+def initial_values(model: nn.Module) -> dict[str, Recipe]:
+    """The recipe of every parameter of which the model tells it, by all names; the model stays as it is."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    with _Notes(named.values()) as notes, torch.no_grad(), _as_if_new(named.values()):
+        for module in model.modules():
+            if isinstance(reset := getattr(module, "reset_parameters", None), _METHOD):
+                notes.ask(reset)
+        for module, owner in _owners(model, None):
+            notes.ask(owner._init_weights, module)
+    recipes = {name: notes.recipes.get(id(each)) for name, each in named.items()}
+    return {name: recipe for name, recipe in recipes.items() if recipe}
+
+
+_METHOD = type(nn.Module().modules)
+
+
+def _owners(module: nn.Module, owner: Any) -> Iterator[tuple[nn.Module, Any]]:
+    """Every module after those inside it, with the innermost one around it that has `_init_weights`."""
+    if isinstance(getattr(module, "_init_weights", None), _METHOD):
+        owner = module
+    for child in module.children():
+        yield from _owners(child, owner)
+    if owner is not None:
+        yield module, owner
+
+
+@contextmanager
+def _as_if_new(parameters: Any) -> Iterator[None]:
+    """Without the marks by which `transformers` knows what it has initialised already."""
+    marked = [each for each in parameters if getattr(each, "_is_hf_initialized", False)]
+    for parameter in marked:
+        parameter._is_hf_initialized = False
+    try:
+        yield
+    finally:
+        for parameter in marked:
+            parameter._is_hf_initialized = True
+
+
+class _Notes(TorchDispatchMode):
+    """Notes what is done to some tensors in place, and does not do it."""
+
+    def __init__(self, tensors: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.whole: dict[int, list[Tensor]] = {}
+        for each in tensors:
+            self.whole.setdefault(each.untyped_storage()._cdata, []).append(each)
+        self.recipes: dict[int, Recipe | None] = {}
+
+    def ask(self, function: Any, *arguments: object) -> None:
+        """Run what may initialise something; what cannot be run so tells nothing."""
+        try:
+            function(*arguments)
+        except Exception:  # a stranger's code, on tensors that do not change under it
+            return
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.overloadpacket.__name__
+        target = args[0] if args and isinstance(args[0], Tensor) else None
+        known = self.whole.get(target.untyped_storage()._cdata) if target is not None else None
+        if target is None or known is None or not name.endswith("_") or name == "detach_":
+            return op(*args, **(kwargs or {}))
+        for each in known:
+            self.recipes[id(each)] = self._after(self.recipes.get(id(each)), each, target, name, args[1:])
+        return target
+
+    def _after(
+        self, recipe: Recipe | None, whole: Tensor, target: Tensor, op: str, numbers: Any
+    ) -> Recipe | None:
+        """The recipe with one more op; None where it cannot be told."""
+        if not all(isinstance(number, int | float) for number in numbers):
+            return None
+        step = ("fill_", 0.0) if op == "zero_" else (op, *map(_rounded, numbers or DEFAULTS.get(op, ())))
+        if target.shape == whole.shape:
+            if op in FRESH:
+                return (step,)
+            return (*recipe, step) if recipe is not None and op in CHANGES else None
+        if recipe is not None and step == ("fill_", 0.0) and target.shape == whole.shape[1:]:
+            row = (target.storage_offset() - whole.storage_offset()) // max(1, whole.stride(0))
+            return (*recipe, ("zero_row", row))  # of padding
+        return None
+
+
+def _rounded(number: float) -> float:
+    """To six digits: square roots of widths differ in the last ones."""
+    return float(f"{number:.6g}")

@@ -1,0 +1,130 @@
+"""Schedules with several stages on a rank: cuts as even as units allow, and what memory makes of them.
+
+The bubble of these schedules shrinks only if stages are alike, so their cuts are those whose longest stage is
+shortest, without memory. What a rank then keeps too much its units free in the least time, each as often as
+microbatches of its stage are in flight when the rank is fullest. A rank that takes T for a microbatch on all
+its stages, P before the first of them and O once a step takes P + m T + O at least, and the largest of these
+bounds the step. One stage for the whole model is the same with nothing to cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+
+import numpy as np
+
+from autopar.plan import Parallelism
+from autopar.search.runs import Array
+from autopar.search.stage_costs import Machine, accumulating, moved_once, room_bytes, run_times
+from autopar.search.stage_table import StageTable
+from autopar.search.stages import Where, cheapest, legal
+from costmodel import peak_activation_bytes, pipeline_lower_bound_s
+from costmodel.orders import (
+    OVERLAPPING_SCHEDULES,
+    SPLIT_BACKWARD_SCHEDULES,
+    in_flight_when_fullest,
+    stage_ranks,
+)
+
+
+class EvenStages:
+    """The stages of one chain in schedules whose cuts memory has no say in."""
+
+    def __init__(self, table: StageTable) -> None:
+        self.table = table
+        self._cuts: dict[int, tuple[int, ...] | None] = {}
+        self._schedule_floors_s: dict[tuple[object, ...], float] = {}
+
+    def cuts(self, num_stages: int, where: Where = None) -> tuple[int, ...] | None:
+        """The cuts whose longest stage is shortest; None for fewer units than stages."""
+        if num_stages > self.table.num_units:
+            return None
+        if num_stages not in self._cuts:
+            values = legal(self.table.all_runs.forward_s + self.table.all_runs.backward_s, where)
+            found = cheapest([values] * num_stages)
+            self._cuts[num_stages] = None if found is None else found.cuts
+        return self._cuts[num_stages]
+
+    def excess_bytes(self, p: Parallelism, machine: Machine, cuts: tuple[int, ...]) -> Array:
+        """What each rank at least keeps too much with these cuts, or has left, everywhere with the fastest
+        variant."""
+        room = room_bytes(self.table, self.table.sums(cuts, _ranks(p)), p, machine)
+        peaks = peak_activation_bytes(
+            p.schedule, p.pp, p.num_microbatches, self._saved_bytes(cuts), p.num_virtual_stages
+        )
+        excess: Array = np.array(peaks) - room
+        return excess
+
+    def in_flight(self, p: Parallelism, cuts: tuple[int, ...]) -> tuple[int, ...]:
+        """How many microbatches each stage keeps when its rank keeps most, as `excess_bytes`."""
+        return in_flight_when_fullest(
+            p.schedule, p.pp, p.num_microbatches, self._saved_bytes(cuts), p.num_virtual_stages
+        )
+
+    def _saved_bytes(self, cuts: tuple[int, ...]) -> list[float]:
+        found: list[float] = self.table.sums(cuts).saved_bytes.tolist()
+        return found
+
+    def relief_s(
+        self,
+        p: Parallelism,
+        cuts: tuple[int, ...],
+        excess_bytes: Array,
+        weights: Sequence[float] | None = None,
+    ) -> Array:
+        """E of ranks, whose bytes are counted at the moment when a rank holds most: what a unit frees counts
+        as often as microbatches of its stage are in flight then, and seconds of a stage by its weight."""
+        seconds = np.zeros_like(excess_bytes)
+        stages = list(zip(_ranks(p), self.in_flight(p, cuts), weights or repeat(1.0), strict=False))
+        for rank in np.flatnonzero(excess_bytes > 0).tolist():
+            mine = [(stage, k, w) for stage, (own, k, w) in enumerate(stages) if own == rank and k]
+            steps = sorted(
+                (rate * w / k, k * freed * number[stage])
+                for rate, freed, number in self.table.sums(cuts).segments
+                for stage, k, w in mine
+            )
+            left = excess_bytes[rank]
+            for rate, size in steps:
+                seconds[rank] += rate * min(left, size)
+                left -= min(left, size)
+            if left > 1e-6 * max(1.0, excess_bytes[rank]):
+                seconds[rank] = np.inf
+        return seconds
+
+    def bound_s(self, p: Parallelism, machine: Machine, cuts: tuple[int, ...], excess_bytes: Array) -> float:
+        """What a step with these cuts takes at least if ranks keep so much less of activations; infinite
+        where they cannot."""
+        sums = accumulating(self.table.sums(cuts, _ranks(p)), p, machine)
+        if p.schedule in OVERLAPPING_SCHEDULES:
+            sums = sums.computing()
+        again_s = self.relief_s(p, cuts, excess_bytes)
+        if np.isinf(again_s).any():
+            return float("inf")
+        times = run_times(sums, moved_once(self.table, p, machine), machine.overlap, again_s)
+        return_s = 0.0 if p.schedule in SPLIT_BACKWARD_SCHEDULES else sums.return_s
+        # A rank's first stage is its earliest: what comes before that it must wait for.
+        ends_s = sums.arrival_s + p.num_microbatches * times.microbatch_s
+        return float((ends_s + np.maximum(return_s, times.once_s)).max())
+
+    def schedule_floor_s(self, p: Parallelism, cuts: tuple[int, ...], accumulation_s: float) -> float:
+        """What the schedule takes at least with these cuts, were there nothing else to do than to compute
+        and, in so long for each parameter, to add up gradients."""
+        key = (p.schedule, p.pp, p.num_microbatches, cuts, accumulation_s)
+        if key not in self._schedule_floors_s:
+            sums = self.table.sums(cuts).accumulating(accumulation_s)
+            if p.schedule in OVERLAPPING_SCHEDULES:
+                sums = sums.computing()
+            weight_s = None
+            if p.schedule in SPLIT_BACKWARD_SCHEDULES:
+                weight_s = sums.runs.sums([unit.cost.weight_s for unit in self.table.chain.units]).tolist()
+            self._schedule_floors_s[key] = pipeline_lower_bound_s(
+                p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
+                num_virtual=p.num_virtual_stages, schedule_name=p.schedule, weight_s=weight_s,
+            )  # fmt: skip
+        return self._schedule_floors_s[key]
+
+
+def _ranks(p: Parallelism) -> tuple[int, ...]:
+    """The rank of each stage."""
+    return stage_ranks(p.schedule, p.pp, p.num_virtual_stages)

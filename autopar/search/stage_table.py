@@ -1,0 +1,257 @@
+"""What the units of a chain take, hold and may compute again, each and in runs.
+
+A run of units that has D bytes too much of each microbatch computes some again, for which it takes at least
+
+    E(D) = min Σ e_uv x_uv    Σ (a_u0 - a_uv) x_uv ≥ D,   Σ_v x_uv = 1,   0 ≤ x_uv ≤ 1
+
+seconds: unit u uses variant v, which keeps a_uv and repeats e_uv seconds. Variants lie on a convex frontier,
+so the linear program is solved by taking the cheapest seconds a byte first, for all runs at once
+(`RunSums.relief_s`).
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from autopar.search.pieces import num_weights
+from autopar.search.runs import AllRuns, Array, GivenRuns, RankRuns, Runs
+from autopar.search.units import Chain
+
+Options = tuple[tuple[str, ...], ...]
+"""For each unit the variants it may use, from the fastest to the smallest."""
+
+
+class Segment(NamedTuple):
+    """A step along the frontier of like units: seconds a byte, bytes freed, and which units can take it."""
+
+    rate: float
+    freed_bytes: float
+    members: Array
+
+
+class RunSums:
+    """The sums of a chain that no parallelism changes, over some runs of its units."""
+
+    def __init__(self, table: StageTable, runs: Runs) -> None:
+        self.runs = runs
+        self.forward_s = runs.sums(table.unit_forward_s)
+        self.backward_s = runs.sums(table.unit_backward_s)
+        self.arrival_s = runs.before(table.unit_forward_s)
+        self.return_s = runs.before(table.unit_backward_s)
+        self.communication_s = tuple(runs.sums(seconds) for seconds in table.unit_communication_s)
+        self.num_sharding_units = np.maximum(1.0, runs.sums(table.unit_has_parameters))
+        self.elements = tuple(runs.sums(elements) for elements in table.unit_elements)
+        self.elements_before = runs.before(np.sum(table.unit_elements, axis=0))
+        self.block_elements = runs.largest(table.elements_of(blocks=True))
+        self.root_elements = runs.sums(table.elements_of(blocks=False))
+        self.largest_weights = runs.largest(table.unit_weights)
+        self.saved_bytes = runs.sums(table.unit_saved_bytes)
+        self.working_bytes = runs.last(table.unit_working_bytes)
+        self.segments = [(s.rate, s.freed_bytes, runs.sums(s.members)) for s in table.segments]
+
+    def accumulating(self, seconds: float) -> RunSums:
+        """The same where each parameter's gradient takes so long to be added to those of other
+        microbatches."""
+        if not seconds:
+            return self
+        found = copy(self)
+        found.backward_s = self.backward_s + seconds * sum(self.elements)
+        found.return_s = self.return_s + seconds * self.elements_before
+        return found
+
+    def computing(self) -> RunSums:
+        """The same with all communication in the runs hidden; not in what comes before them."""
+        found = copy(self)
+        found.forward_s = self.forward_s - self.communication_s[0]
+        found.backward_s = self.backward_s - self.communication_s[1]
+        return found
+
+    def relief_s(self, excess_bytes: Array) -> Array:
+        """E: the least time in which units free so many bytes of a microbatch; infinite where they cannot."""
+        left = np.maximum(0.0, excess_bytes)
+        seconds = np.zeros_like(left)
+        if not left.any():
+            return seconds
+        for rate, freed, number in self.segments:
+            taken = np.minimum(left, freed * number)
+            seconds += rate * taken
+            left -= taken
+        seconds[left > 1e-6 * np.maximum(1.0, excess_bytes)] = np.inf
+        return seconds
+
+
+class StageTable:
+    """All stages that one chain can be cut into; `options` narrows what units may compute again."""
+
+    def __init__(self, chain: Chain, options: Options | None = None) -> None:
+        self.chain = chain
+        self.options = options or tuple(unit.frontier for unit in chain.units)
+        self.num_units = len(chain.units)
+        self._known_sums: dict[tuple[tuple[int, ...], tuple[int, ...]], RunSums] = {}
+
+    # --- units ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def base(self) -> tuple[str, ...]:
+        """Every unit's fastest variant."""
+        return tuple(names[0] for names in self.options)
+
+    @cached_property
+    def unit_forward_s(self) -> Array:
+        """The forward of each unit, with the communication that nothing hides."""
+        computed_s = np.array([unit.cost.forward_s for unit in self.chain.units])
+        forward_s: Array = computed_s + self.unit_communication_s[0]
+        return forward_s
+
+    @cached_property
+    def unit_backward_s(self) -> Array:
+        """The backward of each unit, with what its fastest variant computes again."""
+        pairs = zip(self.chain.units, self.base, strict=True)
+        computed_s = np.array([u.cost.backward_s + u.recompute_s[name] for u, name in pairs])
+        backward_s: Array = computed_s + self.unit_communication_s[1]
+        return backward_s
+
+    @cached_property
+    def unit_communication_s(self) -> tuple[Array, Array]:
+        """The communication in these, of forward and backward."""
+        costs = [unit.cost for unit in self.chain.units]
+        both = (
+            [cost.forward_communication_s for cost in costs],
+            [cost.backward_communication_s for cost in costs],
+        )
+        return self._exposed * np.array(both[0]), self._exposed * np.array(both[1])
+
+    @property
+    def _exposed(self) -> float:
+        return 1 - self.chain.era.tensor_parallel_overlap
+
+    @cached_property
+    def unit_has_parameters(self) -> list[float]:
+        """1 for units that are gathered and reduced by themselves."""
+        return [float(bool(unit.parameters)) for unit in self.chain.units]
+
+    @cached_property
+    def unit_elements(self) -> tuple[list[float], list[float]]:
+        """Elements of dense parameters and of experts, each for the first unit that has it."""
+        seen: set[str] = set()
+        sizes: tuple[list[float], list[float]] = ([], [])
+        for unit in self.chain.units:
+            fresh = [self.chain.parameters[name] for name in unit.parameters if name not in seen]
+            seen.update(unit.parameters)
+            for is_expert, found in enumerate(sizes):
+                found.append(float(sum(s.num_elements for s in fresh if s.is_expert is bool(is_expert))))
+        return sizes
+
+    def elements_of(self, *, blocks: bool) -> list[float]:
+        """The same together, 0 outside of blocks, or in them."""
+        both = zip(self.chain.units, *self.unit_elements, strict=True)
+        return [sum(sizes) if unit.is_block is blocks else 0.0 for unit, *sizes in both]
+
+    @cached_property
+    def element_bytes(self) -> list[float]:
+        """Bytes of an element of each unit's parameters."""
+        found = []
+        for unit in self.chain.units:
+            shards = [self.chain.parameters[name] for name in unit.parameters]
+            elements = sum(shard.num_elements for shard in shards)
+            found.append(sum(shard.num_bytes for shard in shards) / elements if elements else 0.0)
+        return found
+
+    @cached_property
+    def unit_weights(self) -> list[float]:
+        """Elements of a block's weights, one matrix of every stack."""
+        return [num_weights(unit, self.chain.parameters) for unit in self.chain.units]
+
+    @cached_property
+    def unit_saved_bytes(self) -> list[float]:
+        """What each unit keeps that none before it does, with its fastest variant."""
+        seen: set[str] = set()
+        sizes = []
+        for unit, name in zip(self.chain.units, self.base, strict=True):
+            saved = unit.saved[name]
+            fresh = sum(size for storage, size in saved.storages.items() if storage not in seen)
+            seen.update(saved.storages)
+            sizes.append(float(fresh + saved.internal_bytes))
+        return sizes
+
+    @cached_property
+    def unit_working_bytes(self) -> list[float]:
+        """What each unit holds beside what it keeps."""
+        pairs = zip(self.chain.units, self.base, strict=True)
+        return [float(unit.saved[name].working_bytes) for unit, name in pairs]
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """What units can free, the cheapest first."""
+        kinds: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for index, (unit, names) in enumerate(zip(self.chain.units, self.options, strict=True)):
+            kinds.setdefault((id(unit.recompute_s), names), []).append(index)
+        found = []
+        for (_, names), indices in kinds.items():
+            unit = self.chain.units[indices[0]]
+            members = np.zeros(self.num_units)
+            members[indices] = 1
+            for one, other in pairwise(names):
+                freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
+                if freed > 0:
+                    seconds = unit.recompute_s[other] - unit.recompute_s[one]
+                    found.append(Segment(seconds / freed, float(freed), members))
+        return sorted(found, key=lambda segment: segment.rate)
+
+    # --- all units together ---------------------------------------------------------------------------------
+
+    @cached_property
+    def microbatch_s(self) -> float:
+        """A microbatch on all stages, nothing computed again that need not be."""
+        return float(self.unit_forward_s.sum() + self.unit_backward_s.sum())
+
+    @cached_property
+    def computed_s(self) -> float:
+        """The same without communication."""
+        return self.microbatch_s - float(sum(seconds.sum() for seconds in self.unit_communication_s))
+
+    @cached_property
+    def weight_s(self) -> float:
+        """The gradients of weights among it, which no other stage waits for."""
+        return sum(unit.cost.weight_s for unit in self.chain.units)
+
+    @cached_property
+    def all_saved_bytes(self) -> float:
+        """What all units keep of a microbatch."""
+        return sum(self.unit_saved_bytes)
+
+    def least_relief_s(self, excess_bytes: float) -> float:
+        """E for all units; what all that can be freed costs where that is not enough."""
+        seconds = 0.0
+        for segment in self.segments:
+            if excess_bytes <= 0:
+                break
+            taken = min(excess_bytes, segment.freed_bytes * float(segment.members.sum()))
+            seconds += segment.rate * taken
+            excess_bytes -= taken
+        return seconds
+
+    @property
+    def held_per_byte(self) -> float:
+        """What the allocator holds for a byte that comes and goes."""
+        return 1 + self.chain.era.fragmentation
+
+    # --- runs of units --------------------------------------------------------------------------------------
+
+    @cached_property
+    def all_runs(self) -> RunSums:
+        """The sums of every run [i, j)."""
+        return RunSums(self, AllRuns(self.num_units))
+
+    def sums(self, cuts: tuple[int, ...], ranks: tuple[int, ...] = ()) -> RunSums:
+        """The sums of the stages that begin at `cuts`, or of the `ranks` on which those are."""
+        key = cuts, ranks
+        if key not in self._known_sums:
+            runs = RankRuns(cuts, ranks, self.num_units) if ranks else GivenRuns(cuts, self.num_units)
+            self._known_sums[key] = RunSums(self, runs)
+        return self._known_sums[key]

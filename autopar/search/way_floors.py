@@ -1,0 +1,88 @@
+"""What no way to run a layout can beat, before its stages are cut: microbatch floors in their pipelines.
+
+A floor on a microbatch's time (`autopar.search.floors`) becomes one on the step by the bubble, the data axes
+and what memory makes it compute again (`autopar.search.bounds`). Schedules that run the forward of one
+microbatch with the backward of another hide communication behind what the other computes: together both take
+at least what they compute, and at least half of all.
+"""
+
+from __future__ import annotations
+
+from autopar.plan import Parallelism
+from autopar.search.bounds import Bounds
+from autopar.search.floors import Floors
+from autopar.search.pins import Pins
+from autopar.search.programs import Program
+from autopar.search.space import Layout, parallelism
+from autopar.search.staging import StageLayer
+from costmodel.closed_forms import uniform_finish_s
+from costmodel.orders import OVERLAPPING_SCHEDULES
+
+
+class WayFloors:
+    """Floors of layouts, and of ways to run them, within pins."""
+
+    def __init__(self, floors: Floors, bounds: Bounds, layer: StageLayer, pins: Pins) -> None:
+        self.floors = floors
+        self.bounds = bounds
+        self.layer = layer
+        self.pins = pins
+
+    def may_fit(self, layout: Layout) -> bool:
+        """Whether memory may suffice for some way to run a layout."""
+        held_bytes = self.bounds.memory_bytes(self._lightest(layout))
+        return held_bytes <= self.bounds.cluster.device.memory_bytes
+
+    def quick_layout_s(self, layout: Layout) -> float:
+        """No way to run a layout takes less: the arithmetic of one device, divided over all."""
+        device = self.floors.share(layout.microbatch_size, layout.ep)
+        computed_s = device.computed_s / (layout.tp * layout.cp)
+        return self.bounds.layout_s(_freest(layout), computed_s, device)
+
+    def layout_s(self, layout: Layout) -> float:
+        """No way to run a layout takes less but those that hide communication: the strategies of its axes."""
+        device = self.floors.device(layout.microbatch_size, layout.ep)
+        return self.bounds.layout_s(_freest(layout), self._microbatch_s(*layout[:4]), device)
+
+    def way_s(self, p: Parallelism, program: Program | None = None) -> float:
+        """No step takes less, whatever the program, or with this one."""
+        device = self.floors.device(p.microbatch_size, p.ep)
+        if program is None:
+            microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
+            computed_s = self.floors.computed_s(p.microbatch_size, p.tp, p.ep) / p.cp
+        else:
+            table = self.layer.table(program)
+            microbatch_s, computed_s = table.microbatch_s, table.computed_s
+        if p.schedule in OVERLAPPING_SCHEDULES:
+            microbatch_s = max(computed_s, microbatch_s / 2)
+        return max(self.bounds.step_s(p, microbatch_s, device), self.layer.schedule_floor_s(p, program))
+
+    def likely_s(self, p: Parallelism) -> float:
+        """About what a way takes, as far as is known without its program: were all its stages alike."""
+        share = self.floors.share(p.microbatch_size, p.ep)
+        computed_s = share.computed_s / (p.tp * p.cp)
+        floor_s = self.bounds.step_s(p, computed_s, share)
+        stage_s = (computed_s + self.bounds.more_s(p, share)) / (p.pp * p.num_virtual_stages)
+        passes_s = stage_s / 3, 2 * stage_s / 3, share.weight_s / share.computed_s * stage_s
+        ends_s = uniform_finish_s(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages, *passes_s)
+        return floor_s if ends_s is None else max(floor_s, *ends_s)
+
+    def _microbatch_s(self, size: int, tp: int, cp: int, ep: int) -> float:
+        """A microbatch on all stages of one rank."""
+        return self.floors.tensor_s(size, tp, ep) / cp + self.floors.context_s(size, tp, cp)
+
+    def _lightest(self, layout: Layout) -> Parallelism:
+        """The way that holds least, or less."""
+        sharded = {"zero_stage": 3, "dp_shard": layout.dp, "dp_replicate": 1}
+        if layout.dp * layout.cp == 1:
+            sharded = {"zero_stage": 0, "dp_shard": 1, "dp_replicate": 1}
+        pins = self.pins
+        recompute = pins.recompute if pins.recompute and not pins.recompute_modules else "mixed"
+        offload = pins.offload or "none"
+        return parallelism(**layout.degrees, **sharded, recompute=recompute, offload=offload)
+
+
+def _freest(layout: Layout) -> Parallelism:
+    """The way that keeps least beside activations."""
+    shard = {"dp_replicate": 1, "dp_shard": layout.dp, "zero_stage": 3}
+    return parallelism(**layout.degrees, **shard, schedule="1F1B", offload="optimizer")

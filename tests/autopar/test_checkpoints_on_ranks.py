@@ -1,0 +1,193 @@
+"""Checkpoints: saved under one plan, loaded under any other, into the original model and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autopar.runtime.autopar_runtime import Layout, Placements, Split, load
+from graphs import Capture, capture
+from tests.autopar.training_on_ranks import loaded, train, write
+from tests.models import case
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+"""A test reads and writes checkpoints in one process."""
+
+CLOSE = {"rtol": 0.0, "atol": 1e-7}
+"""Of parameters that AdamW moved by 1e-3 at a time, and divided small gradients by themselves for it."""
+
+
+def original(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Capture]:
+    torch.manual_seed(0)
+    model = case("gpt2").build().to(dtype)  # its fused query, key and value are split by sections
+    return model, capture(model, case("gpt2").inputs, name="gpt2")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_training_goes_on_under_another_plan(tmp_path: Path) -> None:
+    """ZeRO-3 on four ranks, then two stages of two shards, then one process: as if it were one process."""
+    model, captured = original()
+    torch.save(dict(case("gpt2").inputs(64)), tmp_path / "data.pt")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    options = ("--data", tmp_path / "data.pt", "--weights", tmp_path / "weights.pt", "--checkpoints")
+    sharded = write(captured, tmp_path / "dp4", dp_shard=4, zero_stage=3, num_microbatches=2)
+    split = write(captured, tmp_path / "tp2 pp2", tp=2, pp=2, microbatch_size=4, num_microbatches=2)
+    whole = write(captured, tmp_path / "one", microbatch_size=8)
+    wanted = train(whole, 1, "--steps", 6, *options, tmp_path / "at once")
+    found = train(sharded, 4, "--steps", 2, *options, tmp_path / "in turns")
+    found += train(split, 4, "--steps", 4, *options, tmp_path / "in turns")
+    found += train(whole, 1, "--steps", 6, *options, tmp_path / "in turns")
+    assert found == wanted
+    kept = sorted(path.name for path in (tmp_path / "in turns").iterdir())
+    assert kept == ["step-4", "step-6"], "the first one went"
+
+    ended, again = (loaded(model, tmp_path / name / "step-6") for name in ("at once", "in turns"))
+    torch.testing.assert_close(again, ended, **CLOSE)
+    assert not torch.equal(ended["lm_head.weight"], model.state_dict()["lm_head.weight"])
+    assert torch.equal(ended["lm_head.weight"], ended["transformer.wte.weight"]), "they are tied"
+
+    state = {}
+    for name in ("at once", "in turns"):
+        moments = {key: torch.zeros_like(each) for key, each in model.named_parameters()}
+        state[name] = {f"optimizer.state.{key}.exp_avg_sq": each for key, each in moments.items()}
+        dcp.load(state[name], checkpoint_id=tmp_path / name / "step-6", no_dist=True)
+    torch.testing.assert_close(state["in turns"], state["at once"], **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_weights_come_from_every_kind_of_file(tmp_path: Path) -> None:
+    """`save_pretrained` leaves out the second name of a tied parameter and writes several files."""
+    model, captured = original(torch.float32)
+    program = write(captured, tmp_path / "program", tp=2, microbatch_size=2)
+    model.save_pretrained(tmp_path / "safetensors", max_shard_size="100KB")
+    assert len(list((tmp_path / "safetensors").glob("*.safetensors"))) > 2
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    sources = ("safetensors", "weights.pt", "checkpoint")
+    losses = [train(program, 2, "--steps", 1, "--weights", tmp_path / source) for source in sources]
+    assert losses[0] == losses[1] == losses[2]
+
+
+@dataclass(frozen=True)
+class Group:
+    num_ranks: int
+    number: int
+
+    def size(self) -> int:
+        return self.num_ranks
+
+    def rank(self) -> int:
+        return self.number
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """What a layout asks of a mesh."""
+
+    groups: dict[str, Group]
+
+    def get_group(self, axis: str) -> Group:
+        return self.groups[axis]
+
+
+def meshes(**sizes: int) -> Iterator[DeviceMesh]:
+    for ranks in product(*(range(size) for size in sizes.values())):
+        groups = {axis: Group(sizes[axis], rank) for axis, rank in zip(sizes, ranks, strict=True)}
+        yield cast(DeviceMesh, Mesh(groups))
+
+
+SPLITS: tuple[dict[str, Split], ...] = (
+    {},
+    {"tp": Split(1)},
+    {"tp": Split(0, (12, 4))},
+    {"tp": Split(0), "ep": Split(0)},
+    {"ep": Split(0, (8, 8)), "tp": Split(0)},
+    {"tp": Split(1, (4, 8)), "ep": Split(0)},
+)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+def test_the_rectangles_of_all_ranks_are_the_tensor(splits: dict[str, Split]) -> None:
+    """Every rank holds what slicing gives it; together they hold every element equally often."""
+    whole = torch.arange(16 * 12).view(16, 12)
+    placements: Placements = {"weight": splits}
+    seen = torch.zeros_like(whole)
+    for mesh in meshes(tp=2, ep=4):
+        mine = whole
+        for axis, split in splits.items():
+            group = mesh.get_group(axis)
+            sections = split.sections or (mine.shape[split.dim],)
+            parts = [
+                part.chunk(group.size(), split.dim)[group.rank()] for part in mine.split(sections, split.dim)
+            ]
+            mine = torch.cat(parts, split.dim)
+        layout = Layout.of("weight", mine, mesh, placements)
+        assert layout.shape == whole.shape
+        for ((top, bottom), (left, right)), piece in layout.pieces(mine):
+            assert torch.equal(piece, whole[top:bottom, left:right])
+            seen[top:bottom, left:right] += 1
+    assert (seen == seen[0, 0]).all()
+
+
+class Sliced:
+    """Weights on disk, which remember what was read of them."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.num_read = tensor, 0
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, part: Any) -> torch.Tensor:
+        found = self.tensor[part]
+        self.num_read += found.numel()
+        return found
+
+
+def test_a_rank_reads_no_more_than_its_part() -> None:
+    whole = torch.randn(8, 6)
+    for mesh in meshes(tp=4):
+        linear, weights = nn.Linear(6, 2, bias=False), {"weight": Sliced(whole)}
+        load(linear, weights, mesh, {"weight": {"tp": Split(0, (4, 4))}})
+        assert weights["weight"].num_read == whole.numel() // 4
+        rank = mesh.get_group("tp").rank()
+        assert torch.equal(linear.weight, whole[[rank, 4 + rank]])
+
+
+def test_a_tied_parameter_is_found_under_any_of_its_names() -> None:
+    head, aliases = nn.Module(), {"lm_head.weight": "wte.weight"}
+    head.lm_head = nn.Linear(2, 3, bias=False)
+    saved = {"wte.weight": torch.randn(3, 2)}
+    mesh = cast(DeviceMesh, None)
+    load(head, saved, mesh, {}, aliases)
+    assert torch.equal(head.lm_head.weight, saved["wte.weight"])
+    with pytest.raises(ValueError, match=r"no 'lm_head.weight'.*state_dict"):
+        load(head, saved, mesh, {})
+
+
+def test_names_that_are_others_with_a_prefix_are_told_apart(tmp_path: Path) -> None:
+    """A model with both `a` and `model.a`, saved by `train.py` under `model.`."""
+    mesh = cast(DeviceMesh, None)
+    outer = nn.Module()
+    outer.a = nn.Parameter(torch.zeros(2))
+    outer.model = nn.Module()
+    outer.model.a = nn.Parameter(torch.zeros(2))
+    plain = {"a": torch.full((2,), 1.0), "model.a": torch.full((2,), 2.0)}
+    moment = {"optimizer.state.a.exp_avg": torch.zeros(2)}
+    saved = {f"model.{name}": each for name, each in plain.items()} | moment
+    for number, state in enumerate((plain, saved)):
+        dcp.save(state, checkpoint_id=tmp_path / str(number), no_dist=True)
+        for weights in (state, tmp_path / str(number)):
+            load(outer, weights, mesh, {})
+            assert [outer.a.tolist(), outer.model.a.tolist()] == [[1.0, 1.0], [2.0, 2.0]]

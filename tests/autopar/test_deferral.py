@@ -1,0 +1,80 @@
+"""Products leave the gradients of their weights, and what is left computes exactly these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from autopar.rewrite.deferral import defer_weights
+from autopar.rewrite.stages import cut
+from autopar.runtime.autopar_runtime import deferred_linear, deferred_matmul, leave_weights
+from tests.autopar.graph_builder import GraphBuilder
+
+
+class Twice(nn.Module):
+    """A row-wise norm between two products, as it stands or with those of the runtime."""
+
+    def __init__(self, deferred: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(8, 4))
+        self.scale = nn.Parameter(torch.ones(8))
+        self.deferred = deferred
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = deferred_linear(x, self.first) if self.deferred else F.linear(x, self.first)
+        x = torch.tanh(x) * self.scale
+        return deferred_matmul(x, self.second) if self.deferred else x @ self.second
+
+
+class Again(Twice):
+    """The same, computed again in the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        again: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return again
+
+
+@pytest.mark.parametrize("kind", [Twice, Again])
+def test_a_backward_in_two_parts_is_a_backward(kind: type[Twice]) -> None:
+    plain, split = kind(deferred=False), kind(deferred=True)
+    split.load_state_dict(plain.state_dict())
+    take = leave_weights(split)
+    given = [torch.randn(3, 5, 6) for _ in range(2)]
+    finish = []
+    for x in given:  # two microbatches, whose second parts come late
+        for model in (plain, split):
+            mine = x.clone().requires_grad_()
+            model(mine).square().sum().backward()
+            assert mine.grad is not None
+        finish.append(take())
+    assert split.first.grad is None, "the first part makes gradients of products' weights"
+    assert split.second.grad is None
+    torch.testing.assert_close(split.scale.grad, plain.scale.grad)
+    for each in reversed(finish):
+        each()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(split.get_parameter(name).grad, parameter.grad)
+
+
+def test_outside_of_a_pipeline_nothing_is_left() -> None:
+    plain, alone = Twice(deferred=False), Twice(deferred=True)
+    alone.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 6)
+    for model in (plain, alone):
+        model(x).sum().backward()
+    torch.testing.assert_close(alone.first.grad, plain.first.grad)
+    torch.testing.assert_close(alone.second.grad, plain.second.grad)
+
+
+def test_a_matrix_that_is_read_otherwise_too_gets_its_gradient_at_once() -> None:
+    make = GraphBuilder()
+    x = make.linear(make.input(4, 8), 8)
+    y = make.linear(x, 8)
+    shared = make.ops[1].inputs[1]
+    graph = make.graph(make.sum(make.add(y, shared)))
+    (stage,) = cut(graph, [graph.ops[0].name], (graph.loss or "",))
+    targets = [op.target for op in defer_weights(stage, graph).ops]
+    assert targets[:2] == ["deferred.linear", "aten.linear.default"]

@@ -1,0 +1,90 @@
+"""Experts dealt out over ranks: what is sent, what stays, and what cannot be dealt out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+
+import pytest
+
+from autopar.errors import RewriteError
+from autopar.expert_parallel import expert_parallel
+from autopar.localize import Localized
+from autopar.op_kinds import EXCHANGES
+from autopar.placements import sharded
+from autopar.plan import Parallelism
+from autopar.rewrite.mesh import ProgramMesh
+from autopar.runtime.autopar_runtime import JOINT, joint
+from graphs import Capture, capture
+from tests.autopar.tiny_models import tiny
+from tests.models import case
+
+
+@cache
+def captured(name: str) -> Capture:
+    return capture(case(name).build(), case(name).inputs, name=name)
+
+
+@pytest.mark.parametrize(("name", "num_layers"), [("mixtral", 2), ("qwen3moe", 2), ("deepseekv3", 1)])
+def test_rows_travel_once_to_their_experts_and_once_back(name: str, num_layers: int) -> None:
+    local = expert_parallel(Localized.of(captured(name).at(2)), 2)
+    targets = Counter(op.target for op in local.graph.ops)
+    assert {target: targets[target] for target in EXCHANGES} == dict.fromkeys(EXCHANGES, num_layers)
+    for op in local.graph.ops:
+        for read in op.inputs:
+            assert read not in local.graph.producer or (
+                local.graph.producer[read] < local.graph.producer[op.outputs[0]]
+            )
+
+
+def test_each_rank_has_its_part_of_the_experts_and_all_else_whole() -> None:
+    graph = captured("mixtral").at(2)
+    local = expert_parallel(Localized.of(graph), 2)
+    for each in graph.parameters:
+        whole, mine = graph.tensors[each.tensor].shape, local.graph.tensors[each.tensor].shape
+        if ".experts." in each.name:
+            assert mine == (whole[0] // 2, *whole[1:])
+            assert local.states[each.tensor]["ep"] == sharded(0)
+        else:
+            assert mine == whole
+    products = [op for op in local.graph.ops if "grouped_mm" in op.target]
+    for op in products:
+        rows, weight, ends = (local.graph.tensors[name].shape for name in op.inputs)
+        assert ends == weight[:1] == (2,)
+        assert rows == (64, weight[1]), "on average as many rows as before"
+
+
+def test_what_cannot_be_dealt_out_is_refused() -> None:
+    with pytest.raises(RewriteError, match="llama has no experts"):
+        expert_parallel(Localized.of(captured("llama").at(2)), 2)
+    with pytest.raises(RewriteError, match="ep=3 does not divide the 4 experts"):
+        expert_parallel(Localized.of(captured("mixtral").at(2)), 3)
+    with pytest.raises(RewriteError, match="not sorted in a way that could be followed"):
+        expert_parallel(Localized.of(tiny("experts", 16, 2, 16).at(2)), 2)
+
+
+def test_ranks_that_share_experts_are_neighbours_on_one_data_axis() -> None:
+    def axes(**degrees: object) -> dict[str, int]:
+        return ProgramMesh.of(Parallelism.model_validate(degrees)).axes
+
+    assert axes(dp_replicate=4, tp=2, ep=2) == {"dp_replicate": 2, "ep": 2, "tp": 2}
+    assert axes(dp_replicate=2, ep=2, pp=2) == {"pp": 2, "ep": 2}
+    assert axes(dp_replicate=2, dp_shard=4, ep=4, zero_stage=2) == {"dp_replicate": 2, "dp_shard": 1, "ep": 4}
+    with pytest.raises(RewriteError, match="ep=4 does not divide dp_shard=2"):
+        axes(dp_replicate=2, dp_shard=2, ep=4, zero_stage=2)
+
+
+def test_a_joint_axis_is_made_once_for_the_same_ranks() -> None:
+    axes = ("dp_replicate", "ep", "tp")
+    assert {name: joint(axes, name) for name in JOINT} == {
+        "dp": "dp", "dp_cp": "dp", "shard": "ep", "expert_dp": "dp_replicate", "expert_shard": None,
+    }  # fmt: skip
+    assert joint(("cp", "tp"), "dp_cp") == "cp"
+    assert joint(("dp_shard", "ep", "cp"), "shard") == "dp_cp"
+
+
+def test_gradients_of_experts_are_summed_over_those_who_hold_the_same() -> None:
+    plain = ProgramMesh.of(Parallelism(dp_replicate=4, ep=2))
+    assert plain.expert_gradients == "dp_replicate"
+    assert ProgramMesh.of(Parallelism(dp_replicate=2, ep=2)).expert_gradients is None
+    assert ProgramMesh.of(Parallelism(dp_shard=4, ep=2, zero_stage=1)).expert_gradients is None

@@ -1,0 +1,112 @@
+"""Fresh parameters: as the original model makes them, and the same on any mesh."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+import autopar
+from autopar.rewrite.initial import initial_values
+from autopar.runtime.autopar_runtime import Recipe, Split, initialize
+from tests.autopar.test_checkpoints_on_ranks import meshes
+from tests.models import case
+
+NO_MESH = cast(DeviceMesh, None)
+
+
+def made(recipe: Recipe, *shape: int) -> Tensor:
+    holder = nn.Module()
+    holder.weight = nn.Parameter(torch.empty(shape))
+    initialize(holder, NO_MESH, {}, {recipe: ["weight"]})
+    return holder.weight.detach()
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet", "gpt2", "llama", "bert", "t5", "vit", "mixtral"])
+def test_recipes_make_what_the_model_makes(name: str) -> None:
+    """Mean and deviation of every parameter, those of padding included."""
+    torch.manual_seed(0)
+    model = case(name).build()
+    before = {key: each.detach().clone() for key, each in model.named_parameters()}
+    recipes = initial_values(model)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[key]), "the model stays as it is"
+        found = made(recipes[key], *parameter.shape)
+        deviation = parameter.std(correction=0).item()
+        error = 6 * deviation / parameter.numel() ** 0.5
+        assert found.mean().item() == pytest.approx(parameter.mean().item(), abs=error)
+        assert found.std(correction=0).item() == pytest.approx(deviation, abs=error)
+        if parameter.dim() == 2:
+            assert torch.equal(found.any(-1), parameter.any(-1)), "the same rows are zero"
+
+
+class Unusual(nn.Module):
+    """Initialised in several ways, one of which cannot be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.truncated = nn.Linear(64, 64)
+        self.scaled = nn.Linear(8, 8)
+        self.copied = nn.Linear(4, 4)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.truncated:
+            nn.init.trunc_normal_(module.weight, std=0.5, a=-0.7, b=0.7)
+        elif module is self.scaled:
+            nn.init.ones_(module.weight)
+            with torch.no_grad():
+                module.weight.mul_(3)
+        elif module is self.copied:
+            with torch.no_grad():
+                module.weight.copy_(torch.arange(16).view(4, 4))
+
+
+def test_what_follows_a_draw_belongs_to_the_recipe() -> None:
+    recipes = initial_values(Unusual())
+    truncated = made(recipes["truncated.weight"], 64, 64)
+    assert truncated.abs().max() <= 0.7
+    assert 0.3 < truncated.std() < 0.5
+    assert made(recipes["scaled.weight"], 8, 8).unique().tolist() == [3.0]
+    assert "copied.weight" not in recipes
+
+
+def test_what_is_not_known_is_asked_for() -> None:
+    recipes: dict[Recipe, list[str]] = {(("fill_", 1.0),): ["bias"]}
+    with pytest.raises(ValueError, match=r"how weight is initialised; give the weights .*--weights"):
+        initialize(nn.Linear(2, 2), NO_MESH, {}, recipes)
+
+
+def test_a_rank_makes_its_part_of_what_one_would_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over more than one block of rows, split along rows and columns."""
+    recipe: Recipe = (("normal_", 0.0, 1.0), ("zero_row", 700))
+    whole = made(recipe, 1536, 1024)  # two blocks of 2**20 elements
+    assert not whole[700].any()
+    assert 0.99 < whole.std() < 1.01
+    sizes: list[Any] = []
+    draw = Tensor.normal_
+    monkeypatch.setattr(
+        Tensor, "normal_", lambda self, *a, **k: sizes.append(self.numel()) or draw(self, *a, **k)
+    )
+    for splits in ({"tp": Split(0)}, {"tp": Split(1), "ep": Split(0, (1024, 512))}):
+        for mesh in meshes(tp=2, ep=2):
+            mine = whole
+            for axis, split in splits.items():
+                group = mesh.get_group(axis)
+                parts = mine.split(split.sections or (mine.shape[split.dim],), split.dim)
+                mine = torch.cat([part.chunk(2, split.dim)[group.rank()] for part in parts], split.dim)
+            holder = nn.Module()
+            holder.weight = nn.Parameter(torch.empty_like(mine))
+            initialize(holder, mesh, {"weight": splits}, {recipe: ["weight"]})
+            assert torch.equal(holder.weight, mine)
+    assert max(sizes) <= 2**20
+
+
+def test_a_program_is_initialised_as_the_model_is() -> None:
+    model = case("gpt2").build()
+    plan = autopar.evaluate(model, "local-cpu", inputs=case("gpt2").inputs, global_batch=2)
+    text = autopar.compile(model, plan, inputs=case("gpt2").inputs).files["train.py"]
+    assert '(("normal_", 0.0, 0.02),): [' in text
+    assert "initialize(stage, mesh, PLACEMENTS, INITIAL)" in text

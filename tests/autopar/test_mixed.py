@@ -1,0 +1,178 @@
+"""Plans in which blocks and stages run different programs: found, priced as what they are, and emitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise, product
+from typing import Any, NamedTuple
+
+import pytest
+
+from autopar import api
+from autopar.plan import Parallelism, Plan
+from autopar.request import training_policy
+from autopar.rewrite.program import rewrite
+from autopar.search.evaluate import Evaluated
+from autopar.search.outcome import Solved
+from autopar.search.pins import Pins
+from autopar.search.planner import Planner
+from autopar.search.programs import MEMORY_PRICES, Program
+from graphs import Capture
+from hardware_db import Cluster
+from tests.autopar.small_models import cluster
+from tests.autopar.test_search_proof import repriced
+from tests.autopar.tiny_models import all_cuts, tiny
+
+WORST = 0.015
+"""The most that a plan may cost above the best of all that may be mixed."""
+
+ROUNDING = 1e-9
+
+
+class Case(NamedTuple):
+    """A tiny model on devices whose memory makes it mix."""
+
+    kind: str
+    width: int
+    depth: int
+    length: int
+    num_devices: int
+    memory_bytes: float
+    global_batch: int
+    pins: dict[str, Any]
+
+    @property
+    def model(self) -> Capture:
+        return tiny(self.kind, self.width, self.depth, self.length)
+
+    def machine(self, share: float = 1.0) -> Cluster:
+        """The cluster, with this share of the memory."""
+        return cluster(self.num_devices, share * self.memory_bytes, self.num_devices)
+
+    @property
+    def fixed(self) -> Pins:
+        return Pins(zero_stage=0, **self.pins)
+
+    def planner(self, share: float = 1.0) -> Planner:
+        policy = training_policy(self.model.graph)
+        return Planner(
+            self.model, self.machine(share), policy, global_batch=self.global_batch, pins=self.fixed
+        )
+
+
+BLOCKS = Case("attention", 256, 4, 256, 4, 14.703e6, 32, {"tp": 4, "pp": 1, "microbatch_size": 2})
+"""Blocks of its only stage differ."""
+
+STAGES = Case(
+    "experts", 64, 6, 256, 8, 2.2057e6, 64, {"tp": 2, "pp": 4, "microbatch_size": 2, "schedule": "1F1B"}
+)
+"""Its stages differ."""
+
+CASES = pytest.mark.parametrize("case", [BLOCKS, STAGES], ids=["blocks", "stages"])
+
+
+def best_of(case: Case, share: float = 1.0) -> Solved:
+    best = case.planner(share).search().best
+    assert best is not None
+    return best
+
+
+def uniform(planner: Planner, p: Parallelism) -> Iterator[Program]:
+    """The programs that are the same for all blocks."""
+    for level in range(len(MEMORY_PRICES)):
+        yield planner.programs.program(p, level)
+
+
+def mixed(planner: Planner, p: Parallelism) -> Iterator[Program]:
+    """All programs that blocks and what is outside of them can be mixed of, once each."""
+    made: dict[int, Program] = {}
+    for level, program in enumerate(uniform(planner, p)):
+        if all(dict(program.strategies["tp"]) != dict(other.strategies["tp"]) for other in made.values()):
+            made[level] = program
+    yield from made.values()
+    num_blocks = len(planner.capture.graph.blocks)
+    for outside, levels in product(made, product(made, repeat=num_blocks)):
+        if {*levels} != {outside}:
+            program = planner.programs.mixed(p, outside, levels)
+            if program is not None:
+                yield program
+
+
+def fitting(planner: Planner, p: Parallelism, programs: Iterator[Program]) -> Iterator[Evaluated]:
+    """All cuts and all that blocks may compute again, priced."""
+    for program in programs:
+        for cuts in all_cuts(planner, program, p):
+            for choices in product(*planner.layer.table(program).options):
+                found = planner.evaluator.evaluate(program.chain, p, cuts, choices)
+                if found.fits:
+                    yield found
+
+
+@CASES
+def test_what_is_short_of_memory_mixes_and_is_faster_than_any_one_program(case: Case) -> None:
+    planner = case.planner()
+    (p,) = planner.candidates()
+    best = best_of(case)
+    levels = best.program.key.levels
+    assert len({best.program.key.price_level, *levels}) > 1
+    solved = (planner.layer.solve(program, p) for program in uniform(planner, p))
+    fit = [each.evaluated.step_s for each in solved if each is not None and each.evaluated.fits]
+    assert best.evaluated.fits
+    assert best.evaluated.step_s < 0.995 * min(fit)
+
+
+def test_stages_differ_in_what_they_run() -> None:
+    """Early ones hold more microbatches."""
+    best = best_of(STAGES)
+    units = iter(best.program.key.levels)
+    level_of = [next(units) if unit.is_block else None for unit in best.program.chain.units]
+    ends = (*best.evaluated.cuts, len(level_of))
+    stages = [{*level_of[a:b]} - {None} for a, b in pairwise(ends)]
+    assert all(len(levels) <= 1 for levels in stages)
+    assert len({level for levels in stages for level in levels}) > 1
+
+
+TINY = Case("experts", 64, 3, 256, 4, 2.2e6, 32, {"tp": 2, "pp": 2, "microbatch_size": 2, "schedule": "1F1B"})
+
+
+@pytest.mark.parametrize("share", [0.9, 1.1, 1.3, 1.6])
+def test_no_mixture_is_much_better_than_the_plan_and_none_than_the_bound(share: float) -> None:
+    planner = TINY.planner(share)
+    (p,) = planner.candidates()
+    everything = [*fitting(planner, p, mixed(planner, p))]
+    result = planner.search()
+    if not everything:
+        assert result.best is None
+        return
+    least_s = min(found.step_s for found in everything)
+    assert result.best is not None
+    assert result.best.evaluated.step_s <= least_s * (1 + WORST)
+    assert result.bound_s <= least_s * (1 + ROUNDING)
+
+
+@CASES
+def test_less_memory_never_makes_a_faster_mixture(case: Case) -> None:
+    steps_s = [best_of(case, share).evaluated.step_s for share in (2.0, 1.2, 1.1, 1.05, 1.0)]
+    assert all(less >= more * (1 - WORST) for more, less in pairwise(steps_s))
+    assert steps_s[-1] > steps_s[0]
+
+
+@CASES
+def test_what_a_plan_of_several_programs_says_is_what_it_costs(case: Case) -> None:
+    """Read back from its file, every block's strategies are known, and come to the same price."""
+    plan = api.plan(
+        case.model, case.machine(), global_batch=case.global_batch, price_pins=False, pins=case.fixed
+    )
+    again = Plan.model_validate_json(plan.to_json())
+    assert again == plan
+    priced = repriced(again, tiny.__wrapped__(case.kind, case.width, case.depth, case.length), case.machine())
+    assert priced.step_s == pytest.approx(plan.certificate.objective_s, rel=1e-9)
+    assert priced.peak_memory_bytes == pytest.approx(plan.prediction.peak_memory_bytes, rel=1e-6)
+
+
+def test_programs_have_a_class_for_each_form_of_a_block() -> None:
+    plan = api.plan(
+        BLOCKS.model, BLOCKS.machine(), global_batch=BLOCKS.global_batch, price_pins=False, pins=BLOCKS.fixed
+    )
+    source = rewrite(BLOCKS.model, plan).source
+    assert source.count('(nn.Module):\n    """`layers.') > 1
