@@ -19,7 +19,7 @@ from autopar.search.alternatives import memory_excess
 from autopar.search.branch import Progress
 from autopar.search.describe import build_plan
 from autopar.search.effort import Effort
-from autopar.search.pin_conflicts import check_emitted, check_model, check_pins
+from autopar.search.pin_conflicts import check_model, check_pins
 from autopar.search.pin_costs import MOST_WORK, PinPricer, with_pin_costs
 from autopar.search.pins import Pins
 from autopar.search.planner import NUM_RUNNERS_UP, Planner
@@ -107,8 +107,8 @@ def plan(
         microbatch_size, tp, pp, dp, cp, ep, zero_stage, recompute, schedule, num_virtual_stages: settings to
             keep fixed.
         pins: more of what is fixed or forbidden (`autopar.search.pins.Pins`), a mapping, or a file.
-        space: "programs" is what `compile` can write today; "whole" adds context and expert parallelism and
-            the schedules that split backwards, which can be priced and explained.
+        space: "programs" is what `compile` can write; "whole" adds what torch does not run (1F1B with fewer
+            microbatches than stages) and experts dealt out over both data axes, to be priced and explained.
         runners_up: how many of the best plans with other meshes to keep (`Plan.alternatives`), beside plain
             DDP and FSDP.
         price_pins: find out what each pin costs (`Plan.pin_costs`), by searching again without it.
@@ -131,8 +131,6 @@ def plan(
         recompute=recompute, schedule=schedule, num_virtual_stages=num_virtual_stages,
     )  # fmt: skip
     _check_batch(global_batch)
-    if space == "programs":
-        check_emitted(settings)
     machine, era = machine_of(cluster, memory_bytes), software_of(software)
     tell = progress or (lambda what, done, total: None)
     tell("capture", 0, 1)

@@ -171,9 +171,10 @@ def _states(
             return None  # a diagonal: the factor stands twice in one tensor
         seen.add((side, index))
         if cut is not None:
-            if names != (factor,) or (side, index, dim) in rule.sections:
+            if names[0] != factor or (side, index, dim) in rule.sections:
                 return None
-            parts: Sections | None = cut
+            minor = prod(rule.sizes[name] for name in names[1:])
+            parts: Sections | None = tuple(part * minor for part in cut)
         else:
             parts = _own_sections(rule, factor, side, index, dim, names)
             divided = rule.sections.get((side, index, dim), (rule.sizes[factor],))

@@ -126,7 +126,7 @@ def step_cost(
     num_ranks, remainder = divmod(len(stages), num_virtual) if num_virtual > 0 else (0, 0)
     if not num_ranks or remainder:
         raise CostModelError(f"{len(stages)} stages do not divide into ranks of {num_virtual} virtual stages")
-    exposed = _once_each(partial(_communication, overlap=overlap), stages)
+    exposed = _once_each(partial(communication_cost, overlap=overlap), stages)
     forward_s = [
         s.forward_s + s.forward_communication_s + e.forward_gather_s
         for s, e in zip(stages, exposed, strict=True)
@@ -196,7 +196,7 @@ def _savings_s(stages: Sequence[StageWork]) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Communication:
+class CommunicationCost:
     """What communication behind compute costs a stage: gathers per microbatch, the synchronisation per
     step."""
 
@@ -205,7 +205,9 @@ class _Communication:
     gradient_sync_s: float
 
 
-def _communication(stage: StageWork, overlap: Overlap) -> _Communication:
+def communication_cost(stage: StageWork, overlap: Overlap) -> CommunicationCost:
+    """What gathers and synchronisation cost a stage."""
+
     def exposed_s(communication_s: float, hiding_s: float) -> float:
         return max(communication_s - hiding_s, communication_s / stage.num_units)
 
@@ -218,7 +220,7 @@ def _communication(stage: StageWork, overlap: Overlap) -> _Communication:
     # Both use the network: what a gather hides behind is taken.
     taken_s = stage.backward_gather_s - backward_gather_s
     gradient_sync_s = exposed_s(stage.gradient_sync_s, max(0.0, overlap.gradient_sync * backward_s - taken_s))
-    return _Communication(
+    return CommunicationCost(
         cost_s(stage.forward_gather_s, forward_gather_s),
         cost_s(stage.backward_gather_s, backward_gather_s),
         cost_s(stage.gradient_sync_s, gradient_sync_s),
@@ -226,7 +228,7 @@ def _communication(stage: StageWork, overlap: Overlap) -> _Communication:
 
 
 def _work_terms(
-    stages: Sequence[StageWork], exposed: Sequence[_Communication], num_microbatches: int
+    stages: Sequence[StageWork], exposed: Sequence[CommunicationCost], num_microbatches: int
 ) -> dict[str, float]:
     """The terms of one rank, of the stages on it, that do not depend on the schedule."""
     return {

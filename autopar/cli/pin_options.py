@@ -18,8 +18,8 @@ _COUNTS = {
     "dp": "data-parallel replicas, such as --dp 8",
     "tp": "tensor parallel, such as --tp 8",
     "pp": "ranks of a pipeline, such as --pp 4; --pp 1 for none",
-    "cp": "context parallel, such as --cp 2 --space whole",
-    "ep": "expert parallel, such as --ep 8 --space whole",
+    "cp": "context parallel, such as --cp 2",
+    "ep": "expert parallel, such as --ep 8",
     "dp_shard": "replicas among which ZeRO shards, such as --dp-shard 8",
     "microbatch_size": "samples of a replica at once, such as --microbatch-size 2",
     "num_virtual_stages": "stages of a pipeline rank, such as --num-virtual-stages 2",
@@ -27,7 +27,7 @@ _COUNTS = {
 _CHOICES = {
     "zero_stage": "what ZeRO shards, such as --zero-stage 3",
     "recompute": "what the backward computes again of every block, such as --recompute full",
-    "schedule": "of the pipeline, such as --schedule 1F1B; some only with --space whole",
+    "schedule": "of the pipeline, such as --schedule 1F1B",
     "offload": "what the host keeps, such as --offload optimizer",
 }
 
@@ -66,8 +66,8 @@ def add_pins(command: argparse.ArgumentParser) -> None:
     search = command.add_argument_group("search")
     search.add_argument(
         "--space", choices=("programs", "whole"), default="programs",
-        help="what is searched: programs, what `autopar compile` can write (default); whole, also context "
-        "and expert parallelism and schedules that split the backward, to be priced and explained",
+        help="what is searched: programs, what `autopar compile` can write (default); whole, also what torch "
+        "does not run, to be priced and explained",
     )  # fmt: skip
     search.add_argument(
         "--price-pins", action=argparse.BooleanOptionalAction, default=True,

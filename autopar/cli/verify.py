@@ -80,9 +80,10 @@ def _reduced(degrees: Parallelism, num_ranks: int) -> Parallelism:
     """Every degree cut to 2, and the outermost axes to 1 where the ranks do not suffice."""
     kept: dict[str, int] = {}
     left = num_ranks
-    for axis in ("tp", "pp", "dp_shard", "dp_replicate"):
+    for axis in ("tp", "cp", "pp", "dp_shard", "dp_replicate"):
         kept[axis] = min(2, getattr(degrees, axis), left)
         left //= kept[axis]
+    kept["ep"] = min(2, degrees.ep, kept["dp_shard"] * kept["dp_replicate"])
     virtual = min(2, degrees.num_virtual_stages) if kept["pp"] > 1 else 1
     return Parallelism.model_validate(
         {

@@ -7,9 +7,10 @@ parameters and leaves it at that. What they compute in other ways (a copy of som
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.runtime.autopar_runtime import Recipe
 
-FRESH = {"normal_", "uniform_", "fill_", "zero_"}
+FRESH = {"normal_", "trunc_normal_", "uniform_", "fill_", "zero_"}
 """Ops after which nothing is left of what was there."""
 
-CHANGES = {"erfinv_", "mul_", "div_", "add_", "clamp_"}
-"""Ops on single numbers that may follow: `trunc_normal_` is made of them."""
+CHANGES = {"mul_", "div_", "add_", "clamp_"}
+"""Ops with numbers that may follow."""
 
 DEFAULTS: Mapping[str, tuple[float, ...]] = {"normal_": (0.0, 1.0), "uniform_": (0.0, 1.0)}
 
@@ -29,14 +30,40 @@ DEFAULTS: Mapping[str, tuple[float, ...]] = {"normal_": (0.0, 1.0), "uniform_": 
 def initial_values(model: nn.Module) -> dict[str, Recipe]:
     """The recipe of every parameter of which the model tells it, by all names; the model stays as it is."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    with _Notes(named.values()) as notes, torch.no_grad(), _as_if_new(named.values()):
-        for module in model.modules():
-            if isinstance(reset := getattr(module, "reset_parameters", None), _METHOD):
-                notes.ask(reset)
-        for module, owner in _owners(model, None):
-            notes.ask(owner._init_weights, module)
-    recipes = {name: notes.recipes.get(id(each)) for name, each in named.items()}
-    return {name: recipe for name, recipe in recipes.items() if recipe}
+    recipes: dict[int, Recipe | None] = {}
+    with torch.no_grad(), _as_if_new(named.values()):
+        for further, function, arguments in _questions(model):
+            said = _asked(named.values(), function, *arguments)
+            recipes |= {each: recipe for each, recipe in said.items() if each not in further}
+    found = {name: recipes.get(id(each)) for name, each in named.items()}
+    return {name: recipe for name, recipe in found.items() if recipe}
+
+
+def _questions(model: nn.Module) -> Iterator[tuple[set[int], Any, tuple[object, ...]]]:
+    """What to run, with the ids of parameters of which it has no say: those that a module holds further on
+    and that are tied to an earlier one's."""
+    first: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            first.setdefault(id(parameter), module)
+
+    def further(module: nn.Module) -> set[int]:
+        held = map(id, module.parameters(recurse=False))
+        return {each for each in held if first[each] is not module}
+
+    for module in model.modules():
+        if isinstance(reset := getattr(module, "reset_parameters", None), _METHOD):
+            yield further(module), reset, ()
+    for module, owner in _owners(model, None):
+        yield further(module), owner._init_weights, (module,)
+
+
+def _asked(parameters: Iterable[Tensor], function: Any, *arguments: object) -> dict[int, Recipe | None]:
+    """What a function does to parameters, by their ids; nothing where it cannot be run so."""
+    notes = _Notes(parameters)
+    with notes, patch.object(nn.init, "_no_grad_trunc_normal_", notes.note_truncated), suppress(Exception):
+        function(*arguments)  # a stranger's code, on tensors that do not change under it
+    return notes.recipes
 
 
 _METHOD = type(nn.Module().modules)
@@ -53,7 +80,7 @@ def _owners(module: nn.Module, owner: Any) -> Iterator[tuple[nn.Module, Any]]:
 
 
 @contextmanager
-def _as_if_new(parameters: Any) -> Iterator[None]:
+def _as_if_new(parameters: Iterable[Any]) -> Iterator[None]:
     """Without the marks by which `transformers` knows what it has initialised already."""
     marked = [each for each in parameters if getattr(each, "_is_hf_initialized", False)]
     for parameter in marked:
@@ -68,28 +95,29 @@ def _as_if_new(parameters: Any) -> Iterator[None]:
 class _Notes(TorchDispatchMode):
     """Notes what is done to some tensors in place, and does not do it."""
 
-    def __init__(self, tensors: Any) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.whole: dict[int, list[Tensor]] = {}
         for each in tensors:
             self.whole.setdefault(each.untyped_storage()._cdata, []).append(each)
         self.recipes: dict[int, Recipe | None] = {}
 
-    def ask(self, function: Any, *arguments: object) -> None:
-        """Run what may initialise something; what cannot be run so tells nothing."""
-        try:
-            function(*arguments)
-        except Exception:  # a stranger's code, on tensors that do not change under it
-            return
+    def note_truncated(
+        self, target: Tensor, mean: float, std: float, a: float, b: float, generator: object = None
+    ) -> Tensor:
+        """In place of torch's function, which draws until all numbers are between `a` and `b`."""
+        return self._note("trunc_normal_", target, (mean, std, a, b))
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op.overloadpacket.__name__
         target = args[0] if args and isinstance(args[0], Tensor) else None
-        known = self.whole.get(target.untyped_storage()._cdata) if target is not None else None
-        if target is None or known is None or not name.endswith("_") or name == "detach_":
+        if target is None or not name.endswith("_") or target.untyped_storage()._cdata not in self.whole:
             return op(*args, **(kwargs or {}))
-        for each in known:
-            self.recipes[id(each)] = self._after(self.recipes.get(id(each)), each, target, name, args[1:])
+        return self._note(name, target, args[1:])
+
+    def _note(self, op: str, target: Tensor, numbers: Any) -> Tensor:
+        for each in self.whole[target.untyped_storage()._cdata]:
+            self.recipes[id(each)] = self._after(self.recipes.get(id(each)), each, target, op, numbers)
         return target
 
     def _after(

@@ -26,7 +26,7 @@ def local_program(capture: Capture, plan: Plan) -> Localized:
     if parallelism.dp > 1:
         local = localize(local, data_parallel(local.graph, parallelism.dp))
     if parallelism.cp > 1:
-        local = localize(local, context_split(local.graph, parallelism.cp, plan.strategies["cp"]))
+        local = localize(local, context_split(local.graph, parallelism.cp, plan.strategies.get("cp", {})))
     if parallelism.tp > 1:
         local = localize(local, chosen(local.graph, "tp", parallelism.tp, plan.strategies["tp"]))
     if parallelism.ep > 1:

@@ -18,6 +18,7 @@ from autopar.kernels import CONJUGATES
 from autopar.module_paths import module_ranges
 from autopar.op_kinds import EXCHANGES, is_conversion, short_name
 from autopar.plan import Recomputation
+from autopar.runtime.autopar_runtime import has_grouped_kernel
 from graphs.ir import Op, OpGraph
 
 KEEP_NOTHING = "keep_nothing"
@@ -143,8 +144,9 @@ def _dispatched(op: Op, graph: OpGraph) -> tuple[str, int]:
         return "collectives", 1
     if "scaled_dot_product" in name:
         return "attention", 2 if op.kwargs.get("zigzag") else 1  # each slice of the queries by itself
-    if name == "grouped_mm_fallback":  # the runtime multiplies the experts one after the other
-        return "products", graph.tensors[op.inputs[1]].shape[0]
+    if name == "grouped_mm_fallback":  # without a kernel the runtime multiplies one expert after the other
+        weight = graph.tensors[op.inputs[1]]
+        return "products", 1 if has_grouped_kernel(weight.dtype, weight.shape) else weight.shape[0]
     if name == "matmul":
         dims = [len(graph.tensors[operand].shape) for operand in op.inputs]
         return ("batched_products" if min(dims) > 2 else "products"), 1

@@ -325,21 +325,28 @@ def batch_norm(
 
     They are noted in `running`, but not again where a backward computes this again.
     """
-    is_again = torch._C._current_graph_task_id() != -1
-    if running is not None and not is_again:
-        running.num_batches_tracked.add_(1)
-    if rows is None and running is not None:
-        noted = running.running_mean, running.running_var
-        mean, variance = (each.clone() for each in noted) if is_again else noted
-        return F.batch_norm(x, mean, variance, weight, bias, True, running.momentum, eps)
-    if rows is None:
+    if rows is not None:
+        normalized, mean, variance = _normalize(x, weight, bias, eps, rows)
+    elif running is None:
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
-    normalized, mean, variance = _normalize(x, weight, bias, eps, rows)
-    if running is not None and not is_again:
-        count = x.numel() // x.shape[1] * rows.size()
-        running.running_mean.lerp_(mean.to(x.dtype), running.momentum)
-        running.running_var.lerp_((variance * (count / (count - 1))).to(x.dtype), running.momentum)
+    else:
+        mean, variance = running.running_mean.clone(), running.running_var.clone()
+        normalized = F.batch_norm(x, mean, variance, weight, bias, True, running.momentum, eps)
+    if running is not None and not _is_in_backward():
+        running.num_batches_tracked.add_(1)
+        if rows is not None:
+            count = x.numel() // x.shape[1] * rows.size()
+            mean = running.running_mean.lerp(mean.to(x.dtype), running.momentum)
+            variance = (variance * (count / (count - 1))).to(x.dtype)
+            variance = running.running_var.lerp(variance, running.momentum)
+        running.running_mean.copy_(mean)
+        running.running_var.copy_(variance)
     return normalized
+
+
+def _is_in_backward() -> bool:
+    """Whether a checkpoint computes this again; a compiler, which cannot see that, arranges it itself."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -394,14 +401,25 @@ _normalize: Callable[..., tuple[Tensor, Tensor, Tensor]] = _BatchNorm.apply
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of `x` `[t, k]`, sorted by expert, times the matrix of their expert in `weight` `[e, k, n]`.
 
-    Expert e has the rows up to `ends[e]`; rows past the last end give zeros.
+    Expert e has the rows up to `ends[e]`; there are none past the last end.
     """
+    if has_grouped_kernel(weight.dtype, weight.shape):
+        made = F.grouped_mm(x, weight, offs=ends)
+        if made.requires_grad:
+            made.register_hook(Tensor.contiguous)  # the backward takes no expanded gradient
+        return made
     pieces, start = [], 0
     for expert, end in enumerate(ends.tolist()):
         pieces.append(x[start:end] @ weight[expert])
         start = end
-    pieces.append(x.new_zeros(x.shape[0] - start, weight.shape[2]))
     return torch.cat(pieces)
+
+
+def has_grouped_kernel(dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether torch multiplies all groups with matrices `[e, k, n]` in one kernel: it wants rows of whole 16
+    bytes."""
+    is_aligned = all(size * dtype.itemsize % 16 == 0 for size in shape[1:])
+    return dtype in (torch.bfloat16, torch.float16) and is_aligned
 
 
 def cross_entropy(
@@ -465,6 +483,8 @@ class Parameters(nn.Module):
 class BatchNorm(nn.Module):
     """What a batch norm of the original model holds: parameters, and running statistics (`batch_norm`)."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -555,6 +575,7 @@ def leave_weights(stage: nn.Module) -> Callable[[], Callable[[], None]]:
 
 
 def _set_left(left: Leftovers | None) -> None:
+    """Returns nothing, as a hook that changes nothing must."""
     _LEFT.set(left)
 
 
@@ -842,9 +863,6 @@ def initialize(
         _fill(name, parameter, _Drawn(name, layout.shape, recipe or (usual,), seed), mesh, placements)
 
 
-_RANDOM = {"normal_", "uniform_"}
-
-
 @dataclass(frozen=True)
 class _Drawn:
     """A fresh parameter of the original model. It is drawn by blocks of rows, each from a seed of its own, of
@@ -868,7 +886,10 @@ class _Drawn:
         generator = torch.Generator().manual_seed(self.seed + zlib.crc32(f"{self.name} {first}".encode()))
         rows = torch.empty(last - first, *self.shape[1:])
         for op, *numbers in self.recipe:
-            if op in _RANDOM:
+            if op == "trunc_normal_":
+                mean, deviation, low, high = numbers
+                nn.init.trunc_normal_(rows, mean, deviation, low, high, generator)
+            elif op in ("normal_", "uniform_"):
                 getattr(rows, op)(*numbers, generator=generator)
             elif op != "zero_row":
                 getattr(rows, op)(*numbers)

@@ -92,6 +92,12 @@ class EvenStages:
                 seconds[rank] = np.inf
         return seconds
 
+    def most_relief_s(self, cuts: tuple[int, ...]) -> list[float]:
+        """What each stage can compute again at most of one microbatch."""
+        parts = (rate * freed * number for rate, freed, number in self.table.sums(cuts).segments)
+        found: list[float] = sum(parts, np.zeros(len(cuts))).tolist()
+        return found
+
     def bound_s(self, p: Parallelism, machine: Machine, cuts: tuple[int, ...], excess_bytes: Array) -> float:
         """What a step with these cuts takes at least if ranks keep so much less of activations; infinite
         where they cannot."""

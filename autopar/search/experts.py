@@ -2,8 +2,8 @@
 
 A rank then holds 1/ep of every expert parameter and computes as many rows as before, now for its experts
 alone. Rows travel to their experts by an all_to_all and back by another, and so do their gradients (GShard,
-arXiv:2006.16668). The gradient of an expert is summed over the dp/ep ranks that hold it. Load is thought to
-be balanced.
+arXiv:2006.16668); before them their numbers, of which the experts need to know. The gradient of an expert is
+summed over the dp/ep ranks that hold it. Load is thought to be balanced.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ def expert_parameters(graph: OpGraph) -> frozenset[str]:
 def num_experts(graph: OpGraph) -> int:
     """Experts of one layer: the leading dimension of their weights; 0 for a model without any."""
     return max((graph.tensors[name].shape[0] for name in expert_parameters(graph)), default=0)
+
+
+def routes_unseen(graph: OpGraph) -> bool:
+    """Whether the rows of some grouped product come in an order that `graphs.routing` could not follow."""
+    return any(GROUPED in op.target and op.rows is None for op in graph.ops)
 
 
 def _parameters_behind(graph: OpGraph, name: str) -> frozenset[str]:
@@ -75,11 +80,13 @@ def deal_out_experts(chain: Chain, graph: OpGraph, size: int) -> Chain:
 
 
 def _exchange(graph: OpGraph, experts: frozenset[str]) -> Kernels:
-    """Rows to their experts before a layer's first product and back after its last, in both passes."""
+    """Rows to their experts before a layer's first product and back after its last, in both passes; in the
+    forward also how many they are."""
     products = [
         op for op in graph.ops if GROUPED in op.target and experts & _parameters_behind(graph, op.inputs[1])
     ]
     there = graph.tensors[products[0].inputs[0]].num_bytes
     back = graph.tensors[products[-1].outputs[0]].num_bytes
-    moves = tuple(Move("all_to_all", num_bytes, "ep") for num_bytes in (there, back))
-    return Kernels(forward_moves=moves, backward_moves=moves)
+    counts = graph.tensors[products[0].inputs[2]].num_bytes
+    rows = tuple(Move("all_to_all", num_bytes, "ep") for num_bytes in (there, back))
+    return Kernels(forward_moves=(Move("all_to_all", counts, "ep"), *rows), backward_moves=rows)

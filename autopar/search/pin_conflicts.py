@@ -39,19 +39,6 @@ def check_pins(pins: Pins, graph: OpGraph, num_devices: int, global_batch: int) 
         raise PinConflictError(str(error)) from None
 
 
-def check_emitted(pins: Pins) -> None:
-    """Raises PinConflictError for what no program can be written for yet."""
-    emitted: dict[str, tuple[object, ...]] = {"cp": (1,), "ep": (1,)}
-    for name, values in emitted.items():
-        value = getattr(pins, name)
-        if value is not None and value not in values:
-            raise PinConflictError(
-                f"{name}={value!r} can be evaluated but not planned yet; programs are written for {name} "
-                f"{', '.join(map(str, values))}: choose one of these, or search the whole space "
-                "(space='whole') for a plan without a program"
-            )
-
-
 def minimal_conflict(possible: Callable[[Pins], bool], pins: Pins) -> tuple[str, ...]:
     """Pins that exclude each other, in words: without any one of them something is `possible`.
 

@@ -24,8 +24,8 @@ from autopar.search.axis_problem import All, AxisProblem, ClusterPrices, Custom
 from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp, MemoryPrice
 from autopar.search.context import ContextProblem, exchange_floor_s
 from autopar.search.effort import Effort, clocked
-from autopar.search.experts import deal_out_experts, num_experts
-from autopar.search.mixed_assignment import mixed_assignment, op_levels
+from autopar.search.experts import deal_out_experts, routes_unseen
+from autopar.search.mixed_assignment import mixed_assignment, op_blocks
 from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
 from autopar.search.relaxed import Stretch, relaxed
 from autopar.search.replicas import Replica, make_replica, strategy_keys
@@ -115,7 +115,7 @@ class Programs:
         self.low_precision = low_precision
         self.pinned = PinnedStrategies(self.shallow.counts)
         self.rules = rules
-        self.routes_itself = num_experts(capture.graph) > 0
+        self.routes_itself = routes_unseen(capture.graph)
         self._replicas: dict[tuple[int, int, int, int | None], Replica] = {}
         self._ilps: dict[ProgramKey, BlockIlp] = {}
         self._programs: dict[ProgramKey, Program] = {}
@@ -208,7 +208,7 @@ class Programs:
             return by_level[key.price_level]
         paths = (block.path for block in self.capture.graph.blocks)
         by_path = dict(zip(paths, key.levels, strict=True))
-        return mixed_assignment(local, by_level, op_levels(local, whole, by_path, key.price_level))
+        return mixed_assignment(local, by_level, op_blocks(local, whole), by_path, key.price_level)
 
     def device(self, microbatch_size: int, ep: int = 1) -> Program:
         """The program of one device that has memory enough, its experts shared with `ep` others."""
@@ -304,8 +304,8 @@ class Programs:
 
     def _data_size(self, p: Parallelism) -> int:
         """How many replicas stand for `p.dp`: local shapes are the same for any number, so two do, unless
-        samples meet in the forward and what is gathered grows with their number. Replicas of a model with
-        experts route their own tokens."""
+        samples meet in the forward and what is gathered grows with their number. Replicas are thought to
+        route their own tokens also where that cannot be seen."""
         if p.dp == 1 or self.routes_itself:
             return 1
         return p.dp if self.replica(p.microbatch_size, 2).gathered else 2

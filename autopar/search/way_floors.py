@@ -47,25 +47,29 @@ class WayFloors:
     def way_s(self, p: Parallelism, program: Program | None = None) -> float:
         """No step takes less, whatever the program, or with this one."""
         device = self.floors.device(p.microbatch_size, p.ep)
+        step_s = self.bounds.step_s(p, self._rank_s(p, program), device)
+        return max(step_s, self.layer.schedule_floor_s(p, program))
+
+    def likely_s(self, p: Parallelism) -> float:
+        """About what a way takes, as far as is known without its program: were all its stages alike, and
+        nothing hidden."""
+        device = self.floors.device(p.microbatch_size, p.ep)
+        microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
+        floor_s = self.bounds.step_s(p, microbatch_s, device)
+        stage_s = (microbatch_s + self.bounds.more_s(p, device)) / (p.pp * p.num_virtual_stages)
+        passes_s = stage_s / 3, 2 * stage_s / 3, device.weight_s / device.computed_s * stage_s
+        ends_s = uniform_finish_s(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages, *passes_s)
+        return floor_s if ends_s is None else max(floor_s, *ends_s)
+
+    def _rank_s(self, p: Parallelism, program: Program | None = None) -> float:
+        """A microbatch on all stages of one rank, less what the schedule hides of it."""
         if program is None:
             microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
             computed_s = self.floors.computed_s(p.microbatch_size, p.tp, p.ep) / p.cp
         else:
             table = self.layer.table(program)
             microbatch_s, computed_s = table.microbatch_s, table.computed_s
-        if p.schedule in OVERLAPPING_SCHEDULES:
-            microbatch_s = max(computed_s, microbatch_s / 2)
-        return max(self.bounds.step_s(p, microbatch_s, device), self.layer.schedule_floor_s(p, program))
-
-    def likely_s(self, p: Parallelism) -> float:
-        """About what a way takes, as far as is known without its program: were all its stages alike."""
-        share = self.floors.share(p.microbatch_size, p.ep)
-        computed_s = share.computed_s / (p.tp * p.cp)
-        floor_s = self.bounds.step_s(p, computed_s, share)
-        stage_s = (computed_s + self.bounds.more_s(p, share)) / (p.pp * p.num_virtual_stages)
-        passes_s = stage_s / 3, 2 * stage_s / 3, share.weight_s / share.computed_s * stage_s
-        ends_s = uniform_finish_s(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages, *passes_s)
-        return floor_s if ends_s is None else max(floor_s, *ends_s)
+        return max(computed_s, microbatch_s / 2) if p.schedule in OVERLAPPING_SCHEDULES else microbatch_s
 
     def _microbatch_s(self, size: int, tp: int, cp: int, ep: int) -> float:
         """A microbatch on all stages of one rank."""

@@ -39,7 +39,8 @@ PARITY = Path(__file__).with_name("run_programs.py")
 class Trial:
     """A model and a plan for it; with a seed, the strategies on the tensor axis are random instead of
     pinned, and with mixed recomputation the results that blocks keep are. With `cuts`, another seed, stages
-    begin anywhere. With `heads` the context axis exchanges positions for heads."""
+    begin anywhere. With `heads` the context axis exchanges positions for heads. With `searched` only the
+    degrees of axes and the batch are given, and all else is what the search finds."""
 
     model: str
     parallelism: Parallelism
@@ -47,12 +48,14 @@ class Trial:
     dtype: torch.dtype = torch.float64
     cuts: int | None = None
     heads: bool = False
+    searched: bool = False
 
     def __str__(self) -> str:
         random = "" if self.seed is None else f" random {self.seed}"
         cuts = "" if self.cuts is None else f" cuts {self.cuts}"
         heads = " heads" if self.heads else ""
-        return f"{self.model} {self.parallelism}{random}{cuts}{heads} {self.dtype}"
+        searched = " searched" if self.searched else ""
+        return f"{self.model} {self.parallelism}{random}{cuts}{heads}{searched} {self.dtype}"
 
 
 def trial(
@@ -61,11 +64,12 @@ def trial(
     dtype: torch.dtype = torch.float64,
     cuts: int | None = None,
     heads: bool = False,
+    searched: bool = False,
     **degrees: object,
 ) -> Trial:
     """A trial of the parallelism with these degrees."""
     parallelism = Parallelism.model_validate({"microbatch_size": 2, **degrees})
-    return Trial(model, parallelism, seed, dtype, cuts, heads)
+    return Trial(model, parallelism, seed, dtype, cuts, heads, searched)
 
 
 def failures(
@@ -85,7 +89,7 @@ def prepare(trial: Trial, directory: Path) -> Path:
     """Write the program of a trial, and what the original does, in double precision where it can."""
     model_case = case(trial.model)
     torch.manual_seed(0)
-    dtype = torch.float32 if trial.model in SINGLE_PRECISION else trial.dtype
+    dtype = dtype_of(trial)
     model = model_case.build().to(dtype)
 
     def inputs(batch: int) -> dict[str, torch.Tensor]:
@@ -96,6 +100,11 @@ def prepare(trial: Trial, directory: Path) -> Path:
     program.save(directory)
     autopar.save_reference(program, model, inputs, directory)
     return directory
+
+
+def dtype_of(trial: Trial) -> torch.dtype:
+    """The dtype of a trial's parameters."""
+    return torch.float32 if trial.model in SINGLE_PRECISION else trial.dtype
 
 
 def _is_real(value: object) -> bool:
@@ -113,6 +122,11 @@ def _program(model: Capture, trial: Trial) -> Program:
         return _cut(model, plan, trial.cuts)
     if trial.seed is not None:
         return rewrite(model, random_plan(model, degrees, trial.seed))
+    if trial.searched:
+        pins = {axis: getattr(degrees, axis) for axis in ("dp", "cp", "ep", "tp", "pp")}
+        machine = f"local-cpu*{degrees.world_size}"
+        plan = autopar.plan(model, machine, global_batch=degrees.global_batch, price_pins=False, pins=pins)
+        return autopar.compile(model, plan)
     plan = autopar.evaluate(model, f"local-cpu*{degrees.world_size}", parallelism=degrees)
     assert plan.parallelism == degrees
     plan = exchanging_heads(plan, model.graph) if trial.heads else plan

@@ -60,6 +60,15 @@ def random_strategies(
     """A strategy key for every op, such that a conversion leads to everything it needs; the tensors in
     `whole` are not split."""
     rng = random.Random(seed)
+    while True:  # until no choice leaves a later op without one
+        keys = _random_walk(graph, axis_size, rng, whole)
+        if keys is not None:
+            return keys
+
+
+def _random_walk(
+    graph: OpGraph, axis_size: int, rng: random.Random, whole: frozenset[str]
+) -> dict[str, str] | None:
     sections = natural_sections(graph, axis_size)
     made: dict[str, State] = {}
     keys = {}
@@ -69,6 +78,8 @@ def random_strategies(
             for strategy in strategies(op, graph, axis_size, sections)
             if _reachable(graph, op.inputs, strategy, made) and not _splits(op, strategy, whole)
         ]
+        if not offered:
+            return None
         split = [strategy for strategy in offered if strategy.factor is not None]
         chosen = rng.choice(split if split and rng.random() < SPLIT_SHARE else offered)
         made.update(zip(op.outputs, chosen.results, strict=True))

@@ -10,70 +10,104 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict_loader as loader
+import torch.distributed.checkpoint.state_dict_saver as saver
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autopar.plan import Parallelism
 from autopar.runtime.autopar_runtime import Layout, Placements, Split, load
-from graphs import Capture, capture
+from graphs import capture
 from tests.autopar.training_on_ranks import loaded, train, write
 from tests.models import case
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 """A test reads and writes checkpoints in one process."""
 
-CLOSE = {"rtol": 0.0, "atol": 1e-7}
-"""Of parameters that AdamW moved by 1e-3 at a time, and divided small gradients by themselves for it."""
+Degrees = dict[str, object]
 
-
-def original(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Capture]:
-    torch.manual_seed(0)
-    model = case("gpt2").build().to(dtype)  # its fused query, key and value are split by sections
-    return model, capture(model, case("gpt2").inputs, name="gpt2")
+CHAINS: dict[str, tuple[str, torch.dtype, float, tuple[Degrees, ...]]] = {
+    "shards, then stages of shards": (
+        "gpt2",  # its fused query, key and value are split by sections
+        torch.float64,
+        1e-5,
+        (
+            {"dp_shard": 4, "zero_stage": 3, "num_microbatches": 2},
+            {"tp": 2, "pp": 2, "microbatch_size": 4, "num_microbatches": 2},
+        ),
+    ),
+    "experts apart, replicated and sharded": (
+        "mixtral",
+        torch.float32,
+        1e-5,
+        (
+            {"dp_replicate": 4, "ep": 2, "num_microbatches": 2},
+            {"dp_shard": 4, "ep": 2, "zero_stage": 3, "num_microbatches": 2},
+        ),
+    ),
+    "master copies in the optimizer, then as uneven shards": (
+        "gpt2",
+        torch.bfloat16,
+        1e-3,
+        (
+            {"dp_replicate": 3, "microbatch_size": 4},
+            {"dp_shard": 3, "zero_stage": 3, "microbatch_size": 2, "num_microbatches": 2},
+        ),
+    ),
+}
+"""A model, its dtype, how far losses may be apart, and the plans that train it in turn; one process ends it."""
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_training_goes_on_under_another_plan(tmp_path: Path) -> None:
-    """ZeRO-3 on four ranks, then two stages of two shards, then one process: as if it were one process."""
-    model, captured = original()
-    torch.save(dict(case("gpt2").inputs(64)), tmp_path / "data.pt")
+@pytest.mark.parametrize("chain", CHAINS)
+def test_training_goes_on_under_another_plan(chain: str, tmp_path: Path) -> None:
+    """Two steps under each plan are, losses and all, as if it had been one process all the time."""
+    name, dtype, close, plans = CHAINS[chain]
+    torch.manual_seed(0)
+    model = case(name).build().to(dtype)
+    captured = capture(model, case(name).inputs, name=name)
+    torch.save(dict(case(name).inputs(64)), tmp_path / "data.pt")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     options = ("--data", tmp_path / "data.pt", "--weights", tmp_path / "weights.pt", "--checkpoints")
-    sharded = write(captured, tmp_path / "dp4", dp_shard=4, zero_stage=3, num_microbatches=2)
-    split = write(captured, tmp_path / "tp2 pp2", tp=2, pp=2, microbatch_size=4, num_microbatches=2)
-    whole = write(captured, tmp_path / "one", microbatch_size=8)
-    wanted = train(whole, 1, "--steps", 6, *options, tmp_path / "at once")
-    found = train(sharded, 4, "--steps", 2, *options, tmp_path / "in turns")
-    found += train(split, 4, "--steps", 4, *options, tmp_path / "in turns")
-    found += train(whole, 1, "--steps", 6, *options, tmp_path / "in turns")
-    assert found == wanted
+    batch = Parallelism.model_validate(plans[0]).global_batch
+    alone = write(captured, tmp_path / "alone", None, microbatch_size=batch)
+    wanted = train(alone, 1, "--steps", 6, *options, tmp_path / "at once")
+    found: list[str] = []
+    for number, degrees in enumerate(plans):
+        program = write(captured, tmp_path / str(number), None, **degrees)
+        num_ranks = Parallelism.model_validate(degrees).world_size
+        found += train(program, num_ranks, "--steps", 2 * number + 2, *options, tmp_path / "in turns")
+    found += train(alone, 1, "--steps", 6, *options, tmp_path / "in turns")
+    assert list(map(float, found)) == pytest.approx(list(map(float, wanted)), rel=close)
     kept = sorted(path.name for path in (tmp_path / "in turns").iterdir())
     assert kept == ["step-4", "step-6"], "the first one went"
-
-    ended, again = (loaded(model, tmp_path / name / "step-6") for name in ("at once", "in turns"))
-    torch.testing.assert_close(again, ended, **CLOSE)
-    assert not torch.equal(ended["lm_head.weight"], model.state_dict()["lm_head.weight"])
-    assert torch.equal(ended["lm_head.weight"], ended["transformer.wte.weight"]), "they are tied"
+    if dtype == torch.bfloat16:
+        return  # rounding turns signs of gradients that are zero but for it
+    ended, again = (loaded(model, tmp_path / each / "step-6") for each in ("at once", "in turns"))
+    torch.testing.assert_close(again, ended, rtol=0, atol=close)
+    assert any(not torch.equal(each, model.state_dict()[name]) for name, each in ended.items())
 
     state = {}
-    for name in ("at once", "in turns"):
-        moments = {key: torch.zeros_like(each) for key, each in model.named_parameters()}
-        state[name] = {f"optimizer.state.{key}.exp_avg_sq": each for key, each in moments.items()}
-        dcp.load(state[name], checkpoint_id=tmp_path / name / "step-6", no_dist=True)
-    torch.testing.assert_close(state["in turns"], state["at once"], **CLOSE)
+    for each in ("at once", "in turns"):
+        moments = {key: torch.zeros_like(value) for key, value in model.named_parameters()}
+        state[each] = {f"optimizer.state.{key}.exp_avg_sq": value for key, value in moments.items()}
+        loader.load(state[each], checkpoint_id=tmp_path / each / "step-6", no_dist=True)
+    torch.testing.assert_close(state["in turns"], state["at once"], rtol=0, atol=close)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_weights_come_from_every_kind_of_file(tmp_path: Path) -> None:
     """`save_pretrained` leaves out the second name of a tied parameter and writes several files."""
-    model, captured = original(torch.float32)
+    torch.manual_seed(0)
+    model = case("gpt2").build()
+    captured = capture(model, case("gpt2").inputs, name="gpt2")
     program = write(captured, tmp_path / "program", tp=2, microbatch_size=2)
-    model.save_pretrained(tmp_path / "safetensors", max_shard_size="100KB")
+    cast(Any, model).save_pretrained(tmp_path / "safetensors", max_shard_size="100KB")
     assert len(list((tmp_path / "safetensors").glob("*.safetensors"))) > 2
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    saver.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     sources = ("safetensors", "weights.pt", "checkpoint")
     losses = [train(program, 2, "--steps", 1, "--weights", tmp_path / source) for source in sources]
     assert losses[0] == losses[1] == losses[2]
@@ -187,7 +221,7 @@ def test_names_that_are_others_with_a_prefix_are_told_apart(tmp_path: Path) -> N
     moment = {"optimizer.state.a.exp_avg": torch.zeros(2)}
     saved = {f"model.{name}": each for name, each in plain.items()} | moment
     for number, state in enumerate((plain, saved)):
-        dcp.save(state, checkpoint_id=tmp_path / str(number), no_dist=True)
+        saver.save(state, checkpoint_id=tmp_path / str(number), no_dist=True)
         for weights in (state, tmp_path / str(number)):
             load(outer, weights, mesh, {})
             assert [outer.a.tolist(), outer.model.a.tolist()] == [[1.0, 1.0], [2.0, 2.0]]

@@ -30,6 +30,8 @@ TRIALS = {
         trial("llama", pp=2, cp=2, num_microbatches=2),
         trial("gpt2", dp_replicate=2, cp=2, heads=True),
         trial("llama", 1, cp=2, tp=2),
+        trial("llama", searched=True, cp=2, pp=2, num_microbatches=4),
+        trial("bert", searched=True, cp=2, dp_replicate=2),
     ),
 }
 

@@ -15,6 +15,8 @@ TRIALS = {
         trial("mixtral", dp_replicate=2, num_microbatches=2),
         trial("qwen3moe", dp_shard=2, zero_stage=3),
         trial("deepseekv3", cp=2),
+        trial("mixtral", 0, tp=2),
+        trial("deepseekv3", 1, tp=2),
         trial("mixtral", dp_replicate=2, ep=2, num_microbatches=2),
         trial("deepseekv3", dp_shard=2, ep=2, zero_stage=3, recompute="full"),
         trial("qwen3moe", dp_shard=2, ep=2, zero_stage=1, num_microbatches=2),
@@ -29,6 +31,8 @@ TRIALS = {
         trial("deepseekv3", dp_replicate=2, ep=2, pp=2, num_microbatches=2),
         trial("mixtral", dp_shard=2, dp_replicate=2, ep=2, zero_stage=1),
         trial("qwen3moe", dp_shard=2, ep=2, cp=2, zero_stage=1),
+        trial("mixtral", searched=True, dp_replicate=2, ep=2, pp=2, num_microbatches=4),
+        trial("mixtral", searched=True, dp_replicate=4, ep=4),
     ),
 }
 

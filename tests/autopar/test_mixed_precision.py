@@ -118,6 +118,7 @@ def test_a_scaled_loss_saves_gradients_that_fp16_has_no_number_for() -> None:
     scale = LossScale()
     scale.scale((weight * factor).float().sum()).backward()
     scale.unscale([weight])
+    assert weight.grad is not None
     assert weight.grad.dtype == FP32
     torch.testing.assert_close(weight.grad, torch.full((4,), factor), rtol=1e-2, atol=0)
 

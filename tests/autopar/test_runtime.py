@@ -44,11 +44,18 @@ def test_conversions_are_what_they_are_defined_to_be(num_ranks: int) -> None:
     assert int(found[1]) == len(pairs) + 12
 
 
-def test_grouped_mm_multiplies_each_row_by_the_matrix_of_its_expert() -> None:
-    x, weight = torch.randn(6, 3), torch.randn(3, 3, 4)
-    made = grouped_mm(x, weight, torch.tensor([2, 2, 5]))
-    wanted = torch.cat([x[:2] @ weight[0], x[2:5] @ weight[2], torch.zeros(1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_grouped_mm_multiplies_each_row_by_the_matrix_of_its_expert(dtype: torch.dtype) -> None:
+    """With torch's kernel and without, an expert without rows included."""
+    x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 16, 8, dtype=dtype, requires_grad=True)
+    ends = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
+    made = grouped_mm(x, weight.transpose(1, 2), ends)
+    wanted = torch.cat([x[:2] @ weight[0].T, x[2:5] @ weight[2].T, x[5:] @ weight[3].T])
     torch.testing.assert_close(made, wanted)
+    found = torch.autograd.grad(made.sum(), (x, weight))
+    for mine, its in zip(found, torch.autograd.grad(wanted.sum(), (x, weight)), strict=True):
+        torch.testing.assert_close(mine, its)
 
 
 def test_a_pattern_stands_for_every_number_and_nothing_else() -> None:

@@ -1,7 +1,8 @@
 """Every pipeline schedule of torch, as emitted, does what the original model does in one process.
 
 With stages cut anywhere, skip connections, tied parameters, recomputation, and ZeRO and tensor parallelism
-inside; gradients are clipped by the norm of the whole model.
+inside; batch norms have the statistics of all samples, and gradients are clipped by the norm of the whole
+model.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ TWO_RANKS = {
         *split("llama", recompute="selective"),
         *split("gpt2", recompute="mixed"),
     ],
+    "batch norms": [
+        trial("resnet", dp_replicate=2, recompute="selective"),
+        trial("resnet", dp_shard=2, zero_stage=3, num_microbatches=2),
+        *(trial("resnet", seed, tp=2) for seed in range(2)),
+        trial("resnet", pp=2, num_microbatches=2, recompute="full"),
+        staged("resnet", "ZBVZeroBubble", recompute="selective"),
+    ],
     "cuts anywhere": [
         trial("bert", cuts=1, pp=2, num_microbatches=2),
         trial("clip", cuts=2, pp=2, num_microbatches=2, schedule="GPipe"),
@@ -78,6 +86,10 @@ FOUR_RANKS = {
         trial("unet", pp=4, num_microbatches=2, schedule="GPipe", cuts=6),
         staged("llama", "ZBVZeroBubble", pp=4, num_microbatches=8, cuts=7),
         staged("gpt2", "DualPipeV", pp=4, num_microbatches=8, cuts=8),
+    ],
+    "batch norms": [
+        *(trial("resnet", seed, dp_replicate=2, tp=2) for seed in range(2)),
+        trial("resnet", dp_shard=2, pp=2, zero_stage=2, num_microbatches=2),
     ],
     "a scalar under zero": [
         trial("clip", dp_shard=4, zero_stage=3),

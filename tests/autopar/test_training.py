@@ -47,7 +47,7 @@ def test_a_restart_changes_nothing(plan: str, tmp_path: Path) -> None:
     model.to(torch.bfloat16)
     degrees = {"replicas": {"dp_replicate": 2}, "shards": {"dp_shard": 2, "zero_stage": 3}}[plan]
     captured = capture(model, case("gpt2").inputs, name="gpt2")
-    program = write(captured, tmp_path / "program", num_microbatches=2, **degrees)
+    program = write(captured, tmp_path / "program", None, num_microbatches=2, **degrees)
     assert "dropout" in (program / "model.py").read_text()
     (tmp_path / "tokens").write_bytes(torch.randint(128, (700,), dtype=torch.int16).numpy().tobytes())
     saved = tmp_path / "saved"

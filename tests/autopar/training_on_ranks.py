@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
 
 import autopar
 from autopar.plan import Parallelism
@@ -41,5 +41,5 @@ def loaded(model: nn.Module, checkpoint: Path) -> dict[str, torch.Tensor]:
     state = {"model": {name: torch.zeros_like(each) for name, each in model.state_dict().items()}}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+        load(state, checkpoint_id=checkpoint, no_dist=True)
     return state["model"]
