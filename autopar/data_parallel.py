@@ -3,8 +3,8 @@
 The batch dimension of every input is sharded, parameters are replicated with partial gradients, and each op,
 in order, takes the strategy that moves the fewest bytes given what its operands already are. For a model
 whose samples do not meet this is data parallelism as everybody knows it: nothing moves in the forward but the
-count of the loss. Where samples do meet (the statistics of a batch norm) the values are gathered, so the
-mathematics never changes.
+count of the loss. A batch norm shares its statistics; where samples meet otherwise (a contrastive loss) the
+values are gathered, so the mathematics never changes.
 
 The same walk, seeded with another dimension, prices context parallelism.
 """

@@ -104,6 +104,8 @@ def _layer(graph: OpGraph, counts: str, products: Sequence[int]) -> Layer:
         )
     leaving = [name for name in made if not set(graph.consumers[name]) <= set(inside)]
     weights = dict.fromkeys(name for index in products for name in _weights(graph, graph.ops[index]))
+    (num_experts,) = graph.tensors[counts].shape
+    assert all(graph.tensors[name].shape[0] == num_experts for name in weights), "an end for every matrix"
     return Layer(counts, inside, tuple(entering), tuple(sorted(leaving)), tuple(weights))
 
 
@@ -133,11 +135,12 @@ def _leading(graph: OpGraph, ends: Iterable[int], first: int) -> set[int]:
 
 def _check_rows(op: Op) -> None:
     """What is done between the products must not depend on how many rows there are."""
-    moves_rows = is_conversion(op) and 0 in op.args[1:]
-    if moves_rows or (op.target in SIZE_ARGUMENTS and op.target not in _BY_COLUMNS):
+    is_told_rows = op.target in SIZE_ARGUMENTS and op.target not in _BY_COLUMNS
+    moves_rows = 0 in op.args[1:] if is_conversion(op) else op.rows is None
+    if moves_rows or is_told_rows:
         raise RewriteError(
             f"{op.name} ({op.target}, module {op.module or 'root'}) stands between the products of experts "
-            "and names the number of rows, which ep makes differ from step to step; use ep=1"
+            "and depends on the number of rows, which ep makes differ from step to step; use ep=1"
         )
 
 

@@ -254,9 +254,7 @@ class KernelMaker:
             backward = _kernel(num_bytes, dtype, launched=gradients > 0)
         return Kernels(forward, backward, *self._own_moves(op, tensors))
 
-    def _own_moves(
-        self, op: Op, tensors: Mapping[str, Tensor]
-    ) -> tuple[tuple[Move, ...], tuple[Move, ...]]:
+    def _own_moves(self, op: Op, tensors: Mapping[str, Tensor]) -> tuple[tuple[Move, ...], tuple[Move, ...]]:
         """Communication inside an op that knows it is split, forward and backward: a vocabulary-parallel loss
         reduces three row vectors, a batch norm gathers two channel vectors and reduces two."""
         if op.target == "autopar.batch_norm":

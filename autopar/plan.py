@@ -289,9 +289,9 @@ class Plan(Frozen):
     """How to train one model on one cluster.
 
     `strategies` maps a mesh axis (`dp` stands for both data axes together) to the strategy key of every op,
-    by the name of the op's representative: the same op of the first instance of its block. What does otherwise
-    than its representative has a key by its own name. `placements` tells how every parameter lies on the
-    tensor axis, `*` standing for the numbers of repeated blocks.
+    by the name of the op's representative: the same op of the first instance of its block. An op that does
+    otherwise than that has a key by its own name. `placements` tells how every parameter lies on the tensor
+    axis, `*` standing for the numbers of repeated blocks.
     `recomputation` lists every block that computes something again; the others keep all.
 
     Where devices are of several kinds, `pools` has the parts of the pipeline in their order, each with what

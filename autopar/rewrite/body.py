@@ -225,7 +225,11 @@ def _each(axes: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _deferred(op: Op, values: Values) -> Expression:
-    return Expression(f"{op.target.replace('.', '_')}({', '.join(literal(arg, values) for arg in op.args)})")
+    """The call of a product or a convolution that leaves its weight's gradient."""
+    options = zip(("stride", "padding", "dilation", "groups"), op.args[3:], strict=False)
+    texts = [literal(arg, values) for arg in op.args[:3] if arg is not None]
+    texts += [f"{name}={literal(value, values)}" for name, value in options]
+    return Expression(f"{op.target.replace('.', '_')}({', '.join(texts)})")
 
 
 def _runtime_call(op: Op, values: Values, tensors: Mapping[str, Tensor]) -> Expression:

@@ -19,6 +19,7 @@ _NAMES = {
     "aten.linear.default": "linear",
     "aten.matmul.default": "matmul",
     "aten.mm.default": "matmul",
+    **{f"aten.conv{dims}d.default": "convolution" for dims in (1, 2, 3)},
 }
 
 
@@ -38,8 +39,12 @@ def defer_weights(stage: Stage, graph: OpGraph) -> Stage:
 
 
 def _is_weight_product(op: Op, graph: OpGraph) -> bool:
-    """Whether an op multiplies rows by a trained matrix, without a bias."""
-    if op.target not in _NAMES or len(op.inputs) != 2 or op.inputs[1] not in graph.parameter_tensors:
+    """Whether an op multiplies by a trained matrix, without a bias, or convolves with a trained kernel."""
+    if op.target not in _NAMES or op.kwargs or op.inputs[1] not in graph.parameter_tensors:
         return False
-    rows, weight = (graph.tensors[name] for name in op.inputs)
-    return weight.requires_grad and len(weight.shape) == 2 and len(rows.shape) > 1
+    x, weight, *others = (graph.tensors[name] for name in op.inputs)
+    if not weight.requires_grad:
+        return False
+    if _NAMES[op.target] == "convolution":
+        return len(x.shape) == len(weight.shape) and not any(isinstance(arg, str) for arg in op.args)
+    return len(weight.shape) == 2 and len(x.shape) > 1 and not others

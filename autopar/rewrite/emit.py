@@ -22,9 +22,9 @@ from graphs.ir import OpGraph
 
 _RUNTIME_NAMES = """
 BatchNorm Parameters Placements Split all_gather all_gather_replicated all_reduce all_reduce_partial
-all_to_all batch_norm causal_attention checkpointed copy cross_entropy deferred_linear deferred_matmul
-embedding exchange_counts first_grad first_only from_experts grouped_mm keep keep_matmuls keep_nothing
-reduce_scatter saved_buffer shard shard_partial to_experts
+all_to_all batch_norm causal_attention checkpointed copy cross_entropy deferred_convolution deferred_linear
+deferred_matmul embedding exchange_counts first_grad first_only from_experts grouped_mm keep keep_matmuls
+keep_nothing reduce_scatter saved_buffer shard shard_partial to_experts
 """
 RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
 """What `model.py` may need of the runtime, in the order of its import."""

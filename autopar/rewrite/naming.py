@@ -13,9 +13,9 @@ from graphs.ir import Op, OpGraph
 _RESERVED = """
     self mesh torch nn F layer layers number batch batch_norm checkpoint checkpointed functools KEPT Tensor
     DeviceMesh Parameters Placements Split BATCH TP DP CP EP all_gather all_gather_replicated all_reduce
-    all_reduce_partial all_to_all causal_attention copy cross_entropy deferred_linear deferred_matmul
-    embedding exchange_counts first_grad first_only from_experts grouped_mm keep keep_matmuls keep_nothing
-    reduce_scatter saved_buffer shard shard_partial to_experts
+    all_reduce_partial all_to_all causal_attention copy cross_entropy deferred_convolution deferred_linear
+    deferred_matmul embedding exchange_counts first_grad first_only from_experts grouped_mm keep
+    keep_matmuls keep_nothing reduce_scatter saved_buffer shard shard_partial to_experts
 """
 RESERVED = frozenset(_RESERVED.split())
 """Names that the source of a `forward` may need for what they stand for."""

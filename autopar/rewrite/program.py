@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,18 +16,19 @@ from autopar.placements import Partial
 from autopar.plan import Parallelism, Plan, has_program
 from autopar.request import policy_of
 from autopar.rewrite.batch_norm import check_batch_norms
-from autopar.rewrite.context import ProgramContext
+from autopar.rewrite.context import ProgramContext, prefix
 from autopar.rewrite.deferral import defer_weights
-from autopar.rewrite.emit import block_patterns, by_pattern, emit_model, format_source, parameter_tables
+from autopar.rewrite.emit import emit_model, format_source, parameter_tables
+from autopar.rewrite.facts import tied_across, training_facts
 from autopar.rewrite.local import local_program
 from autopar.rewrite.mesh import ProgramMesh
 from autopar.rewrite.parity import PARITY
 from autopar.rewrite.precision import Precision, precision_of
 from autopar.rewrite.recompute import check_recomputation, recomputing
 from autopar.rewrite.stages import Stage, cut
-from autopar.rewrite.training import TrainingFacts, emit_training
+from autopar.rewrite.training import emit_training
 from autopar.rewrite.tree import is_leaf
-from autopar.runtime.autopar_runtime import Expected, Recipe
+from autopar.runtime.autopar_runtime import Recipe
 from autopar.search.summaries import main_dtype
 from costmodel import OptimizerPolicy
 from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, stage_ranks
@@ -100,14 +101,17 @@ def rewrite(
     if plan.parallelism.schedule in SPLIT_BACKWARD_SCHEDULES:
         stages = tuple(defer_weights(stage, graph) for stage in stages)
     context = _context(capture, plan, local)
+    _check_experts(context)
     root = capture.graph.modules.get("")
     model = emit_model(
         context, stages, _header(plan), root.type_name if root else _class_name(plan.model.name)
     )
     _, partial = parameter_tables(context, stages)
     precision = precision_of(policy_of(policy, capture.graph), main_dtype(capture.graph))
-    facts = _training_facts(context, plan, stages, bool(partial), precision)
-    training = emit_training(replace(facts, initial=_initial(recipes, context.block_paths)))
+    facts = training_facts(
+        context, plan, stages, partial_gradients=bool(partial), precision=precision, recipes=recipes
+    )
+    training = emit_training(facts)
     runtime = Path(__file__).parents[1] / "runtime" / RUNTIME
     files = {
         "model.py": model.text,
@@ -154,13 +158,31 @@ def _check_stages(graph: OpGraph, stages: Sequence[Stage], parallelism: Parallel
                 f"pipeline rank {rank} would train nothing: stages {numbers} of {len(stages)} hold no "
                 "parameters; let stages begin elsewhere, or use fewer of them"
             )
-        for tie in _ties(graph, mine):
+        for tie in tied_across(graph, mine):
             names = [path for path, _ in tie]
             if len(set(names)) < len(names):
                 raise RewriteError(
                     f"pipeline rank {rank} would hold {names[0]} twice: several of its stages ({numbers} of "
                     f"{len(stages)}) read it there; use a schedule with one stage on a rank, such as 1F1B"
                 )
+
+
+def _check_experts(context: ProgramContext) -> None:
+    """`fully_shard` takes modules, and experts are sharded over other ranks than all else."""
+    if not context.mesh.zero_stage:
+        return
+    experts = {each.name for each in context.graph.parameters if "ep" in context.states.get(each.tensor, {})}
+    for module in sorted({name.rpartition(".")[0] for name in experts}):
+        others = [
+            each.name
+            for each in context.graph.parameters
+            if each.name.startswith(prefix(module)) and each.name not in experts
+        ]
+        if others:
+            raise RewriteError(
+                f"ZeRO shards the experts of {module or 'the root'} over fewer ranks than {others[0]}, which "
+                "is in the same module; give the experts a module of their own, or use zero_stage=0 or ep=1"
+            )
 
 
 def _start(local: Localized, first_op: str) -> str:
@@ -216,110 +238,15 @@ def _batch_coefficients(capture: Capture, local: OpGraph, batch: int) -> dict[st
     return found
 
 
-def _training_facts(
-    context: ProgramContext, plan: Plan, stages: Sequence[Stage], partial: bool, precision: Precision
-) -> TrainingFacts:
-    graph = context.graph
-    axes = [
-        axis
-        for axis, state in context.states.get(graph.loss or "", {}).items()
-        if isinstance(state.value, Partial)
-    ]
-    loss_axes = tuple(context.axis_names[axis] for axis in axes) + (
-        ("pp",) if plan.parallelism.pp > 1 else ()
-    )
-    return TrainingFacts(
-        name=plan.model.name,
-        parallelism=plan.parallelism,
-        inputs={
-            name: (graph.tensors[name].shape[1:], graph.tensors[name].dtype, _num_values(graph, name))
-            for name in graph.inputs
-        },
-        mesh=context.mesh.axes,
-        data_axis=context.mesh.joint("dp_cp"),
-        loss_axes=loss_axes,
-        partial_gradients=partial,
-        ties=_ties(graph, stages),
-        block_patterns=block_patterns(context.block_paths),
-        loss_dtype=graph.tensors[graph.loss or ""].dtype,
-        has_whole_parameters=any(
-            not tensor.shape or tensor.dtype != precision.compute
-            for tensor in (graph.tensors[each.tensor] for each in graph.parameters)
-        ),
-        precision=precision,
-        aliases={alias: each.name for each in graph.parameters for alias in each.aliases},
-        tokens=_token_inputs(graph),
-        expected=_expected(plan),
-    )
-
-
-def _initial(recipes: Mapping[str, Recipe], block_paths: Collection[str]) -> dict[Recipe, list[str]]:
-    """Patterns of parameter names by how they are initialised."""
-    patterns: dict[Recipe, list[str]] = {}
-    for pattern, recipe in by_pattern(recipes, block_paths).items():
-        patterns.setdefault(recipe, []).append(pattern)
-    return patterns
-
-
-def _expected(plan: Plan) -> Expected:
-    predicted = plan.prediction
-    return Expected(
-        tokens=plan.parallelism.global_batch * plan.model.tokens_per_sample,
-        model_flops=predicted.model_flops_per_s_per_device * predicted.step_s,
-        peak_flops_per_s=plan.cluster.peak_flops_per_s,
-        step_s=predicted.step_s,
-    )
-
-
-def _token_inputs(graph: OpGraph) -> tuple[str, str] | None:
-    """The inputs that a text can fill: the integers of which there are most kinds, and labels of the same
-    shape."""
-    integers = {name: _num_values(graph, name) for name in graph.inputs if _is_integer(graph, name)}
-    tokens = max(integers, key=lambda name: integers[name], default="")
-    shape = graph.tensors[tokens].shape if tokens else ()
-    labels = [name for name in integers if name != tokens and graph.tensors[name].shape == shape]
-    named = [name for name in labels if "label" in name or "target" in name]
-    return (tokens, named[0]) if named else None
-
-
-def _is_integer(graph: OpGraph, name: str) -> bool:
-    return graph.tensors[name].dtype in (torch.int32, torch.int64)
-
-
-def _num_values(graph: OpGraph, name: str) -> int:
-    """How many values an integer input may take: the rows of the table it looks up, the classes it is
-    compared with.
-    """
-    for index in graph.consumers[name]:
-        op = graph.ops[index]
-        if op.target in {"aten.embedding.default", "autopar.embedding"}:
-            return graph.tensors[op.inputs[0]].shape[0]
-    for op in graph.ops:
-        if op.target in {"aten.cross_entropy_loss.default", "autopar.cross_entropy"}:
-            return graph.tensors[op.inputs[0]].shape[-1]
-    return 2
-
-
-def _ties(graph: OpGraph, stages: Sequence[Stage]) -> tuple[tuple[tuple[str, int], ...], ...]:
-    """Parameters that more than one stage holds, with the path they have in each."""
-    ties = []
-    for parameter in graph.parameters:
-        paths = (parameter.name, *parameter.aliases)
-        holders = []
-        for stage in stages:
-            users = [op.module for op in stage.ops if parameter.tensor in op.inputs]
-            if users:
-                path = next((path for path in paths if path.rpartition(".")[0] in users), paths[0])
-                holders.append((path, stage.index))
-        if len(holders) > 1:
-            ties.append(tuple(holders))
-    return tuple(ties)
-
-
 def _class_name(name: str) -> str:
     words = "".join(char if char.isalnum() else " " for char in name).split()
     text = "".join(word[0].upper() + word[1:] for word in words) or "Model"
     return text if text[0].isalpha() else f"Model{text}"
+
+
+_ZIGZAG = (
+    "In zigzag, rank i of the n along an axis has the i-th of 2n slices from the front and from the back.",
+)
 
 
 def _header(plan: Plan) -> list[str]:
@@ -331,4 +258,5 @@ def _header(plan: Plan) -> list[str]:
         "Written by autopar. Each rank runs this on its own shards; comments at the collectives tell the",
         "state of the tensor before and after: S(d) is split along dimension d, R whole, P a term of a sum;",
         "value/gradient.",
+        *(_ZIGZAG if parallelism.cp > 1 else ()),
     ]

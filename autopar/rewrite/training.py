@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from textwrap import indent
 
 import torch
@@ -45,7 +45,7 @@ class TrainingFacts:
     aliases: Mapping[str, str]
     tokens: tuple[str, str] | None
     expected: Expected
-    initial: Mapping[Recipe, Sequence[str]] = field(default_factory=dict)
+    initial: Mapping[Recipe, Sequence[str]]
 
     @property
     def has_buckets(self) -> bool:
@@ -113,8 +113,8 @@ def _tables(facts: TrainingFacts) -> Iterator[str]:
 
     if plan.offload == "optimizer":
         yield "OPTIMIZER = HostAdamW  # its states and the master copies are in the host's memory"
-    elif facts.precision.has_master and not plan.zero_stage:
-        yield f"OPTIMIZER = MasterAdamW  # of the {_name(facts.precision.compute)} parameters it has copies"
+    elif facts.precision.has_master:
+        yield f"OPTIMIZER = MasterAdamW  # has {_name(facts.precision.master)} copies of what is narrower"
     elif plan.zero_stage:
         yield "OPTIMIZER = LocalAdamW  # of each rank's shards"
     else:
@@ -235,7 +235,7 @@ def build(device: torch.device, weights: Mapping[str, Any] | Path | None) -> Ran
     mesh = make_mesh(device.type, MESH)
 {mine}\
     with torch.device("meta"):  # no memory before it is clear which part this rank holds
-        stages = {stages}
+        stages: dict[int, nn.Module] = {stages}
     for stage in stages.values():
 {zero}\
         allocate(stage, device)

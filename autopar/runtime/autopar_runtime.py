@@ -232,10 +232,13 @@ def _from_experts(x: Tensor, group: ProcessGroup, routes: Tensor) -> Tensor:
 
 def _by_expert(got: Tensor, device: torch.device) -> Tensor:
     """The order by expert of rows that lie there by rank, and of each rank by expert."""
-    num_ranks, num_experts = got.shape
-    expert = torch.arange(num_experts, device=device).repeat(num_ranks)
-    counts, total = got.flatten().to(device, non_blocking=True), int(got.sum())
-    return expert.repeat_interleave(counts, output_size=total).argsort(stable=True)
+    arrived = (got.flatten().cumsum(0) - got.flatten()).view_as(got)  # where each run of rows begins
+    counts = got.T.flatten()
+    begins = counts.cumsum(0) - counts
+    total = int(counts.sum())
+    moved = (arrived.T.flatten() - begins).to(device, non_blocking=True)
+    order = moved.repeat_interleave(counts.to(device, non_blocking=True), output_size=total)
+    return order + torch.arange(total, device=device)
 
 
 _sent_to_experts = _conjugate(_to_experts, _from_experts)
@@ -543,15 +546,68 @@ class _Product(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = gradient @ weight if is_transposed else F.linear(gradient, weight)
-        if not ctx.needs_input_grad[1]:
-            return of_x, None, None
-        if ctx.left is None:
-            return of_x, of_weight(), None
-        ctx.left.append((weight, of_weight))
-        return of_x, None, None
+        return of_x, _now_or_later(ctx, of_weight), None
 
 
 _product: Callable[[Tensor, Tensor, bool], Tensor] = _Product.apply
+
+
+def _now_or_later(ctx: Any, of_weight: Callable[[], Tensor]) -> Tensor | None:
+    """The gradient of the weight, the second input, where nobody asked for it to be left."""
+    if not ctx.needs_input_grad[1]:
+        return None
+    if ctx.left is None:
+        return of_weight()
+    ctx.left.append((ctx.weight, of_weight))
+    return None
+
+
+def deferred_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`F.conv1d` to `F.conv3d`, of which a schedule that splits backwards computes the weight's gradient
+    later."""
+    num_dims = x.dim() - 2
+    sizes = (
+        (each,) * num_dims if isinstance(each, int) else tuple(each) for each in (stride, padding, dilation)
+    )
+    options = (*sizes, False, (0,) * num_dims, groups)
+    convolution = _convolution if weight.grad_fn is None else torch.ops.aten.convolution
+    return convolution(x, weight, bias, *options)
+
+
+class _Convolution(torch.autograd.Function):
+    """As `_Product`; torch has one function for all three gradients, told which of them to compute."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: Tensor | None, *options: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.options, ctx.left = weight, options, _LEFT.get()
+        ctx.bias_shape = None if bias is None else bias.shape
+        convolved: Tensor = torch.ops.aten.convolution(x, weight, bias, *options)
+        return convolved
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+
+        def gradients(*wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+            given = gradient, x, ctx.weight, ctx.bias_shape, *ctx.options
+            found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(*given, wanted)
+            return found
+
+        of_x, _, of_bias = gradients(ctx.needs_input_grad[0], False, ctx.needs_input_grad[2])
+        of_weight = _now_or_later(ctx, lambda: gradients(False, True, False)[1])
+        return of_x, of_weight, of_bias, *(None for _ in ctx.options)
+
+
+_convolution: Callable[..., Tensor] = _Convolution.apply
 
 
 def leave_weights(stage: nn.Module) -> Callable[[], Callable[[], None]]:
@@ -1805,7 +1861,9 @@ def shard_parameters(
         dtypes[parameter.dtype] += parameter.numel()
     usual = dtypes.most_common(1)[0][0] if dtypes else None
     left = {each for each in stage.parameters() if each.ndim == 0 or each.dtype != usual}
-    policy = MixedPrecisionPolicy() if precision is None else precision.widen(stage)
+    policy = MixedPrecisionPolicy()
+    if precision is not None:
+        policy = precision.widen(each for each in stage.parameters() if each not in left)
     options: dict[str, Any] = {
         "reshard_after_forward": zero_stage == 3,
         "mp_policy": policy,
@@ -1829,9 +1887,9 @@ class MixedPrecision:
     master: torch.dtype
     gradient: torch.dtype
 
-    def widen(self, stage: nn.Module) -> MixedPrecisionPolicy:
-        """Give the parameters of a stage, still on the meta device, the dtype in which they are stored."""
-        for parameter in stage.parameters():
+    def widen(self, parameters: Iterable[nn.Parameter]) -> MixedPrecisionPolicy:
+        """Give parameters, still on the meta device, the dtype in which they are stored."""
+        for parameter in parameters:
             parameter.data = parameter.data.to(self.master)
         return MixedPrecisionPolicy(self.compute, self.gradient, cast_forward_inputs=False)
 

@@ -233,7 +233,13 @@ class BranchAndBound:
                 return
 
     def _rescue(self) -> None:
-        """Find any plan: of the first in the queue, whichever memory allows."""
+        """Find any plan: of the likeliest, or the first in the queue, whichever memory allows."""
+        for _ in range(MOST_RESCUES):
+            if not self._likely:
+                self._look_ahead()
+            self._price_likeliest()
+            if self.outcome.best is not None:
+                return
         for _, _, node in heapq.nsmallest(MOST_RESCUES, self._queue):
             p = self._likeliest(node.layout) if isinstance(node, LayoutNode) else node.p
             if p is not None:
@@ -286,11 +292,9 @@ class BranchAndBound:
         match node:
             case LayoutNode(layout, False):
                 yield max(floor_s, self.floors.layout_s(layout)), LayoutNode(layout, True)
-                for way in self._ways(layout, overlapping=True):
-                    yield max(floor_s, self.floors.way_s(way)), WayNode(way)
+                yield from self._open(floor_s, layout, overlapping=True)
             case LayoutNode(layout, True):
-                for way in self._ways(layout, overlapping=False):
-                    yield max(floor_s, self.floors.way_s(way)), WayNode(way)
+                yield from self._open(floor_s, layout, overlapping=False)
             case WayNode(p, None):
                 self._num_programs += 1
                 program = self.planner.programs.program(p)
@@ -311,6 +315,14 @@ class BranchAndBound:
                 yield from self._close_smaller(floor_s, node)
             case MixedNode():
                 self._solve_mixed(node)
+
+    def _open(self, floor_s: float, layout: Layout, *, overlapping: bool) -> Iterator[tuple[float, Node]]:
+        """The ways to run a layout for which memory may suffice."""
+        for way in self._ways(layout, overlapping=overlapping):
+            if self.floors.way_may_fit(way):
+                yield max(floor_s, self.floors.way_s(way)), WayNode(way)
+            else:
+                self.outcome.prune("memory floor", 1)
 
     def _draft(self, floor_s: float, node: WayNode) -> Iterator[tuple[float, Node]]:
         """Cut stages; where memory makes that slow, smaller programs may do better."""

@@ -8,7 +8,7 @@ at least what they compute, and at least half of all.
 
 from __future__ import annotations
 
-from autopar.plan import Parallelism
+from autopar.plan import Parallelism, Recompute
 from autopar.search.bounds import Bounds
 from autopar.search.floors import Floors
 from autopar.search.pins import Pins
@@ -30,8 +30,14 @@ class WayFloors:
 
     def may_fit(self, layout: Layout) -> bool:
         """Whether memory may suffice for some way to run a layout."""
-        held_bytes = self.bounds.memory_bytes(self._lightest(layout))
-        return held_bytes <= self.bounds.cluster.device.memory_bytes
+        return self._fits(self._lightest(layout))
+
+    def way_may_fit(self, p: Parallelism) -> bool:
+        """Whether memory may suffice for a way, whatever it computes again."""
+        return self._fits(p.model_copy(update={"recompute": self._recompute}))
+
+    def _fits(self, p: Parallelism) -> bool:
+        return self.bounds.memory_bytes(p) <= self.bounds.cluster.device.memory_bytes
 
     def quick_layout_s(self, layout: Layout) -> float:
         """No way to run a layout takes less: the arithmetic of one device, divided over all."""
@@ -80,10 +86,14 @@ class WayFloors:
         sharded = {"zero_stage": 3, "dp_shard": layout.dp, "dp_replicate": 1}
         if layout.dp * layout.cp == 1:
             sharded = {"zero_stage": 0, "dp_shard": 1, "dp_replicate": 1}
+        offload = self.pins.offload or "none"
+        return parallelism(**layout.degrees, **sharded, recompute=self._recompute, offload=offload)
+
+    @property
+    def _recompute(self) -> Recompute:
+        """What keeps the least that pins leave."""
         pins = self.pins
-        recompute = pins.recompute if pins.recompute and not pins.recompute_modules else "mixed"
-        offload = pins.offload or "none"
-        return parallelism(**layout.degrees, **sharded, recompute=recompute, offload=offload)
+        return pins.recompute if pins.recompute and not pins.recompute_modules else "mixed"
 
 
 def _freest(layout: Layout) -> Parallelism:

@@ -111,18 +111,41 @@ def check_causal_attention() -> int:
     rank, size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(3)
     shapes = ((2, 4, 16, 8), (2, 2, 16, 8), (2, 2, 16, 8))
-    whole = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    wanted = F.scaled_dot_product_attention(*whole, is_causal=True, scale=0.3, enable_gqa=True)
+    queries, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    wanted = F.scaled_dot_product_attention(queries, key, value, is_causal=True, scale=0.3, enable_gqa=True)
     count = 0
     for zigzag in (False, True):
         rows = sharded(2, zigzag=zigzag).value
-        query, key, value = deal(whole[0], rows, size)[rank], *whole[1:]
+        query = deal(queries, rows, size)[rank]
         found = runtime.causal_attention(
             query, key, value, everybody(), zigzag=zigzag, scale=0.3, enable_gqa=True
         )
         torch.testing.assert_close(found, deal(wanted, rows, size)[rank])
         count += 1
     return count
+
+
+def check_experts() -> int:
+    """Rows reach the ranks of their experts sorted by expert, none lost, and come back where they were; so do
+    gradients."""
+    rank, size, num_experts = dist.get_rank(), dist.get_world_size(), 8
+    generator = torch.Generator().manual_seed(rank)
+    keys = torch.randint(num_experts, (10 + rank,), generator=generator).sort().values
+    keys = keys.where(keys != 5, 4)  # an expert without rows
+    ends = torch.bincount(keys, minlength=num_experts).cumsum(0).int()
+    x = torch.stack([keys, torch.full_like(keys, rank), torch.arange(len(keys))], 1).double().requires_grad_()
+    here, routes = runtime.exchange_counts(ends, everybody())
+    rows = runtime.to_experts(x, routes, everybody())
+    found = rows.detach().long().tolist()
+    assert found == sorted(found), "by expert, then by rank, then as they were"
+    mine = torch.bincount(rows.detach()[:, 0].long(), minlength=num_experts).chunk(size)
+    assert mine[rank].cumsum(0).tolist() == here.tolist()
+    assert sum(map(len, found)) == 3 * int(mine[rank].sum())
+    back = runtime.from_experts(rows * rows, routes, everybody())
+    torch.testing.assert_close(back, x * x)
+    back.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x)
+    return 1
 
 
 def check_buckets() -> int:
@@ -147,7 +170,13 @@ def main() -> None:
     assert prod(SHAPE) % dist.get_world_size() == 0
     pairs = list(itertools.product(STATES, STATES))
     count = sum(check(before, after) for before, after in pairs)
-    count += check_cross_entropy() + check_embedding() + check_causal_attention() + check_buckets()
+    count += (
+        check_cross_entropy()
+        + check_embedding()
+        + check_causal_attention()
+        + check_experts()
+        + check_buckets()
+    )
     if dist.get_rank() == 0:
         print(f"right: {count}", flush=True)
     dist.destroy_process_group()

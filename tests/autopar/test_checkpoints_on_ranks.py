@@ -16,7 +16,17 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.plan import Parallelism
-from autopar.runtime.autopar_runtime import Layout, Placements, Split, load
+from autopar.runtime.autopar_runtime import (
+    HostAdamW,
+    Layout,
+    LocalAdamW,
+    MasterAdamW,
+    Placements,
+    Split,
+    Trained,
+    load,
+    updated,
+)
 from graphs import capture
 from tests.autopar.training_on_ranks import loaded, train, write
 from tests.models import case
@@ -55,7 +65,7 @@ CHAINS: dict[str, tuple[str, torch.dtype, float, tuple[Degrees, ...]]] = {
         ),
     ),
 }
-"""A model, its dtype, how far losses may be apart, and the plans that train it in turn; one process ends it."""
+"""A model, its dtype, how far apart losses may be, and plans that train it in turn, before one process."""
 
 
 @pytest.mark.slow
@@ -111,6 +121,49 @@ def test_weights_come_from_every_kind_of_file(tmp_path: Path) -> None:
     sources = ("safetensors", "weights.pt", "checkpoint")
     losses = [train(program, 2, "--steps", 1, "--weights", tmp_path / source) for source in sources]
     assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, LocalAdamW, MasterAdamW, HostAdamW])
+def test_every_optimizer_goes_on_where_it_was(kind: Any, tmp_path: Path) -> None:
+    """bf16 parameters, and one that never has a gradient; what is read is in the dtype that reads it."""
+
+    def begin() -> tuple[nn.Module, Trained]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
+        return model, Trained([model], kind(list(model.parameters()), lr=0.01), cast(DeviceMesh, None), {})
+
+    def step(model: nn.Module, trained: Trained, number: int) -> None:
+        model[0](torch.full((2, 4), float(number), dtype=torch.bfloat16)).sum().backward()
+        trained.optimizer.step()
+        trained.optimizer.zero_grad()
+
+    model, trained = begin()
+    for number in range(3):
+        step(model, trained, number)
+    saver.save(trained.state(), checkpoint_id=tmp_path, no_dist=True)
+    again, restored = begin()
+    restored.restore(tmp_path)
+    assert "optimizer.state.1.weight.exp_avg" not in restored.state()
+    for number in range(3, 6):
+        step(model, trained, number)
+        step(again, restored, number)
+    for found, wanted in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+    master = updated(dict(model.named_parameters()), trained.optimizer)["0.weight"]
+    assert (master.dtype == torch.float32) == (kind in (MasterAdamW, HostAdamW))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    mesh = cast(DeviceMesh, None)
+
+    def trained(model: nn.Module) -> Trained:
+        return Trained([model], torch.optim.AdamW(model.parameters()), mesh, {})
+
+    saver.save(trained(nn.Linear(2, 3)).state(), checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ValueError, match=r"weight has the shape \(3, 2\) in the weights, \(4, 2\)"):
+        trained(nn.Linear(2, 4)).restore(tmp_path)
+    with pytest.raises(ValueError, match=r"no '0.weight'.*state_dict"):
+        trained(nn.Sequential(nn.Linear(2, 3))).restore(tmp_path)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -42,7 +42,7 @@ def predicted(trial: Trial) -> dict[str, tuple[int, float]]:
         shorten=False,
     )
     counts: Counter[str] = Counter()
-    num_bytes: Counter[str] = Counter()
+    num_bytes: dict[str, float] = defaultdict(float)
     for unit in programs.given(parallelism).chain.units:
         for kernels in unit.kernels:
             for move in (*kernels.forward_moves, *kernels.backward_moves):

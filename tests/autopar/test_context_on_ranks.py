@@ -17,6 +17,8 @@ TRIALS = {
         trial("bert", cp=2, recompute="full"),
         trial("gemma2", cp=2),
         trial("t5", cp=2),
+        trial("bloom", cp=2),
+        trial("gemma3text", cp=2, num_microbatches=2),
         trial("whisper", cp=2),
         trial("llama", cp=2, heads=True),
         trial("bert", cp=2, heads=True, num_microbatches=2),

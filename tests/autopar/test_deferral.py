@@ -10,7 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from autopar.rewrite.deferral import defer_weights
 from autopar.rewrite.stages import cut
-from autopar.runtime.autopar_runtime import deferred_linear, deferred_matmul, leave_weights
+from autopar.runtime.autopar_runtime import (
+    deferred_convolution,
+    deferred_linear,
+    deferred_matmul,
+    leave_weights,
+)
 from tests.autopar.graph_builder import GraphBuilder
 
 
@@ -29,6 +34,20 @@ class Twice(nn.Module):
         return deferred_matmul(x, self.second) if self.deferred else x @ self.second
 
 
+class Convolved(nn.Module):
+    """A convolution with a bias and one without, as they stand or those of the runtime."""
+
+    def __init__(self, deferred: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(4, 3, 2)), nn.Parameter(torch.randn(6, 2, 3))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.convolve = deferred_convolution if deferred else F.conv1d
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.convolve(x[:, :3], self.first, self.scale, stride=1, padding=1))
+        return self.convolve(x, self.second, padding=(1,), dilation=[2], groups=2)
+
+
 class Again(Twice):
     """The same, computed again in the backward."""
 
@@ -37,8 +56,8 @@ class Again(Twice):
         return again
 
 
-@pytest.mark.parametrize("kind", [Twice, Again])
-def test_a_backward_in_two_parts_is_a_backward(kind: type[Twice]) -> None:
+@pytest.mark.parametrize("kind", [Twice, Again, Convolved])
+def test_a_backward_in_two_parts_is_a_backward(kind: type[Twice | Convolved]) -> None:
     plain, split = kind(deferred=False), kind(deferred=True)
     split.load_state_dict(plain.state_dict())
     take = leave_weights(split)

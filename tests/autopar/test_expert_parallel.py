@@ -6,6 +6,8 @@ from collections import Counter
 from functools import cache
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from autopar.errors import RewriteError
 from autopar.expert_parallel import expert_parallel
@@ -14,8 +16,10 @@ from autopar.op_kinds import EXCHANGES
 from autopar.placements import sharded
 from autopar.plan import Parallelism
 from autopar.rewrite.mesh import ProgramMesh
+from autopar.rewrite.program import rewrite
 from autopar.runtime.autopar_runtime import JOINT, joint
 from graphs import Capture, capture
+from tests.autopar.random_plans import plan_of
 from tests.autopar.tiny_models import tiny
 from tests.models import case
 
@@ -61,6 +65,38 @@ def test_what_cannot_be_dealt_out_is_refused() -> None:
         expert_parallel(Localized.of(captured("mixtral").at(2)), 3)
     with pytest.raises(RewriteError, match="not sorted in a way that could be followed"):
         expert_parallel(Localized.of(tiny("experts", 16, 2, 16).at(2)), 2)
+
+
+class Block(nn.Module):
+    """A mixture whose gate and experts are in the same module, written by hand."""
+
+    def __init__(self, experts: int = 4, width: int = 8) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, experts)
+        self.weight = nn.Parameter(torch.randn(experts, width, width, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        scores = self.gate(rows.float()).softmax(-1)
+        score, expert = scores.max(-1)
+        keys, order = torch.sort(expert)
+        ends = torch.histc(keys.float(), 4, 0, 3).cumsum(0, dtype=torch.int32)
+        made = nn.functional.grouped_mm(rows[order], self.weight, offs=ends) * score[order].unsqueeze(1)
+        back = torch.zeros(rows.shape).index_add(0, order, made.float())
+        return back.view(x.shape).square().mean()
+
+
+def test_a_mixture_written_by_hand_is_dealt_out_but_not_sharded_with_its_gate() -> None:
+    model = capture(Block(), lambda batch: {"x": torch.randn(batch, 8, 8, dtype=torch.bfloat16)})
+    plain = Parallelism(dp_replicate=4, ep=2, microbatch_size=2)
+    source = rewrite(model, plan_of(model.graph, plain, {})).source
+    assert '"weight": {"ep": Split(0)}' in source
+    assert source.count("to_experts(") == 1
+    sharded_too = Parallelism(dp_shard=4, ep=2, zero_stage=1, microbatch_size=2)
+    with pytest.raises(
+        RewriteError, match=r"the root over fewer ranks than gate\.\w+, .*zero_stage=0 or ep=1"
+    ):
+        rewrite(model, plan_of(model.graph, sharded_too, {}))
 
 
 def test_ranks_that_share_experts_are_neighbours_on_one_data_axis() -> None:

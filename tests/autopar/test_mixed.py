@@ -7,11 +7,16 @@ from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+import graphs
+import hardware_db
 from autopar import api
-from autopar.plan import Parallelism, Plan
+from autopar.models import load
+from autopar.plan import Certificate, Parallelism, Plan
 from autopar.request import training_policy
 from autopar.rewrite.program import rewrite
+from autopar.search.describe import build_plan
 from autopar.search.evaluate import Evaluated
 from autopar.search.outcome import Solved
 from autopar.search.pins import Pins
@@ -19,9 +24,9 @@ from autopar.search.planner import Planner
 from autopar.search.programs import MEMORY_PRICES, Program
 from graphs import Capture
 from hardware_db import Cluster
-from tests.autopar.small_models import cluster
+from tests.autopar.small_models import Layer, cluster
 from tests.autopar.test_search_proof import repriced
-from tests.autopar.tiny_models import all_cuts, tiny
+from tests.autopar.tiny_models import Language, SelfAttention, all_cuts, tiny
 
 WORST = 0.015
 """The most that a plan may cost above the best of all that may be mixed."""
@@ -60,15 +65,13 @@ class Case(NamedTuple):
         )
 
 
-BLOCKS = Case("attention", 256, 4, 256, 4, 14.703e6, 32, {"tp": 4, "pp": 1, "microbatch_size": 2})
-"""Blocks of its only stage differ."""
-
-STAGES = Case(
+ONE_STAGE = Case("attention", 256, 4, 256, 4, 14.703e6, 32, {"tp": 4, "pp": 1, "microbatch_size": 2})
+PIPELINE = Case(
     "experts", 64, 6, 256, 8, 2.2057e6, 64, {"tp": 2, "pp": 4, "microbatch_size": 2, "schedule": "1F1B"}
 )
-"""Its stages differ."""
+ROOMY = Case("attention", 256, 4, 1024, 4, 30e6, 32, {"tp": 4, "pp": 1, "microbatch_size": 1})
 
-CASES = pytest.mark.parametrize("case", [BLOCKS, STAGES], ids=["blocks", "stages"])
+CASES = pytest.mark.parametrize("case", [ONE_STAGE, PIPELINE], ids=["one-stage", "pipeline"])
 
 
 def best_of(case: Case, share: float = 1.0) -> Solved:
@@ -120,15 +123,23 @@ def test_what_is_short_of_memory_mixes_and_is_faster_than_any_one_program(case: 
     assert best.evaluated.step_s < 0.995 * min(fit)
 
 
-def test_stages_differ_in_what_they_run() -> None:
-    """Early ones hold more microbatches."""
-    best = best_of(STAGES)
-    units = iter(best.program.key.levels)
-    level_of = [next(units) if unit.is_block else None for unit in best.program.chain.units]
-    ends = (*best.evaluated.cuts, len(level_of))
-    stages = [{*level_of[a:b]} - {None} for a, b in pairwise(ends)]
-    assert all(len(levels) <= 1 for levels in stages)
-    assert len({level for levels in stages for level in levels}) > 1
+def test_early_stages_keep_less() -> None:
+    """They hold more microbatches. What makes that worth another program is a mixture of experts, whose
+    fastest program keeps what it gathers."""
+    model = api.captured(load("mixtral-8x7b", seq_len=4096), None, None)
+    pins = Pins(dp=2, tp=4, ep=1, pp=4, schedule="1F1B", zero_stage=2, microbatch_size=1)
+    machine = hardware_db.cluster("dgx-a100-40gb*4")
+    planner = Planner(model, machine, training_policy(model.graph), global_batch=256, pins=pins)
+    best = planner.search().best
+    assert best is not None
+    units, levels = best.program.chain.units, iter(best.program.key.levels)
+    of_unit = [next(levels, 0) if unit.is_block else 0 for unit in units]
+    stages = [of_unit[a:b] for a, b in pairwise((*best.evaluated.cuts, len(units)))]
+    assert any(stages[0])
+    assert not any(stages[-1])
+    finished = planner.finish(best)
+    assert finished.evaluated.step_s == pytest.approx(best.evaluated.step_s, rel=1e-6)
+    assert finished.evaluated.fits
 
 
 TINY_STAGES = Case(
@@ -139,7 +150,7 @@ TINY_BLOCKS = Case("attention", 256, 3, 1024, 4, 9.13e6, 32, {"tp": 4, "pp": 1, 
 
 @pytest.mark.parametrize(
     ("case", "share"),
-    [(TINY_STAGES, 1.1), (TINY_STAGES, 1.2), (TINY_STAGES, 1.35), (TINY_BLOCKS, 1.1), (TINY_BLOCKS, 1.2)],
+    [(TINY_STAGES, 1.1), (TINY_STAGES, 1.2), (TINY_BLOCKS, 1.1), (TINY_BLOCKS, 1.2)],
 )
 def test_no_mixture_is_much_better_than_the_plan_and_none_than_the_bound(case: Case, share: float) -> None:
     planner = case.planner(share)
@@ -171,9 +182,52 @@ def test_what_a_plan_of_several_programs_says_is_what_it_costs(case: Case) -> No
     assert priced.peak_memory_bytes == pytest.approx(plan.prediction.peak_memory_bytes, rel=1e-6)
 
 
-def test_programs_have_a_class_for_each_form_of_a_block() -> None:
-    plan = api.plan(
-        BLOCKS.model, BLOCKS.machine(), global_batch=BLOCKS.global_batch, price_pins=False, pins=BLOCKS.fixed
+def dense_first() -> Capture:
+    """Two dense layers, then three of attention."""
+    kinds = iter((Layer, Layer, SelfAttention, SelfAttention, SelfAttention))
+    with torch.device("meta"):
+        model = Language(lambda width: next(kinds)(width), 256, 5, skip=False)
+
+    def inputs(batch: int) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(batch, 256, dtype=torch.long) for name in ("tokens", "labels")}
+
+    return graphs.capture(model, inputs, name="dense first")
+
+
+def test_blocks_of_other_classes_have_strategies_of_their_own() -> None:
+    model, machine = dense_first(), cluster(4, 1e9)
+    plan = api.plan(model, machine, global_batch=16, price_pins=False, pins={"tp": 2})
+    of_module = {op.name: op.module for op in model.graph.ops}
+    blocks = {".".join(of_module[name].split(".")[:2]) for name in plan.strategies["tp"]}
+    assert {"layers.0", "layers.2"} <= blocks
+    assert blocks.isdisjoint({"layers.1", "layers.3", "layers.4"})
+    again = repriced(Plan.model_validate_json(plan.to_json()), dense_first(), machine)
+    assert again.step_s == pytest.approx(plan.certificate.objective_s, rel=1e-9)
+
+
+def test_a_program_has_a_class_for_each_form_of_a_block() -> None:
+    """And what it is written from costs what was priced."""
+    sources = []
+    for levels in ((0, 0, 0, 0), (0, 0, 2, 2)):
+        plan = plan_of(ROOMY, levels)
+        fresh = tiny.__wrapped__(ROOMY.kind, ROOMY.width, ROOMY.depth, ROOMY.length)
+        assert repriced(plan, fresh, ROOMY.machine()).step_s == pytest.approx(plan.prediction.step_s)
+        sources.append(rewrite(ROOMY.model, plan).source)
+    uniform, mixed = (source.count("class SelfAttention") for source in sources)
+    assert mixed > uniform
+
+
+def plan_of(case: Case, levels: tuple[int, ...]) -> Plan:
+    """The plan of its one candidate whose blocks run the programs of these levels."""
+    planner = case.planner()
+    (p,) = planner.candidates()
+    program = planner.programs.program(p) if not any(levels) else planner.programs.mixed(p, 0, levels)
+    assert program is not None
+    solved = planner.layer.solve(program, p)
+    assert solved is not None
+    solved = planner.finish(solved)
+    step_s = solved.evaluated.step_s
+    priced = Certificate(
+        status="evaluated", objective_s=step_s, bound_s=step_s, num_candidates=1, num_solved=1, pruned={}
     )
-    source = rewrite(BLOCKS.model, plan).source
-    assert source.count('(nn.Module):\n    """`layers.') > 1
+    return build_plan(planner, solved, priced)

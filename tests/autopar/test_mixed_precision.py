@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tests.models import case
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 FP32_GRADIENTS = "adamw-mixed-fp32-gradients"
+SPLIT_BACKWARD: dict[str, object] = {"schedule": "InterleavedZeroBubble", "num_virtual_stages": 2}
 
 TRIALS: tuple[tuple[str, torch.dtype, str | None, dict[str, object]], ...] = (
     ("mlp", BF16, None, {"dp_replicate": 2, "num_microbatches": 2}),
@@ -32,7 +35,38 @@ TRIALS: tuple[tuple[str, torch.dtype, str | None, dict[str, object]], ...] = (
     ("gpt2", FP16, None, {"dp_replicate": 2, "num_microbatches": 2}),
     ("gpt2", FP16, None, {"pp": 2, "num_microbatches": 2}),
     ("llama", FP16, None, {"dp_shard": 2, "zero_stage": 3}),
+    ("odd", BF16, None, {"dp_shard": 2, "zero_stage": 3, "num_microbatches": 2}),
+    ("odd", BF16, None, {"dp_replicate": 2, "num_microbatches": 2}),
+    (
+        "gpt2",
+        BF16,
+        FP32_GRADIENTS,
+        {"pp": 2, "num_virtual_stages": 2, "num_microbatches": 4} | SPLIT_BACKWARD,
+    ),
 )
+
+
+class Odd(nn.Module):
+    """A model with a parameter in single precision, and a scalar, among others: neither can be sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.scale = nn.Parameter(torch.ones(16))
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x)) * self.temperature
+        return (x.float() * self.scale).square().mean()
+
+
+def built(name: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[int], Mapping[str, object]]]:
+    if name != "odd":
+        return case(name).build().to(dtype), case(name).inputs
+    model = Odd().to(dtype)
+    model.scale.data = model.scale.data.float()
+    return model, lambda batch: {"x": torch.randn(batch, 16, generator=torch.Generator().manual_seed(1))}
 
 
 @pytest.mark.slow
@@ -47,11 +81,13 @@ def prepared(
     directory: Path, name: str, dtype: torch.dtype, policy: str | None, degrees: dict[str, object]
 ) -> Path:
     torch.manual_seed(0)
-    model = case(name).build().to(dtype)
+    model, inputs_of = built(name, dtype)
 
-    def inputs(batch: int) -> dict[str, torch.Tensor]:
-        tensors = case(name).inputs(batch)
-        return {key: each.to(dtype) if each.is_floating_point() else each for key, each in tensors.items()}
+    def inputs(batch: int) -> dict[str, Any]:
+        return {
+            key: each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each
+            for key, each in inputs_of(batch).items()
+        }
 
     parallelism = Parallelism.model_validate({"microbatch_size": 2, **degrees})
     captured = capture(model, inputs, name=name)

@@ -112,7 +112,7 @@ def imported(directory: Path) -> ModuleType:
 
 def matrix_ops(graph: OpGraph, block: str) -> list[Op]:
     """The products, attention and collectives of a block, in order."""
-    inside = [op for op in graph.ops if op.module.startswith(f"{block}.")]
+    inside = [op for op in graph.ops if f"{op.module}.".startswith(f"{block}.")]
     return [
         op
         for op in inside

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.runtime import autopar_runtime
@@ -138,6 +140,21 @@ def test_other_sources_of_data(tmp_path: Path) -> None:
     assert open_data(options(data=f"{tmp_path}/mine.py:samples"), {}) == [{"x": 1}, {"x": 2}]
     with pytest.raises(ValueError, match="no such file or directory; give a file of tokens"):
         open_data(options(data=str(tmp_path / "nothing.bin")), {}, "x", "y")
+
+
+def test_the_log_tells_speed_and_how_near_it_is_to_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of 2 s each, told together: 1000 tokens and 6e12 FLOPs a step, on a device of 1e13."""
+    clock = iter([0.0, 4.0, 4.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    expected = autopar_runtime.Expected(tokens=1000, model_flops=6e12, peak_flops_per_s=1e13, step_s=1.0)
+    log = autopar_runtime.Log(expected, options(log_every=2, tensorboard=None))
+    log.step(1, loss=torch.tensor(3.0))
+    log.step(2, loss=torch.tensor(2.5), learning_rate=0.1)
+    told = capsys.readouterr().out
+    assert told == "step 2  loss 2.5  learning_rate 0.1  tokens/s 500  MFU 0.3  MFU/predicted 0.5\n"
 
 
 def test_the_learning_rate_rises_and_falls_by_a_cosine() -> None:
