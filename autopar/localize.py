@@ -118,6 +118,10 @@ class _Localizer:
         assert how is not None, f"{self.graph.ops[consumer].name} needs {name} as {needed}, made as {made}"
         local = f"{name}__{self.axis}_{sum(key[0] == name for key in self.version)}"
         self._define(tensor, needed, local)
+        maker = self.graph.ops[self.graph.producer[name]] if name in self.graph.producer else None
+        if maker is not None and maker.target in CONSTANTS and isinstance(needed.value, Shard):
+            self.ops[consumer].append(self._constant(maker, local))
+            return local
         beside = self.graph.producer[name] if isinstance(made.value, Partial) else consumer
         self.ops[beside].append(
             Op(
@@ -130,6 +134,11 @@ class _Localizer:
             )
         )
         return local
+
+    def _constant(self, op: Op, local: str) -> Op:
+        """A part of a tensor all of whose elements are the same is made where it is needed."""
+        shape = list(self.tensors[local].shape)
+        return replace(op, name=local, args=(shape, *op.args[1:]), outputs=(local,))
 
     def _local_ops(self, op: Op, strategy: Strategy, versions: Mapping[str, str]) -> Iterator[Op]:
         divided = strategy.factor is not None
@@ -285,6 +294,9 @@ def _groups(index: int) -> Callable[[Op, _Sizes], Op]:
 
     return resize
 
+
+CONSTANTS = frozenset({"aten.full.default", "aten.zeros.default", "aten.ones.default"})
+"""Ops that make a tensor of one value, of the shape that is their first argument."""
 
 SIZE_ARGUMENTS: Mapping[str, Callable[[Op, _Sizes], Op]] = {
     "aten.reshape.default": _shape_argument(1),

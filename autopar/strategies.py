@@ -100,8 +100,12 @@ def settle(state: State, requires_grad: bool) -> State:
     return RR if state == RP and not requires_grad else state
 
 
+MOST_PARTS = 1024
+"""Dimensions cut into more parts go through samples and positions, of which ranks have whole ones."""
+
+
 def natural_sections(
-    graph: OpGraph, axis_size: int, most: int | None = None
+    graph: OpGraph, axis_size: int, most: int = MOST_PARTS
 ) -> Mapping[int, tuple[Sections, ...]]:
     """The ways in which some op of the graph cuts a dimension into parts, at `most` so many, by the size of
     the dimension.
@@ -119,7 +123,7 @@ def natural_sections(
             if factor in rule.unsplittable:
                 continue
             for side, index, dim, names in _dims(rule):
-                if factor in names and (most is None or _major(rule, factor, names) <= most):
+                if factor in names and _major(rule, factor, names) <= most:
                     cut = _own_sections(rule, factor, side, index, dim, names)
                     if cut is not None and len(cut) > 1 and all(part % axis_size == 0 for part in cut):
                         found.setdefault(sum(cut), {})[cut] = None

@@ -455,6 +455,7 @@ _WRITERS: Mapping[str, Writer] = {
     "split": _split,
     "split_with_sizes": _split,
     "linear": _functional("linear", start=3),
+    "_grouped_mm": _functional("grouped_mm", "offs", start=2),
     "silu": _functional("silu"),
     "gelu": _functional("gelu"),
     "softplus": _functional("softplus", "beta", "threshold"),

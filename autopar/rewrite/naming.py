@@ -38,6 +38,9 @@ _SPOKEN = {
     "cross_entropy": "loss",
     "constant_pad_nd": "padded",
     "arange": "positions",
+    "_grouped_mm": "grouped",
+    "grouped_mm_fallback": "grouped",
+    "argsort": "order",
     "batch_norm": "normalized",
     "cat": "joined",
     "where": "chosen",
@@ -98,6 +101,8 @@ class Names:
             return self.of(op.inputs[op.outputs.index(tensor)])
         if name in _ORDERED and len(op.outputs) == 2:
             return ("values", "indices")[op.outputs.index(tensor)]
+        if name == "exchange_counts":
+            return ("ends", "routes")[op.outputs.index(tensor)]
         if name in _PARTS:
             return self._role(tensor) or "part"
         if operands and (name in PASSING or op.target.startswith("autopar.")):
