@@ -180,6 +180,8 @@ def _states(
             minor = prod(rule.sizes[name] for name in names[1:])
             parts: Sections | None = tuple(part * minor for part in cut)
         else:
+            if _major(rule, factor, names) > MOST_PARTS:
+                return None
             parts = _own_sections(rule, factor, side, index, dim, names)
             divided = rule.sections.get((side, index, dim), (rule.sizes[factor],))
             if any(part % axis_size for part in divided):
