@@ -49,6 +49,13 @@ class OpCost(NamedTuple):
         """The cost of so many, or of a part."""
         return OpCost(*(factor * seconds for seconds in self))
 
+    def exposing(self, share: float) -> OpCost:
+        """The cost where so much of the communication is left, and something hides the rest."""
+        return self._replace(
+            forward_communication_s=share * self.forward_communication_s,
+            backward_communication_s=share * self.backward_communication_s,
+        )
+
     @property
     def paced(self) -> OpCost:
         """The cost where the host is slower than the device: it works ahead, so only sums compare."""

@@ -73,14 +73,16 @@ class _Passes(NamedTuple):
 
     @staticmethod
     def of(stage: StageWork, overlap: Overlap, most_again_s: float) -> _Passes:
-        """Computing more again hides more: what it hides at most."""
+        """Computing more again hides more of a microbatch's gathers, which may leave less to hide the
+        synchronisation behind: that is hidden most where nothing more is computed, or where all is."""
         computed_s = stage.recompute_s + stage.backward_s
-        least = communication_cost(replace(stage, recompute_s=stage.recompute_s + most_again_s), overlap)
+        first = communication_cost(stage, overlap)
+        last = communication_cost(replace(stage, recompute_s=stage.recompute_s + most_again_s), overlap)
         moved_s = stage.forward_communication_s, stage.backward_communication_s
         return _Passes(
-            stage.forward_s + moved_s[0] + least.forward_gather_s,
-            computed_s + moved_s[1] + least.backward_gather_s,
-            least.gradient_sync_s + stage.partial_sum_s + stage.optimizer_s,
+            stage.forward_s + moved_s[0] + last.forward_gather_s,
+            computed_s + moved_s[1] + last.backward_gather_s,
+            min(first.gradient_sync_s, last.gradient_sync_s) + stage.partial_sum_s + stage.optimizer_s,
             moved_s,
         )
 

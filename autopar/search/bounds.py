@@ -188,7 +188,7 @@ class Bounds:
         # What moves behind computing slows it down; what does not fit behind it comes on top.
         contention = self.software.contention
         total_s = microbatch_s + max(contention * moved_s, moved_s - microbatch_s)
-        pipeline_s = max(pipeline_floor_s(p, total_s), microbatch_s - device.weight_s / (p.tp * p.cp))
+        pipeline_s = max(pipeline_floor_s(p, total_s), self._through_s(p, device))
         # Once a step ranks have more to do, but may do it while the pipeline runs empty.
         update_s = num_updated * least_update_s(p, self.policy, self._pricer)
         once_s = max(contention * sync_s, sync_s - total_s) + update_s
@@ -199,8 +199,13 @@ class Bounds:
         """The same for every way to run the layout of `p`, the one that keeps least: nothing but its
         microbatches without a bubble, and the way of one of them through all stages."""
         microbatch_s += self.more_s(p, device)
-        through_s = microbatch_s - device.weight_s / (p.tp * p.cp)
-        return max(p.num_microbatches * microbatch_s / p.pp, through_s) + self.software.step_overhead_s
+        busy_s = p.num_microbatches * microbatch_s / p.pp
+        return max(busy_s, self._through_s(p, device)) + self.software.step_overhead_s
+
+    def _through_s(self, p: Parallelism, device: DeviceSums) -> float:
+        """The way of a microbatch through all stages and back, where gradients of weights are put off: from
+        the sums of one device, as a rank may take longer than its share for just those."""
+        return (device.computed_s - device.weight_s) / (p.tp * p.cp) + self.more_s(p, device)
 
     def more_s(self, p: Parallelism, device: DeviceSums) -> float:
         """What a microbatch takes on all stages together beside its own passes: what must be computed again,

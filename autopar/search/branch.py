@@ -310,7 +310,7 @@ class BranchAndBound:
             case WayNode(_, _, True, None):
                 yield from self._draft(floor_s, node)
             case WayNode():
-                yield from self._solve(floor_s, node)
+                self._solve(floor_s, node)
             case SmallerNode():
                 yield from self._close_smaller(floor_s, node)
             case MixedNode():
@@ -342,7 +342,7 @@ class BranchAndBound:
         elif p.tp > 1:
             self.outcome.leave(floor_s)
 
-    def _solve(self, floor_s: float, node: WayNode) -> Iterator[tuple[float, Node]]:
+    def _solve(self, floor_s: float, node: WayNode) -> None:
         """Price a way with the program it has."""
         assert node.program is not None
         solved = self.planner.layer.solve(node.program, node.p, node.draft)
@@ -352,7 +352,6 @@ class BranchAndBound:
         if not solved.evaluated.fits:
             self._uniform_s[node.p] = float("inf")
             self.outcome.leave(floor_s)
-        yield from ()
 
     def _close_smaller(self, floor_s: float, node: SmallerNode) -> Iterator[tuple[float, Node]]:
         """Make a smaller program where any could still be faster."""

@@ -19,7 +19,6 @@ from itertools import groupby, islice
 from typing import NamedTuple
 
 from autopar.plan import Parallelism
-from autopar.pricing import OpCost
 from autopar.search.keep_sets import Choice, frontier
 from autopar.search.outcome import Solved, better
 from autopar.search.programs import MEMORY_PRICES, Program, Programs
@@ -160,7 +159,7 @@ def blend(programs: Sequence[Program], outside: int, levels: Sequence[int]) -> B
 def _choices(offered: Mapping[int, Unit], exposed: float) -> tuple[Unit, Origins]:
     """A block with the choices of its programs, as the fastest of these: the variants of that go by their
     names, those of others have the level before them."""
-    times_s = {level: _seconds(unit.cost, exposed) for level, unit in offered.items()}
+    times_s = {level: unit.cost.exposing(exposed).total_s for level, unit in offered.items()}
     fastest = min(times_s, key=times_s.__getitem__)
     origins, again_s, choices = {}, {}, []
     for level, unit in offered.items():
@@ -176,9 +175,3 @@ def _choices(offered: Mapping[int, Unit], exposed: float) -> tuple[Unit, Origins
 def _plain(name: str) -> str:
     """A variant's name in its own program."""
     return name.rpartition(":")[2]
-
-
-def _seconds(cost: OpCost, exposed: float) -> float:
-    """What a block takes, with the communication that is `exposed`."""
-    communication_s = cost.forward_communication_s + cost.backward_communication_s
-    return cost.forward_s + cost.backward_s + exposed * communication_s

@@ -14,7 +14,8 @@ with one term for the result of every product, attention and conversion. So in t
 b with t + λb ≥ min(T + λb_none, h(λ)) for every λ: lines that a frontier cannot get below (`_frontier`).
 
 Conversions and their conjugates mirror each other, so the minimum is divided into forward and backward as the
-fastest program divides its time.
+fastest program divides its time. Gradients of weights, which some schedules put off, are those of that
+program: with fewer of them a microbatch would have a longer way back.
 
 Schedules that hide communication behind other units' arithmetic leave of a unit what it computes, which is at
 least the sum over its ops of the least of their strategies.
@@ -144,7 +145,7 @@ class _Least:
     def _cost(self) -> OpCost:
         if self.stretch is None:
             return self.device.cost.times(1 / self.degree)
-        like = self.fastest.cost
+        like = self.fastest.cost.exposing(1 - self.pricer.era.tensor_parallel_overlap)
         if not self.hides:
             forward_s = self.time_s * _share(like.forward_total_s, like.total_s)
             return self._passes(forward_s, self.time_s - forward_s)
@@ -161,8 +162,7 @@ class _Least:
         )
 
     def _passes(self, forward_s: float, backward_s: float) -> OpCost:
-        weight_s = min(backward_s, self.device.cost.weight_s / self.degree)
-        return OpCost(forward_s, backward_s, weight_s=weight_s)
+        return OpCost(forward_s, backward_s, weight_s=min(backward_s, self.fastest.cost.weight_s))
 
     def _frontier(self) -> Iterator[tuple[float, float]]:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""

@@ -14,6 +14,7 @@ from autopar.search.floors import Floors
 from autopar.search.pins import Pins
 from autopar.search.programs import Program
 from autopar.search.space import Layout, parallelism
+from autopar.search.stage_table import StageTable
 from autopar.search.staging import StageLayer
 from costmodel.closed_forms import uniform_finish_s
 from costmodel.orders import OVERLAPPING_SCHEDULES
@@ -53,7 +54,7 @@ class WayFloors:
     def way_s(self, p: Parallelism, program: Program | None = None) -> float:
         """No step takes less, whatever the program, or with this one."""
         device = self.floors.device(p.microbatch_size, p.ep)
-        step_s = self.bounds.step_s(p, self._rank_s(p, program), device)
+        step_s = self.bounds.step_s(p, self._rank_s(p, device, program), device)
         return max(step_s, self.layer.schedule_floor_s(p, program))
 
     def likely_s(self, p: Parallelism) -> float:
@@ -67,7 +68,7 @@ class WayFloors:
         ends_s = uniform_finish_s(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages, *passes_s)
         return floor_s if ends_s is None else max(floor_s, *ends_s)
 
-    def _rank_s(self, p: Parallelism, program: Program | None = None) -> float:
+    def _rank_s(self, p: Parallelism, device: StageTable, program: Program | None) -> float:
         """A microbatch on all stages of one rank, less what the schedule hides of it."""
         if program is None:
             microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
@@ -75,7 +76,10 @@ class WayFloors:
         else:
             table = self.layer.table(program)
             microbatch_s, computed_s = table.microbatch_s, table.computed_s
-        return max(computed_s, microbatch_s / 2) if p.schedule in OVERLAPPING_SCHEDULES else microbatch_s
+        if p.schedule not in OVERLAPPING_SCHEDULES:
+            return microbatch_s
+        # What comes on top is computed, behind communication if that is what takes longer.
+        return max(computed_s, (microbatch_s - self.bounds.more_s(p, device)) / 2)
 
     def _microbatch_s(self, size: int, tp: int, cp: int, ep: int) -> float:
         """A microbatch on all stages of one rank."""

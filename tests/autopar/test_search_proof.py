@@ -14,6 +14,7 @@ from autopar import api
 from autopar.data_parallel import data_parallel
 from autopar.errors import InfeasibleError
 from autopar.localize import Localized, localize
+from autopar.op_kinds import without_order
 from autopar.plan import Parallelism, Plan
 from autopar.pricing import Pricer
 from autopar.request import training_policy
@@ -22,7 +23,6 @@ from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.experts import deal_out_experts
 from autopar.search.pins import Pins
 from autopar.search.planner import TOLERANCE, Planner
-from autopar.search.replicas import without_order
 from autopar.search.units import Unit, build_chain
 from costmodel import Group
 from graphs import Capture

@@ -1,0 +1,120 @@
+"""Floors of layouts and ways, and what their stages are bounded by, against prices: none claims too much."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+
+from autopar.errors import PinConflictError
+from autopar.plan import Parallelism, ScheduleName
+from autopar.request import training_policy
+from autopar.search.pins import Pins
+from autopar.search.planner import Planner
+from autopar.search.programs import Program
+from autopar.search.space import VIRTUAL_STAGES, Layout
+from costmodel import software
+from costmodel.orders import OVERLAPPING_SCHEDULES
+from hardware_db import Cluster
+from tests.autopar.small_models import cluster
+from tests.autopar.tiny_models import KINDS, programs_of, tiny
+
+ROUNDING = 1e-8
+STATE_BYTES = 16
+"""What a trained parameter takes."""
+
+ERAS = ("te-2024", "te-2026", "compiled-2024")
+"""Software that hides all, some and none of what tensor axes and gradients move."""
+
+MOST_WAYS = 3
+"""How many ways of a search are priced."""
+
+
+class Priced(NamedTuple):
+    """A way to run a layout with one of its programs, and the step it comes to."""
+
+    p: Parallelism
+    program: Program
+    step_s: float
+
+
+def slowed(machine: Cluster, factor: float) -> Cluster:
+    """The same with slower links."""
+    levels = (
+        replace(level, bandwidth_bytes_per_s=level.bandwidth_bytes_per_s / factor) for level in machine.levels
+    )
+    return replace(machine, levels=tuple(levels))
+
+
+def random_planner(rng: random.Random, schedule: ScheduleName, tp: int) -> Planner:
+    """A tiny model in two or four stages, on links on which communication may take longer than computing."""
+    model = tiny(rng.choice(KINDS), rng.choice([64, 256]), 7, rng.choice([64, 256]))
+    memory_bytes = rng.choice([4.0, 1.0, 0.5, 0.4]) * STATE_BYTES * model.graph.num_parameters
+    num_devices = rng.choice([4, 8])
+    machine = slowed(cluster(num_devices, memory_bytes, rng.choice([2, 8])), rng.choice([1, 10, 100]))
+    pins = Pins(schedule=schedule, tp=tp, pp=rng.choice([2, 4]) if tp * 4 <= num_devices else 2)
+    era, batch = software(rng.choice(ERAS)), num_devices * rng.choice([1, 2, 4])
+    return Planner(model, machine, training_policy(model.graph), era, global_batch=batch, pins=pins)
+
+
+def priced(planner: Planner, rng: random.Random) -> Iterator[Priced]:
+    """Some ways that fit, each with all its programs."""
+    try:
+        ways = [*planner.candidates()]
+    except PinConflictError:  # fewer microbatches than the schedule asks for
+        return
+    for p in rng.sample(ways, min(MOST_WAYS, len(ways))):
+        for program in programs_of(planner, p):
+            solved = planner.layer.solve(program, p)
+            if solved is not None and solved.evaluated.fits:
+                yield Priced(p, program, solved.evaluated.step_s)
+
+
+def layout_of(p: Parallelism) -> Layout:
+    return Layout(p.microbatch_size, p.tp, p.cp, p.ep, p.pp, p.dp, p.num_microbatches)
+
+
+def claims_s(planner: Planner, way: Priced) -> dict[str, float]:
+    """All that is said to be no more than the step."""
+    p, program, floors, layer = way.p, way.program, planner.way_floors, planner.layer
+    found = {
+        "layout, quickly": floors.quick_layout_s(layout_of(p)),
+        "way": floors.way_s(p),
+        "way with its program": floors.way_s(p, program),
+    }
+    if p.schedule not in OVERLAPPING_SCHEDULES:
+        found["layout"] = floors.layout_s(layout_of(p))
+    chains = {"program": program}
+    if p.tp > 1:
+        chains |= {
+            f"any program, {trades=}": planner.programs.relaxed(p, trades=trades) for trades in (False, True)
+        }
+    for name, each in chains.items():
+        draft = layer.draft(each, p)
+        assert draft is not None, f"{name} of {p} fits"
+        found |= {f"stages of {name}": layer.floor_s(each, p), f"cuts of {name}": draft.bound_s}
+    return found
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("schedule", VIRTUAL_STAGES)
+def test_no_floor_claims_more_than_a_way_takes(schedule: ScheduleName, tp: int) -> None:
+    """Whatever the schedule hides or puts off, and whatever must be computed again; and a closer look at what
+    takes less never lowers a floor."""
+    num_priced = 0
+    for seed in range(2):
+        rng = random.Random(seed)
+        planner = random_planner(rng, schedule, tp)
+        for way in priced(planner, rng):
+            num_priced += 1
+            assert planner.way_floors.may_fit(layout_of(way.p))
+            assert planner.way_floors.way_may_fit(way.p)
+            claims = claims_s(planner, way)
+            for name, seconds in claims.items():
+                assert seconds <= way.step_s * (1 + ROUNDING), f"{name}: {way.p}"
+                assert seconds >= claims["layout, quickly"] * (1 - ROUNDING) or "any" in name
+            assert claims["way"] <= claims["way with its program"] * (1 + ROUNDING), str(way.p)
+    assert num_priced
