@@ -42,7 +42,8 @@ LAYERS_HEAD = ("row", "layer", "problems", "variables", "rows", "integer", "CPU 
 class Row:
     """A planning problem; `max_cpu_s` and `max_bytes` are what it may take, None where it is only watched.
 
-    The whole space is searched, unless the row is of what programs can be written for.
+    The whole space is searched, unless the row is of what programs can be written for; for `time_limit_s` at
+    most, where a proof takes too long to wait for.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Row:
     space: Literal["programs", "whole"] = "whole"
     max_cpu_s: float | None = None
     max_bytes: float | None = None
+    time_limit_s: float | None = None
     others: str = ""
 
 
@@ -97,8 +99,9 @@ def measured(row: Row) -> Result:
         spec = models.from_hugging_face_config(spec.config, row.name, seq_len=row.seq_len)
     pins = {key: tuple(value) if isinstance(value, list) else value for key, value in row.pins.items()}
     found = autopar.plan(
-        spec, row.cluster, global_batch=row.global_batch, pins=pins or None, space=row.space, price_pins=False
-    )
+        spec, row.cluster, global_batch=row.global_batch, pins=pins or None, space=row.space,
+        price_pins=False, time_limit_s=row.time_limit_s,
+    )  # fmt: skip
     certificate = found.certificate
     return Result(
         cpu_s=time.process_time() - before_s,

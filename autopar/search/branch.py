@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from autopar.plan import Parallelism
 from autopar.search.mixed import Blend
 from autopar.search.outcome import Outcome, Solved
-from autopar.search.programs import MEMORY_PRICES, Program
+from autopar.search.programs import MEMORY_PRICES, Program, ProgramKey
 from autopar.search.space import Layout, ways
 from autopar.search.staging import Draft
 from costmodel.orders import OVERLAPPING_SCHEDULES
@@ -53,8 +53,11 @@ FIRST_LOOK = 8.0
 LOOKS_EVERY = 1.5
 """By how much their number grows from one time to the next."""
 
-MOST_LOOKS = 4
+MOST_LOOKS = 16
 """How many ways are looked at each time."""
+
+MOST_PROGRAMS = 2
+"""How many programs that were not looked at before may be made for that."""
 
 MOST_DIVES = 3
 """How often a dive is repeated that hit upon something that does not fit."""
@@ -142,6 +145,7 @@ class BranchAndBound:
         self._likely: list[tuple[float, int, WayNode]] = []
         self._arrivals = 0
         self._unseen: list[tuple[float, int, Parallelism]] = []
+        self._seen: set[ProgramKey] = set()
         self._ties = count()
         self._next_dive = 0.0
         self._num_programs = 0
@@ -202,7 +206,8 @@ class BranchAndBound:
             self._step()
             if self._num_programs >= self._next_look:
                 self._look_ahead()
-            if self._arrivals >= self._next_dive:
+                self._dive()
+            elif self._arrivals >= self._next_dive:
                 self._dive()
 
     def _step(self) -> None:
@@ -265,11 +270,15 @@ class BranchAndBound:
     def _look_ahead(self) -> None:
         """Draft the ways that seem the best of all that have no program yet."""
         self._next_look = LOOKS_EVERY * self._num_programs
+        fresh = 0
         for _ in range(MOST_LOOKS):
-            if not self._unseen or self._unseen[0][0] >= self.outcome.best_s:
+            if not self._unseen or self._unseen[0][0] >= self.outcome.best_s or fresh == MOST_PROGRAMS:
                 return
             _, _, p = heapq.heappop(self._unseen)
             program = self.planner.programs.program(p)
+            if program.key not in self._seen:
+                fresh += 1
+                self._seen.add(program.key)
             draft = self.planner.layer.draft(program, p)
             if draft is not None:
                 self._note_likely(draft.bound_s, WayNode(p, program, draft=draft))
