@@ -13,9 +13,9 @@ looked at more closely, which raises its floor, splits it, or prices it:
 
 When the first in the queue costs no less than the best plan, nothing can beat that. Stopped before, by time
 or by hand, the first in the queue is the bound. So that there is a plan by then, now and then the likeliest
-way that memory allows is priced out of turn (`_dive`), and after the proof some more, to be runners-up. Ties
-are broken by order of arrival: the same input takes the same way through the space whatever the machine's
-load.
+way that memory allows is priced out of turn (`autopar.search.likely`), and after the proof some more, to be
+runners-up. Ties are broken by order of arrival: the same input takes the same way through the space whatever
+the machine's load.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from autopar.plan import Parallelism
+from autopar.search.likely import LikelyWays
 from autopar.search.mixed import Blend
 from autopar.search.outcome import Outcome, Solved
-from autopar.search.programs import MEMORY_PRICES, Program, ProgramKey
+from autopar.search.programs import MEMORY_PRICES, Program
 from autopar.search.space import Layout, ways
 from autopar.search.staging import Draft
 from costmodel.orders import OVERLAPPING_SCHEDULES
@@ -52,12 +52,6 @@ FIRST_LOOK = 8.0
 
 LOOKS_EVERY = 1.5
 """By how much their number grows from one time to the next."""
-
-MOST_LOOKS = 16
-"""How many ways are looked at each time."""
-
-MOST_PROGRAMS = 2
-"""How many programs that were not looked at before may be made for that."""
 
 MOST_DIVES = 3
 """How often a dive is repeated that hit upon something that does not fit."""
@@ -139,14 +133,11 @@ class BranchAndBound:
         self.report = report
         self.deadline = deadline
         self.outcome = Outcome()
+        self.likely = LikelyWays(planner, self.outcome)
         self.stopped: str | None = None
         self.most_work: int | None = None
         self._queue: list[tuple[float, int, Node]] = []
-        self._likely: list[tuple[float, int, WayNode]] = []
         self._arrivals = 0
-        self._unseen: list[tuple[float, int, Parallelism]] = []
-        self._seen: set[ProgramKey] = set()
-        self._ties = count()
         self._next_dive = 0.0
         self._num_programs = 0
         self._next_look = FIRST_LOOK
@@ -205,7 +196,8 @@ class BranchAndBound:
                 return
             self._step()
             if self._num_programs >= self._next_look:
-                self._look_ahead()
+                self._next_look = LOOKS_EVERY * self._num_programs
+                self.likely.look_ahead()
                 self._dive()
             elif self._arrivals >= self._next_dive:
                 self._dive()
@@ -224,14 +216,13 @@ class BranchAndBound:
     def _push(self, floor_s: float, node: Node) -> None:
         heapq.heappush(self._queue, (floor_s, self._arrivals, node))
         if isinstance(node, WayNode) and node.program is None:
-            likely_s = max(floor_s, self.floors.likely_s(node.p))
-            heapq.heappush(self._unseen, (likely_s, next(self._ties), node.p))
+            self.likely.add(node.p, floor_s)
         self._arrivals += 1
 
     def _dive(self) -> None:
         """Price the likeliest ways, until one fits; they stay in the queue."""
         for _ in range(MOST_DIVES):
-            solved = self._price_likeliest(self.outcome.best_s)
+            solved = self.likely.price(self.outcome.best_s)
             if solved is not None:
                 self._next_dive = DIVES_EVERY * self._arrivals
             if solved is None or solved.evaluated.fits:
@@ -240,9 +231,9 @@ class BranchAndBound:
     def _rescue(self) -> None:
         """Find any plan: of the likeliest, or the first in the queue, whichever memory allows."""
         for _ in range(MOST_RESCUES):
-            if not self._likely:
-                self._look_ahead()
-            self._price_likeliest()
+            if not self.likely.has_drafts:
+                self.likely.look_ahead()
+            self.likely.price()
             if self.outcome.best is not None:
                 return
         for _, _, node in heapq.nsmallest(MOST_RESCUES, self._queue):
@@ -256,36 +247,6 @@ class BranchAndBound:
         """The way of a layout that takes least, as far as is known before its program is."""
         return min(self._ways(layout), key=self.floors.likely_s, default=None)
 
-    def _price_likeliest(self, below_s: float = float("inf")) -> Solved | None:
-        while self._likely and self._likely[0][0] < below_s:
-            _, _, node = heapq.heappop(self._likely)
-            if node.p not in self.outcome.decided:
-                assert node.program is not None
-                solved = self.planner.layer.solve(node.program, node.p, node.draft)
-                if solved is not None:
-                    self.outcome.offer(node.p, solved)
-                return solved
-        return None
-
-    def _look_ahead(self) -> None:
-        """Draft the ways that seem the best of all that have no program yet."""
-        self._next_look = LOOKS_EVERY * self._num_programs
-        fresh = 0
-        for _ in range(MOST_LOOKS):
-            if not self._unseen or self._unseen[0][0] >= self.outcome.best_s or fresh == MOST_PROGRAMS:
-                return
-            _, _, p = heapq.heappop(self._unseen)
-            program = self.planner.programs.program(p)
-            if program.key not in self._seen:
-                fresh += 1
-                self._seen.add(program.key)
-            draft = self.planner.layer.draft(program, p)
-            if draft is not None:
-                self._note_likely(draft.bound_s, WayNode(p, program, draft=draft))
-
-    def _note_likely(self, likely_s: float, node: WayNode) -> None:
-        heapq.heappush(self._likely, (likely_s, next(self._ties), node))
-
     def _price_more(self, number: int) -> None:
         """Price more meshes until there are so many beside the best: as they come out of the queue, while
         that is little more work, and then the likeliest."""
@@ -293,7 +254,7 @@ class BranchAndBound:
         while self._queue and self.outcome.num_meshes <= number and self.work < most_work:
             self._step()
         for _ in range(MOST_DIVES * number):
-            if self.outcome.num_meshes > number or self._price_likeliest() is None:
+            if self.outcome.num_meshes > number or self.likely.price() is None:
                 return
 
     def _expand(self, floor_s: float, node: Node) -> Iterator[tuple[float, Node]]:
@@ -341,7 +302,7 @@ class BranchAndBound:
         if draft is not None:
             self._uniform_s[p] = min(draft.bound_s, self._uniform_s.get(p, float("inf")))
             drafted = node._replace(draft=draft)
-            self._note_likely(draft.bound_s, drafted)
+            self.likely.add_draft(p, program, draft)
             yield max(floor_s, draft.bound_s), drafted
         fastest_s = float("inf") if draft is None else draft.bound_s
         if p.tp > 1 and fastest_s * (1 - NEGLIGIBLE) > floor_s:
