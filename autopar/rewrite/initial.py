@@ -96,7 +96,7 @@ class _Notes(TorchDispatchMode):
     """Notes what is done to some tensors in place, and does not do it."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
         self.whole: dict[int, list[Tensor]] = {}
         for each in tensors:
             self.whole.setdefault(each.untyped_storage()._cdata, []).append(each)

@@ -762,6 +762,7 @@ class Held(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, *_: Any) -> Any:
+        # No part left to write: it has no elements to compute with, and checkpoints ask for none.
         raise NotImplementedError(
             f"{op}: what a rank holds of a tensor is saved and loaded, and nothing else"
         )
@@ -847,6 +848,7 @@ def _opened(path: Path) -> Mapping[str, Any]:
     from safetensors import safe_open  # only those who have such files need the package
 
     opened: list[Any] = [safe_open(file, framework="pt") for file in files]
+    # An open file is no mapping: it has keys, but cannot be iterated.
     return {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
 
 
@@ -1199,6 +1201,7 @@ class LocalAdamW(torch.optim.AdamW):
         return dtype
 
     @torch.no_grad()
+    # torch's takes a closure that computes the loss again, which a pipeline cannot.
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the parameters that have a gradient."""
         for parameter, master in self.masters.items():
