@@ -27,11 +27,15 @@ from autopar.cli.output import progress, short_warnings
 from autopar.model_scaling import small
 from autopar.models import ModelSpec
 from autopar.report.table import table
+from autopar.runtime.autopar_runtime import shuffled
 
 MODEL, CLUSTER, GLOBAL_BATCH, TOKENS = "llama3-70b", "dgx-h100*8", 512, 1e12
 LOCAL_DP, LOCAL_TP, LOCAL_BATCH = 2, 2, 8
 STEPS = 4
 LEARNING_RATE = 1e-3
+BETAS = 0.9, 0.95
+WEIGHT_DECAY = 0.1
+SEED = 0
 TOLERANCE = 1e-4
 BUILD = Path(__file__).parents[1] / "build" / "demo"
 
@@ -96,10 +100,14 @@ def train_original(sibling: ModelSpec, directory: Path) -> list[float]:
     data = sibling.inputs(STEPS * LOCAL_BATCH)
     torch.save(model.state_dict(), directory / "weights.pt")
     torch.save(dict(data), directory / "data.pt")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY
+    )
+    # The order in which the program goes through its data.
+    order = [shuffled(position, STEPS * LOCAL_BATCH, SEED) for position in range(STEPS * LOCAL_BATCH)]
     losses = []
     for step in range(STEPS):
-        rows = slice(step * LOCAL_BATCH, (step + 1) * LOCAL_BATCH)
+        rows = order[step * LOCAL_BATCH : (step + 1) * LOCAL_BATCH]
         loss = model(**{name: tensor[rows] for name, tensor in data.items()}).loss
         loss.backward()
         losses.append(loss.item())
@@ -111,6 +119,7 @@ def train_original(sibling: ModelSpec, directory: Path) -> list[float]:
 def train_program(directory: Path) -> list[float]:
     """Losses that the emitted program prints, started by its own launch script."""
     command = [str(directory / "launch.sh"), "--steps", str(STEPS), "--learning-rate", str(LEARNING_RATE)]
+    command += ["--betas", *map(str, BETAS), "--weight-decay", str(WEIGHT_DECAY), "--seed", str(SEED)]
     command += ["--weights", "weights.pt", "--data", "data.pt"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path}
