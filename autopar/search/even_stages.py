@@ -17,9 +17,10 @@ import numpy as np
 from autopar.plan import Parallelism
 from autopar.search.runs import Array
 from autopar.search.stage_costs import Machine, accumulating, moved_once, room_bytes, run_times
-from autopar.search.stage_table import StageTable
+from autopar.search.stage_table import RunSums, StageTable
 from autopar.search.stages import Where, cheapest, legal
-from costmodel import peak_activation_bytes, pipeline_lower_bound_s
+from costmodel import peak_activation_bytes, pipeline_lower_bound_s, rank_finish_s
+from costmodel.events import overlap_saving_s
 from costmodel.orders import (
     OVERLAPPING_SCHEDULES,
     SPLIT_BACKWARD_SCHEDULES,
@@ -35,6 +36,7 @@ class EvenStages:
         self.table = table
         self._cuts: dict[int, tuple[int, ...] | None] = {}
         self._schedule_floors_s: dict[tuple[object, ...], float] = {}
+        self._orders_s: dict[tuple[object, ...], float] = {}
 
     def cuts(self, num_stages: int, where: Where = None) -> tuple[int, ...] | None:
         """The cuts whose longest stage is shortest; None for fewer units than stages."""
@@ -123,12 +125,47 @@ class EvenStages:
                 sums = sums.computing()
             weight_s = None
             if p.schedule in SPLIT_BACKWARD_SCHEDULES:
-                weight_s = sums.runs.sums([unit.cost.weight_s for unit in self.table.chain.units]).tolist()
+                weight_s = self._weight_s(sums)
             self._schedule_floors_s[key] = pipeline_lower_bound_s(
                 p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
                 num_virtual=p.num_virtual_stages, schedule_name=p.schedule, weight_s=weight_s,
             )  # fmt: skip
         return self._schedule_floors_s[key]
+
+    def order_s(
+        self, p: Parallelism, cuts: tuple[int, ...], accumulation_s: float, sends_s: tuple[float, ...]
+    ) -> float:
+        """What the schedule takes with these cuts in its own order, nothing computed again and nothing
+        gathered: no step of the program takes less. Otherwise as `schedule_floor_s`; `sends_s` are the
+        messages between stages."""
+        key = (p.schedule, p.pp, p.num_microbatches, cuts, accumulation_s, sends_s)
+        if key not in self._orders_s:
+            sums = self.table.sums(cuts).accumulating(accumulation_s)
+            weight_s = savings_s = None
+            if p.schedule in SPLIT_BACKWARD_SCHEDULES:
+                weight_s = self._weight_s(sums)
+            if p.schedule in OVERLAPPING_SCHEDULES:
+                savings_s = _savings_s(sums)
+            self._orders_s[key] = max(
+                rank_finish_s(
+                    p.schedule, p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
+                    sends_s, p.num_virtual_stages, weight_s=weight_s, overlap_saving_s=savings_s or 0.0,
+                )
+            )  # fmt: skip
+        return self._orders_s[key]
+
+    def _weight_s(self, sums: RunSums) -> list[float]:
+        """The gradients of weights of each run."""
+        found: list[float] = sums.runs.sums([unit.cost.weight_s for unit in self.table.chain.units]).tolist()
+        return found
+
+
+def _savings_s(sums: RunSums) -> list[float]:
+    """What a backward of each stage saves beside a forward of the other stage of its rank."""
+    there_s, back_s = sums.communication_s
+    forward = zip((sums.forward_s - there_s).tolist()[::-1], there_s.tolist()[::-1], strict=True)
+    backward = zip((sums.backward_s - back_s).tolist(), back_s.tolist(), strict=True)
+    return [overlap_saving_s(*other, *one) for other, one in zip(forward, backward, strict=True)]
 
 
 def _ranks(p: Parallelism) -> tuple[int, ...]:

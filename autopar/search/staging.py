@@ -95,7 +95,9 @@ class StageLayer:
         accumulation_s = least_accumulation_s(p, self.evaluator.policy, self.evaluator.pricer)
         overhead_s = self.evaluator.era.step_overhead_s
         if program is not None:
-            return self.even(program).schedule_floor_s(p, cuts, accumulation_s) + overhead_s
+            messages_s = self.evaluator.messages_s(program.chain, p)
+            sends_s = tuple(messages_s[cut] for cut in cuts[1:])
+            return self.even(program).order_s(p, cuts, accumulation_s, sends_s) + overhead_s
         # All ranks of a context axis add up the gradients of the same parameters.
         whole_s = self._device(p).schedule_floor_s(p, cuts, p.cp * accumulation_s)
         return whole_s / (p.tp * p.cp) + overhead_s
