@@ -75,10 +75,7 @@ class Timeline:
     def path_to_end(self, rank: int) -> tuple[Op, ...]:
         """A chain of work, each of which waits for the one before, that ends with the rank's last: if
         messages travel beside compute, the longest. First of all stands what ends last."""
-        previous, last = [], [-1] * len(self.finish_s)
-        for index, (of_rank, _, _) in enumerate(self._steps):
-            previous.append(last[of_rank])
-            last[of_rank] = index
+        previous, last = self._order
         path = []
         index = last[rank]
         while index >= 0:
@@ -88,6 +85,15 @@ class Timeline:
             is_busy = before >= 0 and self._end_s[before] >= start_s * (1 - 1e-12)
             index = before if is_busy or wait < 0 else wait
         return tuple(path)
+
+    @cached_property
+    def _order(self) -> tuple[list[int], list[int]]:
+        """The step before each on its rank, -1 for the first, and the last of every rank."""
+        previous, last = [], [-1] * len(self.finish_s)
+        for index, (rank, _, _) in enumerate(self._steps):
+            previous.append(last[rank])
+            last[rank] = index
+        return previous, last
 
 
 def simulate(

@@ -1,16 +1,21 @@
 """What a pipeline with several stages a rank takes at least once its ranks must compute something again.
 
 A chain of work, each waiting for the one before, is as long as the step or shorter, whatever its ops take.
-Let one pass backward through stage s g_s times; if the stage computes e_s seconds again, the step takes at
-least
+Let chain c pass backward through stage s g_cs times; if the stage computes e_s seconds again, the step takes
+at least
 
-    L + Σ g_s e_s      where the e_s of a rank's stages together free what is too much
+    max over c of  L_c + Σ g_cs e_s      where the e_s of a rank's stages together free what is too much
 
-and L is the chain without that, with what its last rank does once a step. Where a stage's backward runs
+and L_c is the chain without that, with what its last rank does once a step. Where a stage's backward runs
 beside a forward and both communicate, together they take at least what they compute, and each what it takes
-alone: lines in e_s, of which the highest counts. The least of this is a fractional knapsack for each rank,
-and the chain is the one that is longest when the ranks' stages share what must be computed again by what they
-have to do.
+alone: lines in e_s, of which the highest counts.
+
+The least over all e is a linear program with a row for every chain. For one chain it is a fractional
+knapsack for each rank: `bound_s`, of the chain that is longest when the ranks' stages share what must be
+computed again by what they have to do. `tightened` adds the longest chains of one e after the other (Kelley's
+cutting planes, J. SIAM 8, 1960), each a little way from the best e so far towards the least of the program,
+where chains are longest that still count. Chains do not depend on how long work takes, so those that counted
+for one way are where another with as many ranks and microbatches begins.
 """
 
 from __future__ import annotations
@@ -18,48 +23,223 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
-from autopar.plan import Parallelism
+import numpy as np
+
 from autopar.search.evaluate import Evaluated
 from autopar.search.even_stages import EvenStages
 from autopar.search.runs import Array
+from autopar.search.solver import LinearModel, solve
 from costmodel import Overlap, StageWork, simulate
-from costmodel.orders import OVERLAPPING_SCHEDULES, rank_stages
+from costmodel.orders import OVERLAPPING_SCHEDULES, rank_stages, stage_ranks
+from costmodel.phases import Op, Phase
 from costmodel.step import communication_cost
 
+MOST_ROUNDS = 16
+"""How often the linear program is solved: later chains add little."""
 
-def chain_bound_s(
-    even: EvenStages, evaluated: Evaluated, excess_bytes: Array, send_s: Sequence[float], overlap: Overlap
-) -> float:
-    """The bound; `send_s` are the messages with which stages begin, and `evaluated` has the fastest variants
-    everywhere."""
-    p, stages = evaluated.parallelism, evaluated.stages
-    most_s = even.most_relief_s(evaluated.cuts)
-    ways = [_Passes.of(stage, overlap, most) for stage, most in zip(stages, most_s, strict=True)]
-    forward_s = [way.forward_s for way in ways]
-    again_s = _shared(p, even.relief_s(p, evaluated.cuts, excess_bytes), forward_s)
-    backward_s = [way.backward_s + again for way, again in zip(ways, again_s, strict=True)]
-    savings_s = _savings_s(ways, backward_s) if p.schedule in OVERLAPPING_SCHEDULES else [0.0] * len(ways)
-    timeline = simulate(
-        p.schedule, p.pp, p.num_microbatches, forward_s, backward_s, send_s, p.num_virtual_stages,
-        weight_s=[stage.weight_s for stage in stages],
-        overlap_saving_s=savings_s,
-    )  # fmt: skip
-    ends_s = [
-        finish_s
-        + sum(ways[stage].once_s for stage in rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages))
-        for rank, finish_s in enumerate(timeline.finish_s)
-    ]
-    last = ends_s.index(max(ends_s))
-    passes = Counter((phase, stage) for phase, stage, _ in timeline.path_to_end(last))
-    # A backward that is as long as the forward beside it hides what it computes again.
-    weights = [
-        float(passes["B", stage] + passes["I", stage] + (saved < backward_s[stage]) * passes["O", stage])
-        for stage, saved in enumerate(savings_s)
-    ]
-    chain_s = ends_s[last] - sum(w * s for w, s in zip(weights, again_s, strict=True))
-    return chain_s + float(even.relief_s(p, evaluated.cuts, excess_bytes, weights).sum())
+CHAINS_EACH = 8
+"""How many chains are added each time, those of the ranks that end last."""
+
+PHASES_APART: tuple[Phase, ...] = ("F", "B", "I", "W")
+"""The phases of work that has its rank to itself."""
+
+NEGLIGIBLE = 1e-5
+"""By how much shorter a chain may be than the longest to count as well."""
+
+SHORTER = 0.01
+"""By how much shorter it may be to be kept for the next time."""
+
+STEP = 0.1
+"""How far chains are looked for from the best place towards the program's answer, as a part of the way."""
+
+
+class Path(NamedTuple):
+    """A chain of work: how often it passes each stage forward, back, back without gradients of weights, and
+    for these alone, how often each boundary, and the rank on which it ends."""
+
+    passes: tuple[Array, Array, Array, Array]
+    sends: Array
+    last: int
+
+    @staticmethod
+    def of(ops: Sequence[Op], num_stages: int, ranks: Sequence[int]) -> Path:
+        """The chain of these ops, the last of all first; `ranks` hold the stages."""
+        passed = Counter((phase, stage) for phase, stage, _ in ops)
+        sent = Counter(
+            min(one[1], other[1]) for one, other in pairwise(ops) if ranks[one[1]] != ranks[other[1]]
+        )
+        stages = range(num_stages)
+        forward, back, inputs, weights = (
+            np.array([float(passed[phase, stage]) for stage in stages]) for phase in PHASES_APART
+        )
+        sends = np.array([float(sent[boundary]) for boundary in range(num_stages - 1)])
+        return Path((forward, back, inputs, weights), sends, ranks[ops[0][1]])
+
+
+class Again(NamedTuple):
+    """A chain with the times of a way: what it takes at least without anything computed again, and how often
+    that of each stage counts; and its path, unless work of it runs side by side."""
+
+    seconds: float
+    weights: Array
+    path: Path | None = None
+
+
+class AgainBound:
+    """The bound of one way; `send_s` are the messages with which stages begin, `excess_bytes` what each rank
+    keeps too much, and `evaluated` has the fastest variants everywhere. `paths` are those that counted for
+    ways with as many ranks and microbatches; what counts here takes their place."""
+
+    def __init__(
+        self,
+        even: EvenStages,
+        evaluated: Evaluated,
+        excess_bytes: Array,
+        send_s: Sequence[float],
+        overlap: Overlap,
+        paths: list[Path],
+    ) -> None:
+        self.even = even
+        self.paths = paths
+        self.p = evaluated.parallelism
+        self.cuts = evaluated.cuts
+        self.stages = evaluated.stages
+        self.excess_bytes = excess_bytes
+        self.send_s = send_s
+        self.mine = [
+            rank_stages(self.p.schedule, rank, self.p.pp, self.p.num_virtual_stages)
+            for rank in range(self.p.pp)
+        ]
+        most_s = even.most_relief_s(self.cuts)
+        self.passes = [_Passes.of(s, overlap, most) for s, most in zip(self.stages, most_s, strict=True)]
+        self.once_s = [sum(self.passes[stage].once_s for stage in own) for own in self.mine]
+        self.ranks = stage_ranks(self.p.schedule, self.p.pp, self.p.num_virtual_stages)
+        self.shared_s = self._shared(even.relief_s(self.p, self.cuts, excess_bytes))
+
+    def bound_s(self) -> float:
+        """The bound of one chain."""
+        chain = self._chains(self.shared_s, 1)[1][0]
+        return self._relieved_s(chain)
+
+    def tightened(self, bound_s: float, enough_s: float) -> float:
+        """The bound of many chains, from `bound_s` on; no more are looked for once that is `enough_s`."""
+        chains = [self._timed(path) for path in self.paths]
+        best_s, best = float("inf"), self.shared_s
+        again_s = self.shared_s
+        for _ in range(MOST_ROUNDS):
+            step_s, longest = self._chains(again_s, CHAINS_EACH)
+            chains += longest
+            if step_s < best_s:
+                best_s, best = step_s, again_s
+            least_s, answer = self._least(chains)
+            bound_s = max(bound_s, least_s)
+            if bound_s >= min(enough_s, best_s):
+                break
+            again_s = best + STEP * (answer - best)
+            chains = [chain for chain in chains if _counts(chain, answer, least_s, SHORTER)]
+        least = (chain for chain in chains if _counts(chain, answer, least_s))
+        self.paths[:] = [chain.path for chain in least if chain.path is not None]
+        return bound_s
+
+    def _least(self, chains: Sequence[Again]) -> tuple[float, Array]:
+        """The least of the longest of these chains, and what stages then compute again."""
+        model = LinearModel()
+        step = model.variable(1.0, upper=float("inf"))
+        again = [model.variable(upper=float("inf")) for _ in self.passes]
+        parts = [(model.variable(), part) for part in self._parts]
+        for stage, seconds in enumerate(again):
+            own = [(x, part.seconds) for x, part in parts if part.stage == stage]
+            model.row(0.0, 0.0, [(seconds, -1.0), *own])
+        for mine, excess_bytes in zip(self.mine, self.excess_bytes.tolist(), strict=True):
+            if excess_bytes > 0:
+                freed = [(x, part.freed_bytes / excess_bytes) for x, part in parts if part.stage in mine]
+                model.row(1.0, float("inf"), freed)
+        for chain in chains:
+            passed = [(x, -w) for x, w in zip(again, chain.weights.tolist(), strict=True) if w]
+            model.row(chain.seconds, float("inf"), [(step, 1.0), *passed])
+        found = solve(model)
+        return found.bound, np.array([found.values[seconds] for seconds in again])
+
+    @cached_property
+    def _parts(self) -> list[_Part]:
+        flights = self.even.in_flight(self.p, self.cuts)
+        return [
+            _Part(stage, rate * freed * number, flight * freed * number)
+            for rate, freed, numbers in self.even.table.sums(self.cuts).segments
+            for stage, (number, flight) in enumerate(zip(numbers.tolist(), flights, strict=True))
+            if number and flight
+        ]
+
+    def _chains(self, again_s: Array, number: int) -> tuple[float, list[Again]]:
+        """What a step takes with so much computed again in each stage, and the chains to the ranks that end
+        last."""
+        p, ways = self.p, self.passes
+        backward_s = [way.backward_s + again for way, again in zip(ways, again_s.tolist(), strict=True)]
+        hides = p.schedule in OVERLAPPING_SCHEDULES
+        savings_s = _savings_s(ways, backward_s) if hides else [0.0] * len(ways)
+        timeline = simulate(
+            p.schedule, p.pp, p.num_microbatches, [way.forward_s for way in ways], backward_s, self.send_s,
+            p.num_virtual_stages, weight_s=[stage.weight_s for stage in self.stages],
+            overlap_saving_s=savings_s,
+        )  # fmt: skip
+        ends_s = [finish_s + more_s for finish_s, more_s in zip(timeline.finish_s, self.once_s, strict=True)]
+        # A backward that is as long as the forward beside it hides what it computes again.
+        counts = [saved < whole_s for saved, whole_s in zip(savings_s, backward_s, strict=True)]
+        found = []
+        for last in sorted(range(p.pp), key=lambda rank: -ends_s[rank])[:number]:
+            ops = timeline.path_to_end(last)
+            passed = Counter((phase, stage) for phase, stage, _ in ops)
+            weights = np.array(
+                [
+                    float(passed["B", stage] + passed["I", stage] + count * passed["O", stage])
+                    for stage, count in enumerate(counts)
+                ]
+            )
+            path = None if hides else Path.of(ops, len(ways), self.ranks)
+            found.append(Again(ends_s[last] - float(weights @ again_s), weights, path))
+        return max(ends_s), found
+
+    def _timed(self, path: Path) -> Again:
+        """A path with this way's times."""
+        weight_s = np.array([stage.weight_s for stage in self.stages])
+        backward_s = np.array([way.backward_s for way in self.passes])
+        forward_s = np.array([way.forward_s for way in self.passes])
+        each_s = forward_s, backward_s, backward_s - weight_s, weight_s
+        seconds = sum(float(n @ s) for n, s in zip(path.passes, each_s, strict=True))
+        seconds += float(path.sends @ np.array(self.send_s)) + self.once_s[path.last]
+        return Again(seconds, path.passes[1] + path.passes[2], path)
+
+    def _relieved_s(self, chain: Again) -> float:
+        weights = chain.weights.tolist()
+        relief_s = self.even.relief_s(self.p, self.cuts, self.excess_bytes, weights)
+        return chain.seconds + float(relief_s.sum())
+
+    def _shared(self, ranks_s: Array) -> Array:
+        """What ranks take, by the stages on them."""
+        found = np.zeros(len(self.passes))
+        for seconds, mine in zip(ranks_s.tolist(), self.mine, strict=True):
+            whole_s = sum(self.passes[stage].forward_s for stage in mine)
+            for stage in mine:
+                found[stage] = seconds * self.passes[stage].forward_s / whole_s
+        return found
+
+
+class _Part(NamedTuple):
+    """Something that a stage may compute again, or a part of it: seconds of a microbatch, and bytes that its
+    rank then keeps less when it keeps most."""
+
+    stage: int
+    seconds: float
+    freed_bytes: float
+
+
+def _counts(chain: Again, again_s: Array, step_s: float, shorter: float = NEGLIGIBLE) -> bool:
+    """Whether a chain is as long as the step, or but so much shorter."""
+    return chain.seconds + float(chain.weights @ again_s) >= step_s * (1 - shorter)
 
 
 class _Passes(NamedTuple):
@@ -94,14 +274,3 @@ def _savings_s(ways: Sequence[_Passes], backward_s: Sequence[float]) -> list[flo
         min(other.communication_s[0] + one.communication_s[1], other.forward_s, whole_s)
         for one, other, whole_s in zip(ways, reversed(ways), backward_s, strict=True)
     ]
-
-
-def _shared(p: Parallelism, ranks_s: Array, stages_s: Sequence[float]) -> list[float]:
-    """What ranks take, by the stages on them."""
-    found = [0.0] * len(stages_s)
-    for rank, seconds in enumerate(ranks_s.tolist()):
-        mine = rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages)
-        whole_s = sum(stages_s[stage] for stage in mine)
-        for stage in mine:
-            found[stage] = seconds * stages_s[stage] / whole_s
-    return found

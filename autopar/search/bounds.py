@@ -29,6 +29,8 @@ from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import DEFAULT_SOFTWARE, Pricer
 from autopar.search.data_axes import (
@@ -40,6 +42,7 @@ from autopar.search.data_axes import (
 )
 from autopar.search.experts import expert_parameters
 from autopar.search.pieces import Elements
+from autopar.search.runs import Array
 from autopar.search.saved import MODES, Saved, SavedActivations
 from autopar.search.units import unit_starts
 from costmodel import OptimizerPolicy, Software, peak_in_flight, software
@@ -283,8 +286,8 @@ class Bounds:
         saved = samples * self.block_saved_bytes[mode] / p.num_virtual_stages
         if not state:
             return 0.0
-        flights = peak_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
-        return len(self.graph.blocks) / sum(1 / (state + flight * saved) for flight in flights)
+        flights = _flights(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
+        return len(self.graph.blocks) / float((1 / (state + saved * flights)).sum())
 
 
 def _split(elements: tuple[int, int], p: Parallelism) -> Elements:
@@ -293,6 +296,12 @@ def _split(elements: tuple[int, int], p: Parallelism) -> Elements:
     if p.ep == 1:
         return {False: (dense + experts) // p.tp}
     return {False: dense // p.tp, True: experts // (p.tp * p.ep)}
+
+
+@cache
+def _flights(schedule: str, pp: int, num_microbatches: int, num_virtual_stages: int) -> Array:
+    """`peak_in_flight` to calculate with."""
+    return np.array(peak_in_flight(schedule, pp, num_microbatches, num_virtual_stages), dtype=np.float64)
 
 
 @cache

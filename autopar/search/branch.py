@@ -53,6 +53,10 @@ FIRST_LOOK = 8.0
 LOOKS_EVERY = 1.5
 """By how much their number grows from one time to the next."""
 
+RIGOUR = 4
+"""The bounds over any program that a way gets, one after the other: two relaxations, and the chains of the
+second, the latter twice, as what is learnt of one way helps the next."""
+
 MOST_DIVES = 3
 """How often a dive is repeated that hit upon something that does not fit."""
 
@@ -75,12 +79,14 @@ class LayoutNode(NamedTuple):
 
 
 class WayNode(NamedTuple):
-    """A way to run a layout: its program once there is one, and its stages once they were cut."""
+    """A way to run a layout: its program once there is one, and its stages once they were cut, the bound of
+    which `is_tight` or not yet."""
 
     p: Parallelism
     program: Program | None = None
     is_close: bool = False
     draft: Draft | None = None
+    is_tight: bool = False
 
 
 class SmallerNode(NamedTuple):
@@ -161,6 +167,11 @@ class BranchAndBound:
         return self._queue[0][0] if self._queue else float("inf")
 
     @property
+    def _enough_s(self) -> float:
+        """What is bounded by this need not be looked at any closer."""
+        return self.outcome.best_s * (1 - self.tolerance)
+
+    @property
     def bound_s(self) -> float:
         """No candidate takes less."""
         return min(self.outcome.best_s, self.floor_s, self.outcome.floor_s)
@@ -187,7 +198,7 @@ class BranchAndBound:
                 self._push(self.floors.quick_layout_s(layout), LayoutNode(layout))
             else:
                 self.outcome.prune("memory floor", self._count(layout))
-        while self._queue and self.floor_s < self.outcome.best_s * (1 - self.tolerance):
+        while self._queue and self.floor_s < self._enough_s:
             if self.deadline is not None and time.monotonic() > self.deadline:
                 self.stopped = "time limit"
                 return
@@ -279,6 +290,11 @@ class BranchAndBound:
                     self.outcome.decide(p, "out of memory")
             case WayNode(_, _, True, None):
                 yield from self._draft(floor_s, node)
+            case WayNode(p, program, True, draft, False):
+                assert program is not None, "it has a draft"
+                assert draft is not None, "all others were matched"
+                tight = self.planner.layer.tightened(program, p, draft, self._enough_s)
+                yield max(floor_s, tight.bound_s), node._replace(draft=tight, is_tight=True)
             case WayNode():
                 self._solve(floor_s, node)
             case SmallerNode():
@@ -326,10 +342,12 @@ class BranchAndBound:
     def _close_smaller(self, floor_s: float, node: SmallerNode) -> Iterator[tuple[float, Node]]:
         """Make a smaller program where any could still be faster."""
         p, price, fastest_s, rigour = node
-        if rigour < 2:
-            least = self.planner.programs.relaxed(p, trades=rigour == 1)
+        if rigour < RIGOUR:
+            least = self.planner.programs.relaxed(p, trades=rigour > 0)
             draft = self.planner.layer.draft(least, p)
             if draft is not None:
+                if rigour > 1:
+                    draft = self.planner.layer.tightened(least, p, draft, self._enough_s)
                 yield max(floor_s, draft.bound_s), node._replace(rigour=rigour + 1)
             elif fastest_s == float("inf"):
                 self.outcome.decide(p, "out of memory")

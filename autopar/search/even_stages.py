@@ -77,21 +77,26 @@ class EvenStages:
     ) -> Array:
         """E of ranks, whose bytes are counted at the moment when a rank holds most: what a unit frees counts
         as often as microbatches of its stage are in flight then, and seconds of a stage by its weight."""
+        segments = self.table.sums(cuts).segments
+        columns = [*zip(*(number.tolist() for _, _, number in segments), strict=True)] or [()] * len(cuts)
+        stages = [*zip(columns, self.in_flight(p, cuts), weights or repeat(1.0), strict=False)]
+        own: list[list[int]] = [[] for _ in range(p.pp)]
+        for stage, rank in enumerate(_ranks(p)):
+            own[rank].append(stage)
+        known: dict[object, float] = {}  # most ranks are alike
         seconds = np.zeros_like(excess_bytes)
-        stages = list(zip(_ranks(p), self.in_flight(p, cuts), weights or repeat(1.0), strict=False))
         for rank in np.flatnonzero(excess_bytes > 0).tolist():
-            mine = [(stage, k, w) for stage, (own, k, w) in enumerate(stages) if own == rank and k]
-            steps = sorted(
-                (rate * w / k, k * freed * number[stage])
-                for rate, freed, number in self.table.sums(cuts).segments
-                for stage, k, w in mine
-            )
-            left = excess_bytes[rank]
-            for rate, size in steps:
-                seconds[rank] += rate * min(left, size)
-                left -= min(left, size)
-            if left > 1e-6 * max(1.0, excess_bytes[rank]):
-                seconds[rank] = np.inf
+            excess = float(excess_bytes[rank])
+            mine = tuple(stages[stage] for stage in own[rank])
+            if (mine, excess) not in known:
+                steps = sorted(
+                    (rate * weight / flight, flight * freed * number)
+                    for numbers, flight, weight in mine
+                    if flight
+                    for (rate, freed, _), number in zip(segments, numbers, strict=True)
+                )
+                known[mine, excess] = _least_s(steps, excess)
+            seconds[rank] = known[mine, excess]
         return seconds
 
     def most_relief_s(self, cuts: tuple[int, ...]) -> list[float]:
@@ -158,6 +163,16 @@ class EvenStages:
         """The gradients of weights of each run."""
         found: list[float] = sums.runs.sums([unit.cost.weight_s for unit in self.table.chain.units]).tolist()
         return found
+
+
+def _least_s(steps: Sequence[tuple[float, float]], excess_bytes: float) -> float:
+    """The least time for so many bytes, of steps with seconds a byte and bytes, the quickest first; infinite
+    where they are too few."""
+    seconds, left = 0.0, excess_bytes
+    for rate, size in steps:
+        seconds += rate * min(left, size)
+        left -= min(left, size)
+    return seconds if left <= 1e-6 * max(1.0, excess_bytes) else float("inf")
 
 
 def _savings_s(sums: RunSums) -> list[float]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.plan import Parallelism
-from autopar.search.again_bound import chain_bound_s
+from autopar.search.again_bound import AgainBound, Path
 from autopar.search.data_axes import least_accumulation_s
 from autopar.search.effort import clocked, cut_size
 from autopar.search.evaluate import Evaluated, Evaluator
@@ -29,7 +29,7 @@ from autopar.search.runs import Array
 from autopar.search.stage_costs import Machine
 from autopar.search.stage_table import Options, StageTable
 from autopar.search.stages import Cut, Where, best_cut
-from autopar.search.units import Unit
+from autopar.search.units import Chain, Unit
 from autopar.search.variants import Variants
 from costmodel.orders import rank_stages
 
@@ -64,6 +64,7 @@ class StageLayer:
         self.options = options
         self.where = where
         self._tables: dict[int, tuple[Program, EvenStages, Variants]] = {}
+        self._paths: dict[tuple[str, int, int, int], list[Path]] = {}
 
     def table(self, program: Program) -> StageTable:
         """The sums of a program's chain."""
@@ -95,9 +96,7 @@ class StageLayer:
         accumulation_s = least_accumulation_s(p, self.evaluator.policy, self.evaluator.pricer)
         overhead_s = self.evaluator.era.step_overhead_s
         if program is not None:
-            messages_s = self.evaluator.messages_s(program.chain, p)
-            sends_s = tuple(messages_s[cut] for cut in cuts[1:])
-            return self.even(program).order_s(p, cuts, accumulation_s, sends_s) + overhead_s
+            return self.even(program).schedule_floor_s(p, cuts, accumulation_s) + overhead_s
         # All ranks of a context axis add up the gradients of the same parameters.
         whole_s = self._device(p).schedule_floor_s(p, cuts, p.cp * accumulation_s)
         return whole_s / (p.tp * p.cp) + overhead_s
@@ -113,6 +112,10 @@ class StageLayer:
             return float("inf")
         stages, machine = self.even(program), self.machine(p)
         bound_s = stages.bound_s(p, machine, cuts, stages.excess_bytes(p, machine, cuts))
+        if bound_s < float("inf"):
+            accumulation_s = least_accumulation_s(p, machine.policy, machine.pricer)
+            sends_s = self._sends_s(program.chain, p, cuts)
+            bound_s = max(bound_s, stages.order_s(p, cuts, accumulation_s, sends_s))
         return bound_s + self.evaluator.era.step_overhead_s
 
     @clocked("stages")
@@ -137,12 +140,36 @@ class StageLayer:
         p, cuts, excess_bytes = evaluated.parallelism, evaluated.cuts, self._excess_bytes(evaluated)
         bound_s = stages.bound_s(p, self.machine(p), cuts, excess_bytes)
         if bound_s < float("inf") and p.num_virtual_stages > 1:
-            messages_s = self.evaluator.messages_s(evaluated.chain, p)
-            sends_s = [messages_s[cut] for cut in cuts[1:]]
-            bound_s = max(
-                bound_s, chain_bound_s(stages, evaluated, excess_bytes, sends_s, self.evaluator.overlap)
-            )
+            bound_s = max(bound_s, self._again_bound(stages, evaluated, excess_bytes).bound_s())
         return bound_s + self.evaluator.era.step_overhead_s
+
+    def _again_bound(self, stages: EvenStages, evaluated: Evaluated, excess_bytes: Array) -> AgainBound:
+        p = evaluated.parallelism
+        sends_s = self._sends_s(evaluated.chain, p, evaluated.cuts)
+        shape = (p.schedule, p.pp, p.num_virtual_stages, p.num_microbatches)
+        paths = self._paths.setdefault(shape, [])
+        return AgainBound(stages, evaluated, excess_bytes, sends_s, self.evaluator.overlap, paths)
+
+    def _sends_s(self, chain: Chain, p: Parallelism, cuts: tuple[int, ...]) -> tuple[float, ...]:
+        """The messages with which stages but the first begin."""
+        messages_s = self.evaluator.messages_s(chain, p)
+        return tuple(messages_s[cut] for cut in cuts[1:])
+
+    @clocked("stages")
+    def tightened(self, program: Program, p: Parallelism, draft: Draft, enough_s: float) -> Draft:
+        """The draft with a higher bound, where cuts are even and memory short: no higher than `enough_s` is
+        worth while."""
+        if p.num_virtual_stages == 1 or draft.bound_s >= enough_s:
+            return draft
+        stages = self.even(program)
+        evaluated = self.evaluator.evaluate(stages.table.chain, p, draft.cuts, stages.table.base)
+        if evaluated.fits:
+            return draft
+        self.effort.solved("stages")
+        overhead_s = self.evaluator.era.step_overhead_s
+        bound = self._again_bound(stages, evaluated, self._excess_bytes(evaluated))
+        bound_s = bound.tightened(draft.bound_s - overhead_s, enough_s - overhead_s)
+        return draft._replace(bound_s=bound_s + overhead_s)
 
     def _cut(self, table: StageTable, p: Parallelism, *, fitting: bool) -> Cut | None:
         self.effort.solved("stages", cut_size(table.num_units, p.pp))
