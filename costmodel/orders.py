@@ -209,6 +209,29 @@ def _corners(order: Sequence[Op], place: Mapping[int, int]) -> set[tuple[int, ..
     return found
 
 
+@cache
+def alone_parts(
+    schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int = 1
+) -> NDArray[np.float64]:
+    """The parts of the microbatches whose forward, and whose backward, has its rank to itself: [2, stage].
+
+    Raises as `check_schedule`.
+    """
+    found = np.ones((2, num_stages * num_virtual))
+    if schedule_name not in OVERLAPPING_SCHEDULES:
+        check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
+        return found
+    # A microbatch more is one more pair of each stage.
+    made_for = min(num_microbatches, 3 * num_stages)
+    for order in rank_orders(schedule_name, num_stages, made_for, num_virtual):
+        for before, (phase, stage, _) in pairwise(order):
+            if phase == "O":
+                found[0, before[1]] -= 1 / num_microbatches
+                found[1, stage] -= 1 / num_microbatches
+    found -= (num_microbatches - made_for) / num_microbatches
+    return found
+
+
 def held_changes(
     num_total: int, saved_bytes: Sequence[float], weight_saved_bytes: Sequence[float] | None = None
 ) -> dict[Phase, list[float]]:

@@ -6,6 +6,7 @@ looked at more closely, which raises its floor, splits it, or prices it:
     layout         arithmetic of one device, divided over all              `WayFloors.quick_layout_s`
       ↓            strategies of the tensor axis at their true prices      `WayFloors.layout_s`
     way            the same, its bubble, bandwidth of its data axes        `WayFloors.way_s`
+      ↓            one device's kernels and memory, divided and cut        `Programs.divided`
       ↓            one rank's kernels, their memory and messages           `Programs.program`
     program        stages cut with fractions of what may be recomputed     `StageLayer.draft`
       ↓
@@ -80,7 +81,7 @@ class LayoutNode(NamedTuple):
 
 class WayNode(NamedTuple):
     """A way to run a layout: its program once there is one, and its stages once they were cut, the bound of
-    which `is_tight` or not yet."""
+    which `is_tight` or not yet. Its floor `is_close` once even cuts and memory had their say."""
 
     p: Parallelism
     program: Program | None = None
@@ -276,6 +277,12 @@ class BranchAndBound:
                 yield from self._open(floor_s, layout, overlapping=True)
             case LayoutNode(layout, True):
                 yield from self._open(floor_s, layout, overlapping=False)
+            case WayNode(p, None, False) if not self.planner.programs.has(p):
+                close_s = self.likely.close_s(p)
+                if close_s < float("inf"):
+                    yield max(floor_s, close_s), node._replace(is_close=True)
+                else:
+                    self.outcome.decide(p, "out of memory")
             case WayNode(p, None):
                 self._num_programs += 1
                 program = self.planner.programs.program(p)

@@ -121,6 +121,7 @@ class Programs:
         self._programs: dict[ProgramKey, Program] = {}
         self._context_floors_s: dict[tuple[int, int, int], float] = {}
         self._relaxed: dict[tuple[ProgramKey, bool, bool], Program] = {}
+        self._divided: dict[ProgramKey, Program] = {}
         self._mixed: dict[ProgramKey, Program | None] = {}
         self._propagated: Assignment | None = None
 
@@ -213,6 +214,23 @@ class Programs:
     def device(self, microbatch_size: int, ep: int = 1) -> Program:
         """The program of one device that has memory enough, its experts shared with `ep` others."""
         return self.program(Parallelism(microbatch_size=microbatch_size, ep=ep, dp_replicate=ep))
+
+    def has(self, p: Parallelism) -> bool:
+        """Whether the fastest program of a candidate was made."""
+        return self._key(p, 0) in self._programs
+
+    def divided(self, p: Parallelism) -> Program:
+        """What one device does, divided over the ranks of a candidate's layout, without collectives: no
+        program of it takes, or keeps, less. Quicker to make than any of those."""
+        if p.tp * p.cp == 1:
+            return self.program(p)
+        key = self._key(p, 0)
+        if key not in self._divided:
+            device = self.device(p.microbatch_size, p.ep).chain
+            nowhere = [None] * len(device.units)
+            chain = relaxed(device, device, p.tp, p.cp, self._pricer(1, 1, p.ep, 1), nowhere, trades=False)
+            self._divided[key] = Program(key, chain, None, {})
+        return self._divided[key]
 
     def relaxed(self, p: Parallelism, *, trades: bool = True) -> Program:
         """What no program of a candidate's layout can beat, whatever memory costs: a program but for its

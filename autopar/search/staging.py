@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ from autopar.search.stage_table import Options, StageTable
 from autopar.search.stages import Cut, Where, best_cut
 from autopar.search.units import Chain, Unit
 from autopar.search.variants import Variants
-from costmodel.orders import rank_stages
+from costmodel.orders import alone_parts, rank_stages
 
 NUM_REPAIRS = 16
 """How often what does not fit yet is taken off again; the second time it mostly fits."""
@@ -64,6 +65,7 @@ class StageLayer:
         self.options = options
         self.where = where
         self._tables: dict[int, tuple[Program, EvenStages, Variants]] = {}
+        self._alone: dict[tuple[object, ...], float] = {}
         self._paths: dict[tuple[str, int, int, int], list[Path]] = {}
 
     def table(self, program: Program) -> StageTable:
@@ -100,6 +102,25 @@ class StageLayer:
         # All ranks of a context axis add up the gradients of the same parameters.
         whole_s = self._device(p).schedule_floor_s(p, cuts, p.cp * accumulation_s)
         return whole_s / (p.tp * p.cp) + overhead_s
+
+    def alone(self, p: Parallelism) -> float:
+        """The part of a microbatch that hides nothing of what it communicates, in schedules that do: of the
+        units that run least alone, all blocks taken together, as they are in a program."""
+        cuts = self._even(p)
+        if cuts is None:
+            return 0.0
+        key = (p.schedule, p.pp, p.num_microbatches, cuts)
+        if key not in self._alone:
+            ends = (*cuts, self._device(p).table.num_units)
+            sizes = [stop - start for start, stop in pairwise(ends)]
+            parts = np.repeat(
+                alone_parts(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages), sizes, axis=1
+            )
+            is_block = np.array([unit.is_block for unit in self._device(p).table.chain.units])
+            others = parts[:, ~is_block].min(axis=1, initial=1.0)
+            together = parts[:, is_block].mean(axis=1) if is_block.any() else others
+            self._alone[key] = float(np.minimum(together, others).min())
+        return self._alone[key]
 
     @clocked("stages")
     def floor_s(self, program: Program, p: Parallelism) -> float:

@@ -3,7 +3,7 @@
 A floor on a microbatch's time (`autopar.search.floors`) becomes one on the step by the bubble, the data axes
 and what memory makes it compute again (`autopar.search.bounds`). Schedules that run the forward of one
 microbatch with the backward of another hide communication behind what the other computes: together both take
-at least what they compute, and at least half of all.
+at least what they compute, and at least half of all; what runs alone takes all of its time.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class WayFloors:
         if p.schedule not in OVERLAPPING_SCHEDULES:
             return microbatch_s
         # What comes on top is computed, behind communication if that is what takes longer.
-        return max(computed_s, (microbatch_s - self.bounds.more_s(p, device)) / 2)
+        at_once_s = max(computed_s, (microbatch_s - self.bounds.more_s(p, device)) / 2)
+        alone = self.layer.alone(p)
+        return alone * microbatch_s + (1 - alone) * at_once_s
 
     def _microbatch_s(self, size: int, tp: int, cp: int, ep: int) -> float:
         """A microbatch on all stages of one rank."""
