@@ -100,9 +100,17 @@ def peak_in_flight(
 ) -> tuple[int, ...]:
     """How many (virtual stage, microbatch) activations each rank holds at its peak.
 
-    GPipe m, LoopedBFS m v, 1F1B min(m, p - r), Interleaved1F1B min(m v, (v - 1) round + 2 (p - 1 - r) + 1).
-    Raises as `check_schedule`.
+    GPipe m, LoopedBFS m v, 1F1B min(m, p - r), Interleaved1F1B min(m v, (v - 1) round + 2 (p - 1 - r) + 1);
+    with whole rounds of microbatches, of which ZBVZeroBubble needs two, InterleavedZeroBubble p v,
+    ZBVZeroBubble 2 p, DualPipeV 2 p + 1. Raises as `check_schedule`.
     """
+    check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
+    if schedule_name in SPLIT_BACKWARD_SCHEDULES and num_stages > 1:
+        if schedule_name == "DualPipeV":
+            return (2 * num_stages + 1,) * num_stages
+        num_rounds = num_microbatches / num_stages
+        if num_rounds >= 2 if schedule_name in V_SCHEDULES else num_rounds.is_integer():
+            return (num_stages * num_virtual,) * num_stages
     ones = [1] * (num_stages * num_virtual)
     peaks = peak_activation_bytes(schedule_name, num_stages, num_microbatches, ones, num_virtual)
     return tuple(int(peak) for peak in peaks)
@@ -230,6 +238,12 @@ def alone_parts(
                 found[1, stage] -= 1 / num_microbatches
     found -= (num_microbatches - made_for) / num_microbatches
     return found
+
+
+def least_alone(num_stages: int, num_microbatches: int) -> float:
+    """The least of `alone_parts` in schedules that overlap: that of the last rank, and of every stage on the
+    way up."""
+    return min(1.0, num_stages / num_microbatches)
 
 
 def held_changes(

@@ -139,7 +139,7 @@ def step_cost(
     weight_s = [stage.weight_s for stage in stages]
     finish = partial(
         _finish_s, schedule_name, num_ranks, num_microbatches, tuple(forward_s), tuple(backward_s),
-        num_virtual=num_virtual, weight_s=tuple(weight_s) if any(weight_s) else None,
+        num_virtual=num_virtual, weight_s=tuple(weight_s),
         overlap_saving_s=tuple(savings_s),
     )  # fmt: skip
     sends_s = tuple(send_s) if isinstance(send_s, Sequence) else send_s

@@ -125,12 +125,13 @@ class AgainBound:
         chain = self._chains(self.shared_s, 1)[1][0]
         return self._relieved_s(chain)
 
-    def tightened(self, bound_s: float, enough_s: float) -> float:
-        """The bound of many chains, from `bound_s` on; no more are looked for once that is `enough_s`."""
+    def tightened(self, bound_s: float, enough_s: float, num_rounds: int = MOST_ROUNDS) -> float:
+        """The bound of many chains, from `bound_s` on; no more are looked for once that is `enough_s`, or
+        after so many rounds."""
         chains = [self._timed(path) for path in self.paths]
         best_s, best = float("inf"), self.shared_s
         again_s = self.shared_s
-        for _ in range(MOST_ROUNDS):
+        for _ in range(num_rounds):
             step_s, longest = self._chains(again_s, CHAINS_EACH)
             chains += longest
             if step_s < best_s:

@@ -45,14 +45,17 @@ if TYPE_CHECKING:
 NEGLIGIBLE = 1e-3
 """What other programs could gain that is not worth making them: a part of the gap."""
 
-DIVES_EVERY = 1.1
+DIVES_EVERY = 1.03
 """By how much the work grows from one dive to the next: so their number grows like its logarithm."""
 
-FIRST_LOOK = 8.0
-"""The ways whose programs were made when the search first looks ahead for better ones."""
+FIRST_LOOK = 64.0
+"""The work after which the search first looks ahead for better ways."""
 
 LOOKS_EVERY = 1.5
-"""By how much their number grows from one time to the next."""
+"""By how much it grows from one time to the next."""
+
+PROGRAMS_EVERY = 4
+"""The programs after which it looks ahead again anyway: they are most of the work of large models."""
 
 RIGOUR = 4
 """The bounds over any program that a way gets, one after the other: two relaxations, and the chains of the
@@ -72,11 +75,11 @@ REPORT_EVERY = 256
 
 
 class LayoutNode(NamedTuple):
-    """A layout whose floor is that of one device, or, where `is_close`, of the tensor axis's strategies; then
-    it is without the schedules that hide what these communicate."""
+    """A layout whose floor is that of one device; or, of the strategies of its axes, that of the schedules
+    that hide what these communicate, which are `overlapping`, or of the others."""
 
     layout: Layout
-    is_close: bool = False
+    overlapping: bool | None = None
 
 
 class WayNode(NamedTuple):
@@ -146,7 +149,7 @@ class BranchAndBound:
         self._queue: list[tuple[float, int, Node]] = []
         self._arrivals = 0
         self._next_dive = 0.0
-        self._num_programs = 0
+        self._num_programs = 0  # made since the search last looked ahead
         self._next_look = FIRST_LOOK
         self._reported = 0
         self._num_ways: dict[object, int] = {}
@@ -207,8 +210,9 @@ class BranchAndBound:
                 self.stopped = "work limit"
                 return
             self._step()
-            if self._num_programs >= self._next_look:
-                self._next_look = LOOKS_EVERY * self._num_programs
+            if self._arrivals >= self._next_look or self._num_programs == PROGRAMS_EVERY:
+                self._next_look = max(self._next_look, LOOKS_EVERY * self._arrivals)
+                self._num_programs = 0
                 self.likely.look_ahead()
                 self._dive()
             elif self._arrivals >= self._next_dive:
@@ -227,8 +231,6 @@ class BranchAndBound:
 
     def _push(self, floor_s: float, node: Node) -> None:
         heapq.heappush(self._queue, (floor_s, self._arrivals, node))
-        if isinstance(node, WayNode) and node.program is None:
-            self.likely.add(node.p, floor_s)
         self._arrivals += 1
 
     def _dive(self) -> None:
@@ -272,11 +274,13 @@ class BranchAndBound:
     def _expand(self, floor_s: float, node: Node) -> Iterator[tuple[float, Node]]:
         """What a node turns into, each with its floor."""
         match node:
-            case LayoutNode(layout, False):
-                yield max(floor_s, self.floors.layout_s(layout)), LayoutNode(layout, True)
-                yield from self._open(floor_s, layout, overlapping=True)
-            case LayoutNode(layout, True):
-                yield from self._open(floor_s, layout, overlapping=False)
+            case LayoutNode(layout, None):
+                for overlapping in (False, True):
+                    close_s = max(floor_s, self.floors.layout_s(layout, overlapping=overlapping))
+                    self.likely.add(layout, close_s, overlapping=overlapping)
+                    yield close_s, LayoutNode(layout, overlapping)
+            case LayoutNode(layout, overlapping):
+                yield from self._open(floor_s, layout, overlapping=overlapping)
             case WayNode(p, None, False) if not self.planner.programs.has(p):
                 close_s = self.likely.close_s(p)
                 if close_s < float("inf"):
@@ -284,7 +288,7 @@ class BranchAndBound:
                 else:
                     self.outcome.decide(p, "out of memory")
             case WayNode(p, None):
-                self._num_programs += 1
+                self._num_programs += not self.planner.programs.has(p)
                 program = self.planner.programs.program(p)
                 yield max(floor_s, self.floors.way_s(p, program)), WayNode(p, program)
             case WayNode(p, program, False):
@@ -401,9 +405,7 @@ class BranchAndBound:
         nodes = [node for _, _, node in self._queue]
         left = {n.p for n in nodes if not isinstance(n, LayoutNode)} - self.outcome.decided.keys()
         layouts = sum(
-            self._count(n.layout, overlapping=False if n.is_close else None)
-            for n in nodes
-            if isinstance(n, LayoutNode)
+            self._count(n.layout, overlapping=n.overlapping) for n in nodes if isinstance(n, LayoutNode)
         )
         self.outcome.prune(self.stopped or "time floor", len(left) + layouts)
 

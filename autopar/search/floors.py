@@ -16,13 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from autopar.search.programs import Program, Programs
+from autopar.plan import Parallelism
+from autopar.search.bounds import DeviceSums
+from autopar.search.programs import Program, Programs, on_device
 from autopar.search.stage_table import StageTable
 
 POWER_OF_TWO = 32
 """Block problems are made for a multiple of all sizes that no higher power of two divides, if that will do:
 of larger ones launches and latencies are too small a part to tell."""
+
+
+class Sums(DeviceSums, Protocol):
+    """The sums of a microbatch on one device."""
+
+    @property
+    def microbatch_s(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,10 @@ class Share:
 
     whole: StageTable
     part: float
+
+    @property
+    def microbatch_s(self) -> float:
+        return self.part * self.whole.microbatch_s
 
     @property
     def computed_s(self) -> float:
@@ -66,13 +80,20 @@ class Floors:
         """The same from the sums of the largest: a program for all sizes."""
         return Share(self.device(self.largest, ep), microbatch_size / self.largest)
 
-    def device_s(self, microbatch_size: int, ep: int) -> float:
-        """Its time."""
-        return self.device(microbatch_size, ep).microbatch_s
+    def known(self, microbatch_size: int, ep: int) -> Sums:
+        """The same as far as it is known: from a larger size where there is no program of this one yet."""
+        if self.programs.has(on_device(microbatch_size, ep)):
+            return self.device(microbatch_size, ep)
+        multiple = self._multiple(microbatch_size)
+        return Share(self.device(multiple, ep), microbatch_size / multiple)
+
+    def divided(self, p: Parallelism) -> Program:
+        """What no program of a candidate's layout can beat, made without one (`Programs.divided`)."""
+        return self.programs.divided(p, self._multiple(p.microbatch_size) // p.microbatch_size)
 
     def tensor_s(self, microbatch_size: int, tp: int, ep: int) -> float:
         """A microbatch on a rank of a tensor axis."""
-        device_s = self.device_s(microbatch_size, ep) / tp
+        device_s = self.known(microbatch_size, ep).microbatch_s / tp
         if ep > 1 or tp == 1:  # the problem of the axis is that of whole experts
             return device_s
         multiple = self._multiple(microbatch_size)
@@ -82,7 +103,7 @@ class Floors:
 
     def computed_s(self, microbatch_size: int, tp: int, ep: int) -> float:
         """What of that is arithmetic, whatever strategies communicate."""
-        device_s = self.device(microbatch_size, ep).computed_s / tp
+        device_s = self.known(microbatch_size, ep).computed_s / tp
         if ep > 1 or tp == 1:
             return device_s
         multiple = self._multiple(microbatch_size)
@@ -90,10 +111,11 @@ class Floors:
         return max(device_s, computed_s)
 
     def _multiple(self, microbatch_size: int) -> int:
+        """One of two sizes that stand for all: the least that will do, if it does, or the largest."""
         multiple = self.largest
-        while multiple % (2 * POWER_OF_TWO) == 0 and multiple // 2 % microbatch_size == 0:
+        while multiple % (2 * POWER_OF_TWO) == 0:
             multiple //= 2
-        return multiple
+        return multiple if multiple % microbatch_size == 0 else self.largest
 
     def context_s(self, microbatch_size: int, tp: int, cp: int) -> float:
         """What attention adds to a microbatch for a context axis."""

@@ -1,34 +1,46 @@
 """Ways that are likely to be good, priced out of turn: a search needs a plan long before its proof.
 
-What comes first in the queue of a search has the least floor, and floors say little of what memory costs. So
-ways are kept here in orders of their own: those that were cut into stages by the least that these take, those
-without a program by what they would take were all their stages alike, and some of the best of the latter by
-what even cuts and memory make of one device's work, in proportion to what programs of the same degrees turned
-out to take. The first is what to price; looking ahead turns some of the others into it.
+What comes first in the queue of a search has the least floor, and floors say little of what memory and small
+kernels cost. So what looks likely is kept here in queues of its own, each a closer look at the best of the
+one before:
+
+    layouts       the strategies of their axes                          `WayFloors.layout_s`
+    ways          what they would take were all their stages alike      `WayFloors.likely_s`
+    close ways    even cuts and memory, of one device's work divided    `LikelyWays.close_s`
+    drafts        stages of a program                                   `StageLayer.draft`
+
+What has no program yet is expected to take as many times longer as the last one of its degrees turned out to
+take; degrees that have none come first, so each gets its chance. The drafts are what to price.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from autopar.plan import Parallelism
 from autopar.search.outcome import Outcome, Solved
 from autopar.search.programs import Program, ProgramKey
+from autopar.search.space import Layout, ways
 from autopar.search.staging import Draft
+from costmodel.orders import OVERLAPPING_SCHEDULES
 
 if TYPE_CHECKING:
     from autopar.search.planner import Planner
 
-MOST_LOOKS = 16
+MOST_DRAFTS = 16
 """How many ways are cut into stages each time."""
-
-CLOSER_LOOKS = 0.5
-"""How many are looked at more closely before, in times of the root of how many there are."""
 
 MOST_PROGRAMS = 2
 """How many programs that were not looked at before may be made for that."""
+
+FEW_ROUNDS = 3
+"""How often chains are looked for before a draft is priced."""
+
+LOOKS = 0.5
+"""How many layouts, and ways, are looked at more closely before, in times of the root of their number."""
 
 
 class Drafted(NamedTuple):
@@ -37,18 +49,74 @@ class Drafted(NamedTuple):
     p: Parallelism
     program: Program
     draft: Draft
+    is_tight: bool = False
 
 
-class Likely(NamedTuple):
-    """A way without a program: what it takes as far as one device can tell."""
+class Schedules(NamedTuple):
+    """The ways to run a layout whose schedules hide communication, or the others."""
 
-    p: Parallelism
-    likely_s: float
+    layout: Layout
+    overlapping: bool
 
     @property
     def degrees(self) -> tuple[int, int, int]:
-        """What programs differ by most."""
+        return self.layout.tp, self.layout.cp, self.layout.ep
+
+
+class Way(NamedTuple):
+    """A way without a program, and how long it was thought to take at every look."""
+
+    p: Parallelism
+    likely_s: tuple[float, ...]
+
+    @property
+    def degrees(self) -> tuple[int, int, int]:
         return self.p.tp, self.p.cp, self.p.ep
+
+
+Open = TypeVar("Open", Schedules, Way)
+
+
+class Expected(Generic[Open]):
+    """A queue by what is expected to take least, as long as that is less than the best. What is known of
+    `tp`, `cp` and `ep`, which programs differ by most, is how many times longer than was likely the last
+    draft takes."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._slower: dict[tuple[int, int, int], float] = {}
+        self._heap: list[tuple[float, int, float, Open]] = []
+        self._ties = count()
+
+    def push(self, likely_s: float, item: Open) -> None:
+        """Something that takes so long, as far as is known."""
+        expected_s = self._expected_s(likely_s, item)
+        if expected_s < self.outcome.best_s:
+            heapq.heappush(self._heap, (expected_s, next(self._ties), likely_s, item))
+
+    def pop(self) -> tuple[float, Open] | None:
+        """What is likely, and the first; None for an empty queue."""
+        while self._heap:
+            expected_s, _, likely_s, item = heapq.heappop(self._heap)
+            if self._expected_s(likely_s, item) <= expected_s:
+                return likely_s, item
+            self.push(likely_s, item)  # programs like its own were found to be slower since
+        return None
+
+    def learn(self, way: Way, likely_s: float, draft_s: float) -> None:
+        """A way turned out to take so much longer."""
+        self._slower[way.degrees] = draft_s / likely_s
+
+    def _expected_s(self, likely_s: float, item: Open) -> float:
+        return likely_s * self._slower.get(item.degrees, 1.0)
+
+    def some(self) -> Iterator[tuple[float, Open]]:
+        """The first few, taken out."""
+        for _ in range(1 + int(LOOKS * len(self._heap) ** 0.5)):
+            found = self.pop()
+            if found is None:
+                return
+            yield found
 
 
 class LikelyWays:
@@ -57,83 +125,85 @@ class LikelyWays:
     def __init__(self, planner: Planner, outcome: Outcome) -> None:
         self.planner = planner
         self.outcome = outcome
+        self._layouts = Expected[Schedules](outcome)
+        self._ways = Expected[Way](outcome)
+        self._close_ways = Expected[Way](outcome)
         self._drafted: list[tuple[float, int, Drafted]] = []
-        self._open: list[tuple[float, int, Parallelism]] = []
-        self._close: list[tuple[float, int, Likely]] = []
         self._close_s: dict[Parallelism, float] = {}
-        self._slower: dict[tuple[int, int, int], float] = {}
-        self._seen: set[ProgramKey] = set()
+        self._programs: set[ProgramKey] = set()
         self._ties = count()
 
-    def add(self, p: Parallelism, floor_s: float) -> None:
-        """A way without a program, which takes `floor_s` at least."""
-        likely_s = max(floor_s, self.planner.way_floors.likely_s(p))
-        heapq.heappush(self._open, (likely_s, next(self._ties), p))
+    def add(self, layout: Layout, floor_s: float, *, overlapping: bool) -> None:
+        """Ways to run a layout, which take `floor_s` at least: those whose schedules hide communication, or
+        the others."""
+        self._layouts.push(floor_s, Schedules(layout, overlapping))
 
     def add_draft(self, p: Parallelism, program: Program, draft: Draft) -> None:
         """A way that was cut into stages."""
-        heapq.heappush(self._drafted, (draft.bound_s, next(self._ties), Drafted(p, program, draft)))
+        self._push(Drafted(p, program, draft))
 
     def close_s(self, p: Parallelism) -> float:
         """No program of a way takes less, from what one device does and keeps; infinite where memory allows
         none."""
         if p not in self._close_s:
-            self._close_s[p] = self.planner.layer.floor_s(self.planner.programs.divided(p), p)
+            self._close_s[p] = self.planner.layer.floor_s(self.planner.way_floors.floors.divided(p), p)
         return self._close_s[p]
 
     def look_ahead(self) -> None:
         """Cut the best of those without a program into stages."""
-        self._look_closer()
+        for layout_s, schedules in self._layouts.some():
+            for p in self._open(schedules):
+                way_s = max(layout_s, self.planner.way_floors.likely_s(p))
+                self._ways.push(way_s, Way(p, (layout_s, way_s)))
+        for way_s, way in self._ways.some():
+            close_s = max(way_s, self.close_s(way.p))
+            self._close_ways.push(close_s, way._replace(likely_s=(*way.likely_s, close_s)))
         num_programs = 0
-        for _ in range(MOST_LOOKS):
-            way = self._likeliest() if num_programs < MOST_PROGRAMS else None
-            if way is None:
+        for _ in range(MOST_DRAFTS):
+            found = self._close_ways.pop() if num_programs < MOST_PROGRAMS else None
+            if found is None:
                 return
+            _, way = found
             program = self.planner.programs.program(way.p)
-            num_programs += program.key not in self._seen
-            self._seen.add(program.key)
+            num_programs += program.key not in self._programs
+            self._programs.add(program.key)
             draft = self.planner.layer.draft(program, way.p)
             if draft is not None:
-                self._slower[way.degrees] = draft.bound_s / way.likely_s
+                self._learn(way, draft.bound_s)
                 self.add_draft(way.p, program, draft)
 
-    def _look_closer(self) -> None:
-        """Some of the best, with memory and even cuts; where these leave nothing, a way is dropped."""
-        for _ in range(int(CLOSER_LOOKS * len(self._open) ** 0.5)):
-            if not self._open or self._open[0][0] >= self.outcome.best_s:
-                return
-            likely_s, _, p = heapq.heappop(self._open)
-            self._push(Likely(p, max(likely_s, self.close_s(p))))
+    def _learn(self, way: Way, draft_s: float) -> None:
+        self._layouts.learn(way, way.likely_s[0], draft_s)
+        self._ways.learn(way, way.likely_s[1], draft_s)
+        self._close_ways.learn(way, way.likely_s[2], draft_s)
 
-    def _likeliest(self) -> Likely | None:
-        """The way that is expected to take least, if that is less than the best; it is taken out."""
-        while self._close:
-            expected_s, _, way = heapq.heappop(self._close)
-            if self._expected_s(way) > expected_s:
-                self._push(way)  # programs like its own were found to be slower since
-            else:
-                return way
-        return None
-
-    def _push(self, way: Likely) -> None:
-        expected_s = self._expected_s(way)
-        if expected_s < self.outcome.best_s:
-            heapq.heappush(self._close, (expected_s, next(self._ties), way))
-
-    def _expected_s(self, way: Likely) -> float:
-        """What a way takes if its program is as much slower than one device's as the last of its degrees."""
-        return way.likely_s * self._slower.get(way.degrees, 1.0)
+    def _open(self, schedules: Schedules) -> Iterator[Parallelism]:
+        """The ways for which memory may suffice."""
+        planner = self.planner
+        for p in ways(schedules.layout, planner.cluster, planner.degrees, planner.pins):
+            hides = p.schedule in OVERLAPPING_SCHEDULES
+            if hides is schedules.overlapping and planner.way_floors.way_may_fit(p):
+                yield p
 
     def price(self, below_s: float = float("inf")) -> Solved | None:
         """Price the best of those that were cut into stages, if it may take less than `below_s`."""
         while self._drafted and self._drafted[0][0] < below_s:
-            _, _, (p, program, draft) = heapq.heappop(self._drafted)
-            if p not in self.outcome.decided:
-                solved = self.planner.layer.solve(program, p, draft)
-                if solved is not None:
-                    self.outcome.offer(p, solved)
-                return solved
+            _, _, drafted = heapq.heappop(self._drafted)
+            p, program, draft, is_tight = drafted
+            if p in self.outcome.decided:
+                continue
+            if not is_tight and below_s < float("inf"):
+                draft = self.planner.layer.tightened(program, p, draft, below_s, FEW_ROUNDS)
+                self._push(drafted._replace(draft=draft, is_tight=True))
+                continue
+            solved = self.planner.layer.solve(program, p, draft)
+            if solved is not None:
+                self.outcome.offer(p, solved)
+            return solved
         return None
+
+    def _push(self, drafted: Drafted) -> None:
+        heapq.heappush(self._drafted, (drafted.draft.bound_s, next(self._ties), drafted))
 
     @property
     def has_drafts(self) -> bool:

@@ -30,6 +30,7 @@ from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
 from autopar.search.relaxed import Stretch, relaxed
 from autopar.search.replicas import Replica, make_replica, strategy_keys
 from autopar.search.shallow import Shallow, local_counts, shallow
+from autopar.search.space import parallelism
 from autopar.search.units import Chain, build_chain, stretches
 from costmodel import Group, Software
 from costmodel.orders import OVERLAPPING_SCHEDULES
@@ -121,7 +122,7 @@ class Programs:
         self._programs: dict[ProgramKey, Program] = {}
         self._context_floors_s: dict[tuple[int, int, int], float] = {}
         self._relaxed: dict[tuple[ProgramKey, bool, bool], Program] = {}
-        self._divided: dict[ProgramKey, Program] = {}
+        self._divided: dict[tuple[ProgramKey, bool], Program] = {}
         self._mixed: dict[ProgramKey, Program | None] = {}
         self._propagated: Assignment | None = None
 
@@ -213,24 +214,28 @@ class Programs:
 
     def device(self, microbatch_size: int, ep: int = 1) -> Program:
         """The program of one device that has memory enough, its experts shared with `ep` others."""
-        return self.program(Parallelism(microbatch_size=microbatch_size, ep=ep, dp_replicate=ep))
+        return self.program(on_device(microbatch_size, ep))
 
     def has(self, p: Parallelism) -> bool:
         """Whether the fastest program of a candidate was made."""
         return self._key(p, 0) in self._programs
 
-    def divided(self, p: Parallelism) -> Program:
-        """What one device does, divided over the ranks of a candidate's layout, without collectives: no
-        program of it takes, or keeps, less. Quicker to make than any of those."""
+    def divided(self, p: Parallelism, multiple: int) -> Program:
+        """What one device does, divided over the ranks of a candidate's layout, with the least that these
+        communicate in a microbatch of so many times its size: no program of it takes, or keeps, less. Quicker
+        to make than any of those, as the problem of the axis is that of all sizes."""
         if p.tp * p.cp == 1:
             return self.program(p)
-        key = self._key(p, 0)
-        if key not in self._divided:
-            device = self.device(p.microbatch_size, p.ep).chain
-            nowhere = [None] * len(device.units)
-            chain = relaxed(device, device, p.tp, p.cp, self._pricer(1, 1, p.ep, 1), nowhere, trades=False)
-            self._divided[key] = Program(key, chain, None, {})
-        return self._divided[key]
+        key, hides = self._key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
+        if (key, hides) not in self._divided:
+            device, pricer = self.device(p.microbatch_size, p.ep).chain, self._pricer(1, 1, p.ep, 1)
+            where: list[Stretch | None] = [None] * len(device.units)
+            if p.tp > 1 and p.ep == 1:
+                of_all = _floor_key(multiple * p.microbatch_size, p.tp)
+                where = self._stretches(of_all, device, p.cp * multiple)
+            chain = relaxed(device, None, p.tp, p.cp, pricer, where, trades=False, hides=hides)
+            self._divided[key, hides] = Program(key, chain, None, {})
+        return self._divided[key, hides]
 
     def relaxed(self, p: Parallelism, *, trades: bool = True) -> Program:
         """What no program of a candidate's layout can beat, whatever memory costs: a program but for its
@@ -245,8 +250,9 @@ class Programs:
             self._relaxed[key, trades, hides] = Program(key, chain, None, {})
         return self._relaxed[key, trades, hides]
 
-    def _stretches(self, key: ProgramKey, device: Chain) -> list[Stretch | None]:
-        """Where units are in the axis's problem, of which experts that are dealt out are no part."""
+    def _stretches(self, key: ProgramKey, device: Chain, parts: int = 1) -> list[Stretch | None]:
+        """Where units are in the axis's problem, of which experts that are dealt out are no part, and of
+        which a candidate does one of so many parts."""
         if key.ep > 1:
             return [None] * len(device.units)
         replica, ilp = self._replica_of(key), self._ilp(key)
@@ -255,7 +261,7 @@ class Programs:
         for start, stop, block in stretches(replica.whole, replica.local.graph):
             number = self.shallow.repeats.get(block or "", 1)
             is_worth = number * device.units[len(found)].cost.total_s > worth_s
-            found += [Stretch(ilp, start, stop) if is_worth else None] * number
+            found += [Stretch(ilp, start, stop, 1 / parts) if is_worth else None] * number
         return found
 
     def floor_s(self, microbatch_size: int, tp: int) -> float:
@@ -264,15 +270,11 @@ class Programs:
         Also per sample for every smaller microbatch: each price is the larger of constants and terms linear
         in the batch, so half the batch costs at least half as much.
         """
-        return (
-            self._ilp(ProgramKey(microbatch_size, 1, 1, 1, tp, None, 1, 0)).solve(MANY_MICROBATCHES).bound_s
-        )
+        return self._ilp(_floor_key(microbatch_size, tp)).solve(MANY_MICROBATCHES).bound_s
 
     def computed_floor_s(self, microbatch_size: int, tp: int) -> float:
         """What any of them computes at least, whatever it communicates."""
-        return sum(
-            self._ilp(ProgramKey(microbatch_size, 1, 1, 1, tp, None, 1, 0)).problem.computed_s.values()
-        )
+        return sum(self._ilp(_floor_key(microbatch_size, tp)).problem.computed_s.values())
 
     def context_floor_s(self, microbatch_size: int, tp: int, cp: int) -> float:
         """No context axis of `cp` ranks adds less to a microbatch, beside a tensor axis of `tp`."""
@@ -418,3 +420,13 @@ def deepened(assignment: Assignment, graph: OpGraph, full: OpGraph) -> Assignmen
             alike = graph.ops[position[full.ops[full.representative[readers[0]]].name]]
             sources[parameter.tensor] = assignment.sources[alike.inputs[operand]]
     return replace(assignment, choice=choice, sources=sources)
+
+
+def on_device(microbatch_size: int, ep: int) -> Parallelism:
+    """One device that has memory enough, its experts shared with `ep` others."""
+    return parallelism(microbatch_size=microbatch_size, ep=ep, dp_replicate=ep)
+
+
+def _floor_key(microbatch_size: int, tp: int) -> ProgramKey:
+    """A tensor axis alone, whatever else there is."""
+    return ProgramKey(microbatch_size, 1, 1, 1, tp, None, 1, 0)

@@ -15,7 +15,8 @@ b with t + λb ≥ min(T + λb_none, h(λ)) for every λ: lines that a frontier 
 
 Conversions and their conjugates mirror each other, so the minimum is divided into forward and backward as the
 fastest program divides its time. Gradients of weights, which some schedules put off, are those of that
-program: with fewer of them a microbatch would have a longer way back.
+program: with fewer of them a microbatch would have a longer way back. Before there is one, what is more than
+one device's share counts as put off.
 
 Schedules that hide communication behind other units' arithmetic leave of a unit what it computes, which is at
 least the sum over its ops of the least of their strategies.
@@ -41,11 +42,21 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Stretch:
-    """The ops `[start, stop)` of a unit in the block problem."""
+    """The ops `[start, stop)` of a unit in the block problem, of whose microbatch and positions this is a
+    `part`: prices being what they are, it takes that part of the time at least."""
 
     ilp: BlockIlp
     start: int
     stop: int
+    part: float = 1.0
+
+    def floor_s(self) -> float:
+        """What the unit takes at least, with its collectives."""
+        return self.part * self.ilp.floor_s(self.start, self.stop)
+
+    def computed_s(self) -> float:
+        """What it computes at least."""
+        return self.part * self.ilp.computed_s(self.start, self.stop)
 
 
 class Line(NamedTuple):
@@ -60,7 +71,7 @@ class Line(NamedTuple):
 
 def relaxed(
     device: Chain,
-    fastest: Chain,
+    fastest: Chain | None,
     tp: int,
     cp: int,
     pricer: Pricer,
@@ -70,13 +81,14 @@ def relaxed(
     hides: bool = False,
 ) -> Chain:
     """The bound of all programs on `tp` `cp` ranks, given the program of one device and its prices, the
-    fastest of all programs, and where units are in the block problem; without that, their collectives are
-    left out. Without `trades` blocks that compute again are thought to communicate no more than others; what
-    is not arithmetic `hides` behind other units' arithmetic in some schedules."""
+    fastest of all programs, if it was made, and where units are in the block problem; without that, their
+    collectives are left out. Without `trades` blocks that compute again are thought to communicate no more
+    than others; what is not arithmetic `hides` behind other units' arithmetic in some schedules."""
     degree = tp * cp
     known: dict[tuple[int, Stretch | None], Unit] = {}
     units = []
-    for unit, like, stretch in zip(device.units, fastest.units, stretches, strict=True):
+    likes = [None] * len(device.units) if fastest is None else fastest.units
+    for unit, like, stretch in zip(device.units, likes, stretches, strict=True):
         kind = (id(unit.recompute_s), stretch)
         if kind not in known:
             known[kind] = _Least(unit, like, degree, pricer, stretch, hides).unit(trades)
@@ -117,7 +129,7 @@ class _Least:
     """The least of one kind of unit."""
 
     def __init__(
-        self, unit: Unit, like: Unit, degree: int, pricer: Pricer, stretch: Stretch | None, hides: bool
+        self, unit: Unit, like: Unit | None, degree: int, pricer: Pricer, stretch: Stretch | None, hides: bool
     ) -> None:
         self.device = unit
         self.fastest = like
@@ -127,7 +139,7 @@ class _Least:
         self.hides = hides
         self.time_s = unit.cost.total_s / degree
         if stretch is not None:
-            self.time_s = max(self.time_s, stretch.ilp.floor_s(stretch.start, stretch.stop))
+            self.time_s = max(self.time_s, stretch.floor_s())
 
     def unit(self, trades: bool) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
@@ -145,24 +157,30 @@ class _Least:
     def _cost(self) -> OpCost:
         if self.stretch is None:
             return self.device.cost.times(1 / self.degree)
+        cost = self.device.cost
+        computed_s = max(self.stretch.computed_s(), (cost.forward_s + cost.backward_s) / self.degree)
+        if self.fastest is None:
+            return self._least_passes(computed_s if self.hides else self.time_s)
         like = self.fastest.cost.exposing(1 - self.pricer.era.tensor_parallel_overlap)
         if not self.hides:
             forward_s = self.time_s * _share(like.forward_total_s, like.total_s)
-            return self._passes(forward_s, self.time_s - forward_s)
-        cost = self.device.cost
-        computed_s = self.stretch.ilp.computed_s(self.stretch.start, self.stretch.stop)
-        computed_s = max(computed_s, (cost.forward_s + cost.backward_s) / self.degree)
+            return _passes(forward_s, self.time_s - forward_s, like.weight_s)
         # What it does beside that is communication at best, and hides behind as much at most.
         moved_s = min(max(0.0, self.time_s - computed_s), computed_s)
         forward_s = computed_s * _share(like.forward_s, like.forward_s + like.backward_s)
         both_s = like.forward_communication_s + like.backward_communication_s
         there_s = moved_s * _share(like.forward_communication_s, both_s)
-        return self._passes(forward_s, computed_s - forward_s)._replace(
+        return _passes(forward_s, computed_s - forward_s, like.weight_s)._replace(
             forward_communication_s=there_s, backward_communication_s=moved_s - there_s
         )
 
-    def _passes(self, forward_s: float, backward_s: float) -> OpCost:
-        return OpCost(forward_s, backward_s, weight_s=min(backward_s, self.fastest.cost.weight_s))
+    def _least_passes(self, both_s: float) -> OpCost:
+        """No more in forward and backward than one device must do, the rest put off with gradients of
+        weights, for which no other stage waits."""
+        cost = self.device.cost
+        forward_s = cost.forward_s / self.degree
+        back_s = (cost.backward_s - cost.weight_s) / self.degree
+        return _passes(forward_s, both_s - forward_s, both_s - forward_s - back_s)
 
     def _frontier(self) -> Iterator[tuple[float, float]]:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""
@@ -185,6 +203,7 @@ class _Least:
     def _prices(self) -> list[float]:
         """What a byte is worth to the fastest program: where its own frontier bends."""
         unit, found = self.fastest, set()
+        assert unit is not None, "trades need prices of memory"
         for one, other in pairwise(unit.frontier):
             freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
             if freed > 0:
@@ -206,6 +225,10 @@ class _Least:
         entering = price * unit.saved["full"].num_bytes / self.degree
         results_s = self.stretch.ilp.floor_s(self.stretch.start, self.stretch.stop, price, again_s)
         return always_s + entering + results_s
+
+
+def _passes(forward_s: float, backward_s: float, weight_s: float) -> OpCost:
+    return OpCost(forward_s, backward_s, weight_s=min(backward_s, weight_s))
 
 
 def _share(part_s: float, whole_s: float) -> float:

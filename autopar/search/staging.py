@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.plan import Parallelism
-from autopar.search.again_bound import AgainBound, Path
+from autopar.search.again_bound import MOST_ROUNDS, AgainBound, Path
 from autopar.search.data_axes import least_accumulation_s
 from autopar.search.effort import clocked, cut_size
 from autopar.search.evaluate import Evaluated, Evaluator
@@ -177,9 +177,11 @@ class StageLayer:
         return tuple(messages_s[cut] for cut in cuts[1:])
 
     @clocked("stages")
-    def tightened(self, program: Program, p: Parallelism, draft: Draft, enough_s: float) -> Draft:
+    def tightened(
+        self, program: Program, p: Parallelism, draft: Draft, enough_s: float, num_rounds: int = MOST_ROUNDS
+    ) -> Draft:
         """The draft with a higher bound, where cuts are even and memory short: no higher than `enough_s` is
-        worth while."""
+        worth while, nor more rounds than these."""
         if p.num_virtual_stages == 1 or draft.bound_s >= enough_s:
             return draft
         stages = self.even(program)
@@ -189,7 +191,7 @@ class StageLayer:
         self.effort.solved("stages")
         overhead_s = self.evaluator.era.step_overhead_s
         bound = self._again_bound(stages, evaluated, self._excess_bytes(evaluated))
-        bound_s = bound.tightened(draft.bound_s - overhead_s, enough_s - overhead_s)
+        bound_s = bound.tightened(draft.bound_s - overhead_s, enough_s - overhead_s, num_rounds)
         return draft._replace(bound_s=bound_s + overhead_s)
 
     def _cut(self, table: StageTable, p: Parallelism, *, fitting: bool) -> Cut | None:

@@ -9,15 +9,14 @@ at least what they compute, and at least half of all; what runs alone takes all 
 from __future__ import annotations
 
 from autopar.plan import Parallelism, Recompute
-from autopar.search.bounds import Bounds
+from autopar.search.bounds import Bounds, DeviceSums
 from autopar.search.floors import Floors
 from autopar.search.pins import Pins
 from autopar.search.programs import Program
 from autopar.search.space import Layout, parallelism
-from autopar.search.stage_table import StageTable
 from autopar.search.staging import StageLayer
 from costmodel.closed_forms import uniform_finish_s
-from costmodel.orders import OVERLAPPING_SCHEDULES
+from costmodel.orders import OVERLAPPING_SCHEDULES, least_alone
 
 
 class WayFloors:
@@ -46,21 +45,28 @@ class WayFloors:
         computed_s = device.computed_s / (layout.tp * layout.cp)
         return self.bounds.layout_s(_freest(layout), computed_s, device)
 
-    def layout_s(self, layout: Layout) -> float:
-        """No way to run a layout takes less but those that hide communication: the strategies of its axes."""
-        device = self.floors.device(layout.microbatch_size, layout.ep)
-        return self.bounds.layout_s(_freest(layout), self._microbatch_s(*layout[:4]), device)
+    def layout_s(self, layout: Layout, *, overlapping: bool) -> float:
+        """No way to run a layout takes less whose schedule hides communication, or none of the others: the
+        strategies of its axes."""
+        device = self.floors.known(layout.microbatch_size, layout.ep)
+        microbatch_s = self._microbatch_s(*layout[:4])
+        p = _freest(layout)
+        if overlapping:
+            computed_s = self.floors.computed_s(layout.microbatch_size, layout.tp, layout.ep) / layout.cp
+            alone = least_alone(layout.pp, layout.num_microbatches)
+            microbatch_s = self._hiding_s(p, device, microbatch_s, computed_s, alone)
+        return self.bounds.layout_s(p, microbatch_s, device)
 
     def way_s(self, p: Parallelism, program: Program | None = None) -> float:
         """No step takes less, whatever the program, or with this one."""
-        device = self.floors.device(p.microbatch_size, p.ep)
+        device = self.floors.known(p.microbatch_size, p.ep)
         step_s = self.bounds.step_s(p, self._rank_s(p, device, program), device)
         return max(step_s, self.layer.schedule_floor_s(p, program))
 
     def likely_s(self, p: Parallelism) -> float:
         """About what a way takes, as far as is known without its program: were all its stages alike, and
         nothing hidden."""
-        device = self.floors.device(p.microbatch_size, p.ep)
+        device = self.floors.known(p.microbatch_size, p.ep)
         microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
         floor_s = self.bounds.step_s(p, microbatch_s, device)
         stage_s = (microbatch_s + self.bounds.more_s(p, device)) / (p.pp * p.num_virtual_stages)
@@ -68,7 +74,7 @@ class WayFloors:
         ends_s = uniform_finish_s(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages, *passes_s)
         return floor_s if ends_s is None else max(floor_s, *ends_s)
 
-    def _rank_s(self, p: Parallelism, device: StageTable, program: Program | None) -> float:
+    def _rank_s(self, p: Parallelism, device: DeviceSums, program: Program | None) -> float:
         """A microbatch on all stages of one rank, less what the schedule hides of it."""
         if program is None:
             microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
@@ -78,9 +84,14 @@ class WayFloors:
             microbatch_s, computed_s = table.microbatch_s, table.computed_s
         if p.schedule not in OVERLAPPING_SCHEDULES:
             return microbatch_s
+        return self._hiding_s(p, device, microbatch_s, computed_s, self.layer.alone(p))
+
+    def _hiding_s(
+        self, p: Parallelism, device: DeviceSums, microbatch_s: float, computed_s: float, alone: float
+    ) -> float:
+        """A microbatch that hides what it communicates, but for the part that runs `alone`."""
         # What comes on top is computed, behind communication if that is what takes longer.
         at_once_s = max(computed_s, (microbatch_s - self.bounds.more_s(p, device)) / 2)
-        alone = self.layer.alone(p)
         return alone * microbatch_s + (1 - alone) * at_once_s
 
     def _microbatch_s(self, size: int, tp: int, cp: int, ep: int) -> float:

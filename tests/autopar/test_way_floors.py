@@ -30,7 +30,7 @@ STATE_BYTES = 16
 ERAS = ("te-2024", "te-2026", "compiled-2024")
 """Software that hides a little, half and none of what tensor axes move."""
 
-CLOSER = ("layout, quickly", "way", "way with its program")
+CLOSER = ("layout, quickly", "layout", "way", "way with its program")
 """What the search looks at one after the other."""
 
 SEED = 0
@@ -90,9 +90,9 @@ def claims_s(planner: Planner, way: Priced) -> dict[str, float]:
         "way": floors.way_s(p),
         "way with its program": floors.way_s(p, program),
     }
-    if p.schedule not in OVERLAPPING_SCHEDULES:
-        found["layout"] = floors.layout_s(layout_of(p))
-    chains = {"program": program}
+    hides = p.schedule in OVERLAPPING_SCHEDULES
+    found["layout"] = floors.layout_s(layout_of(p), overlapping=hides)
+    chains = {"program": program, "one device, divided": floors.floors.divided(p)}
     if p.tp > 1:
         chains |= {
             f"any program, {trades=}": planner.programs.relaxed(p, trades=trades) for trades in (False, True)

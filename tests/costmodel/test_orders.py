@@ -3,6 +3,7 @@ from __future__ import annotations
 import collections
 import itertools
 import random
+from contextlib import suppress
 
 import pytest
 from torch.distributed.pipelining import schedules
@@ -142,6 +143,19 @@ def test_peak_bytes_are_what_the_whole_order_holds(name: str, p: int, m: int, v:
         held = list(itertools.accumulate(change[phase][stage] for phase, stage, _ in order))
         assert peak == max(held)
         assert held[-1] == 0
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("schedule", "num_virtual"), [("DualPipeV", 2), ("ZBVZeroBubble", 2)] + [
+    (name, number) for name in ("InterleavedZeroBubble", "Interleaved1F1B") for number in (2, 3, 4)
+])  # fmt: skip
+def test_peak_in_flight_is_that_of_the_order(schedule: str, num_virtual: int, num_stages: int) -> None:
+    ones = [1.0] * (num_stages * num_virtual)
+    for num_microbatches in range(1, 6 * num_stages):
+        with suppress(CostModelError):  # the schedule does not run so many
+            shape = num_stages, num_microbatches
+            peaks = peak_activation_bytes(schedule, *shape, ones, num_virtual)
+            assert peak_in_flight(schedule, *shape, num_virtual) == peaks
 
 
 def test_peak_in_flight_by_hand() -> None:
