@@ -51,8 +51,9 @@ def without_order(op: Op) -> Op:
         kwargs = {**op.kwargs, "is_causal": False} if "is_causal" in op.kwargs else op.kwargs
         return replace(op, args=args, kwargs=kwargs)
     if op.target == "autopar.cross_entropy":
-        kwargs = {name: value for name, value in op.kwargs.items() if name not in {"row_axes", "class_axis"}}
-        return replace(op, target="aten.cross_entropy_loss.default", kwargs=kwargs)
+        kwargs = {name: value for name, value in op.kwargs.items() if name != "row_axes"}
+        target = op.target if "class_axis" in kwargs else "aten.cross_entropy_loss.default"
+        return replace(op, target=target, kwargs=kwargs)
     return op
 
 

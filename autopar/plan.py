@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 import costmodel
 from autopar.ranks import RankGroups
+from costmodel import OptimizerPolicy
 
-PLAN_VERSION: Literal[3] = 3
+PLAN_VERSION: Literal[4] = 4
 
 RecomputeMode = Literal["none", "attention", "alternate", "selective", "full"]
 """What the backward computes again of a block: nothing; the probabilities of attention, where its kernel
@@ -293,15 +294,21 @@ class Plan(Frozen):
     otherwise than that has a key by its own name. `placements` tells how every parameter lies on the tensor
     axis, `*` standing for the numbers of repeated blocks.
     `recomputation` lists every block that computes something again; the others keep all.
+    `policy` is what the plan was priced with and its program trains by: optimizer, master copies, precision
+    of gradients, loss scale. `low_precision` is priced only: programs have products in the model's own.
 
     Where devices are of several kinds, `pools` has the parts of the pipeline in their order, each with what
     it runs; `parallelism` then is that of the first, with all pipeline stages.
     """
 
-    version: Literal[3] = PLAN_VERSION
+    version: Literal[4] = PLAN_VERSION
     model: ModelSummary
     cluster: ClusterSummary
     parallelism: Parallelism
+    policy: OptimizerPolicy = Field(description="what training keeps of each parameter, in bytes")
+    low_precision: str | None = Field(
+        default=None, description="what products with parameters of blocks were priced in, such as fp8"
+    )
     rank_groups: tuple[RankGroups, ...] = Field(default=(), description="who communicates along each axis")
     strategies: Mapping[str, Mapping[str, str]]
     placements: Mapping[str, str] = Field(default_factory=dict)

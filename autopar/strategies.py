@@ -140,8 +140,8 @@ def _split(
     form = rule.implemented.get(factor)
     if natural is not None:
         yield Strategy(factor, *natural, factor=factor, implementation=form)
-    if form is not None and form not in ANY_SHARDS:
-        return  # it knows contiguous shards only
+    if factor in rule.contiguous or (form is not None and form not in ANY_SHARDS):
+        return
     for cut in sections.get(size, ()):
         states = _states(rule, factor, axis_size, cut)
         if states is not None:

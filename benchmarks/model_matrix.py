@@ -1,48 +1,86 @@
 """Which models train equal to their originals under which plans: the table of `docs/models.md`.
 
-    .venv/bin/python benchmarks/model_matrix.py [MODEL ...]
+    python -m benchmarks.model_matrix [MODEL ...]
 
-Every model of `tests/models.py` is captured, planned on local CPU devices with the degrees of the column,
-written out, and run by torchrun on gloo ranks. A cell is the largest relative difference of any gradient
-after the first step, where loss, gradients and the parameters after three AdamW steps all are within
-tolerance; otherwise what went wrong. With no models named, the table is written to `docs/models.md` too.
+Every model of `tests/models.py` is captured, planned on local CPU devices with the settings of the column,
+written out, and run on gloo ranks. A cell is the largest relative difference of any gradient after the first
+step, where loss, gradients and the parameters after three AdamW steps all are within tolerance; otherwise
+what went wrong. `docs/models.md` gets the rows of the models named, or of all.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import autopar
+from autopar.rewrite.program import Program
+from tests.autopar.case_runner import CaseRunner, Original, Result, original
+from tests.autopar.random_cases import EXPERTS
+from tests.models import ALL
 
-import autopar  # noqa: E402  # after the path that makes `tests` importable
-from autopar.errors import AutoparError  # noqa: E402  # the same
-from graphs import Capture, GraphError, capture  # noqa: E402  # the same
-from tests.models import ALL, Case, case  # noqa: E402  # the same
-
-DRIVER = ROOT / "tests" / "autopar" / "run_programs.py"
-PAGE = ROOT / "docs" / "models.md"
-SINGLE_PRECISION = frozenset({"mixtral", "qwen3moe", "deepseekv3"})
-"""torch's grouped matrix product has no kernel for doubles."""
-
-PLANS: Mapping[str, Mapping[str, int]] = {
-    "dp 2": {"dp": 2},
-    "tp 2": {"tp": 2},
-    "ZeRO-3 dp 2, tp 2": {"dp": 2, "dp_shard": 2, "tp": 2, "zero_stage": 3},
-    "pp 2": {"pp": 2},
-}
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 MICROBATCH_SIZE = 2
-NUM_MICROBATCHES = 2
+
+
+@dataclass(frozen=True)
+class Column:
+    """A plan for every model: the settings of `autopar.evaluate`, or, where it is searched, the number of
+    devices alone."""
+
+    settings: Mapping[str, object] = field(default_factory=dict)
+    num_microbatches: int = 2
+    policy: str | None = None
+    num_searched: int = 0
+
+    @property
+    def num_devices(self) -> int:
+        if self.num_searched:
+            return self.num_searched
+        return prod(
+            size for axis in ("dp", "cp", "tp", "pp") if isinstance(size := self.settings.get(axis, 1), int)
+        )
+
+    def applies_to(self, model: str) -> bool:
+        return "ep" not in self.settings or model in EXPERTS
+
+
+def staged(schedule: str, num_virtual_stages: int = 1) -> Column:
+    """A pipeline of two ranks."""
+    return Column({"pp": 2, "schedule": schedule, "num_virtual_stages": num_virtual_stages}, 4)
+
+
+COLUMNS: Mapping[str, Column] = {
+    "dp 2": Column({"dp": 2}),
+    "tp 2": Column({"tp": 2, "sequence_parallel": False}),
+    "tp 2, sequence parallel": Column({"tp": 2, "sequence_parallel": True}),
+    "cp 2": Column({"cp": 2}),
+    "ep 2": Column({"dp": 2, "ep": 2}),
+    "ZeRO-3 dp 2, tp 2": Column({"dp": 2, "zero_stage": 3, "tp": 2}),
+    "dp 2, tp 2, pp 2": Column({"dp": 2, "tp": 2, "pp": 2}),
+    "1F1B": staged("1F1B"),
+    "Interleaved1F1B": staged("Interleaved1F1B", 2),
+    "ZBVZeroBubble": staged("ZBVZeroBubble", 2),
+    "DualPipeV": staged("DualPipeV", 2),
+    "recomputation": Column({"dp": 2, "recompute": "full"}),
+    "bf16 mixed, ZeRO-3": Column({"dp": 2, "zero_stage": 3}, policy="adamw-mixed"),
+    "searched, 4 devices": Column(num_searched=4),
+}
+
+ROUNDING_NOTE = (
+    "program and original round at different places; in bf16 that alone puts gradients of this original off "
+    "by {:.0%} of those in double precision"
+)
 
 INTRODUCTION = """# Models and plans
 
@@ -50,142 +88,144 @@ Each model below, at a size that trains in no time, was captured, given the plan
 as a program, and trained for three steps on real ranks (gloo) beside the original in one process. A number is
 the largest relative difference of any gradient; loss and parameters after the third step agree too, within
 the tolerances of `parity.py`. Models marked with * ran in single precision, as torch has no grouped matrix
-product for doubles.
+product for doubles; those without it in double precision, but for the column of bf16. Many models compute
+norms, softmax or their loss in single precision inside: their differences are of its order.
 
-Made by `python benchmarks/model_matrix.py` with torch {torch} and transformers {transformers}. It says
-nothing of speed.
+The pipeline schedules have two ranks, and two stages on each but for 1F1B. In the last column only the number
+of devices is given, and everything else is what the search finds.
+
+Made by `python -m benchmarks.model_matrix` with torch {torch} and transformers {transformers}. It says
+nothing of speed. `python -m benchmarks.fuzz` tries what lies between the columns.
 
 """
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One model under one plan: where its program is, or why there is none."""
-
-    model: str
-    plan: str
-    directory: Path | None
-    refusal: str = ""
+def dtype_of(model: str, column: Column) -> torch.dtype:
+    """In which precision a model is held against its original."""
+    if column.policy is not None:
+        return torch.bfloat16
+    return torch.float32 if model in EXPERTS else torch.float64
 
 
-def prepare(model_case: Case, folder: Path) -> list[Cell]:
-    """Write the programs of one model, with what the original does beside each."""
-    torch.manual_seed(0)
-    dtype = torch.float32 if model_case.name in SINGLE_PRECISION else torch.float64
-    model = model_case.build().to(dtype)
-
-    def inputs(batch: int) -> dict[str, torch.Tensor]:
-        given = model_case.inputs(batch).items()
-        return {name: each.to(dtype) if _is_real(each) else each for name, each in given}
-
-    captured = capture(model, inputs, name=model_case.name)
-    cells = []
-    for label, degrees in PLANS.items():
-        directory = folder / model_case.name / label.replace(" ", "_")
-        try:
-            program = _compiled(captured, degrees)
-        except (AutoparError, GraphError) as error:
-            cells.append(Cell(model_case.name, label, None, str(error).partition("\n")[0]))
-            continue
-        program.save(directory)
-        autopar.save_reference(program, model, inputs, directory)
-        cells.append(Cell(model_case.name, label, directory))
-    return cells
-
-
-def _compiled(captured: Capture, degrees: Mapping[str, Any]) -> autopar.Program:
-    num_devices = degrees.get("dp", 1) * degrees.get("tp", 1) * degrees.get("pp", 1)
-    plan = autopar.evaluate(
-        captured,
-        f"local-cpu*{num_devices}",
-        global_batch=MICROBATCH_SIZE * NUM_MICROBATCHES * degrees.get("dp", 1),
-        microbatch_size=MICROBATCH_SIZE,
-        **degrees,
-    )
-    return autopar.compile(captured, plan)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def run(directories: Sequence[Path], num_ranks: int) -> dict[Path, str]:
-    """The verdict on every program: its largest gradient difference, or what went wrong."""
-    verdicts: dict[Path, str] = {}
-    left = list(directories)
-    while left:
-        output = _torchrun(left, num_ranks)
-        found = _verdicts(output)
-        verdicts |= {path: found[path] for path in left if path in found}
-        left = [path for path in left if path not in found]
-        if left:  # the first of them broke off the run
-            print(output[-3000:], file=sys.stderr)
-            verdicts[left.pop(0)] = "failed"
-    return verdicts
-
-
-def _torchrun(directories: Sequence[Path], num_ranks: int) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(DRIVER)]
-    done = subprocess.run(
-        [*command, *map(str, directories)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    return done.stdout
-
-
-def _verdicts(output: str) -> dict[Path, str]:
-    """What rank 0 printed about each program; the output between two verdicts is of the second one."""
-    found: dict[Path, str] = {}
-    start = 0
-    for match in re.finditer(r"^\[rank 0\] (.*): (equal|NOT EQUAL)$", output, re.MULTILINE):
-        differences = re.findall(
-            r"gradients: largest relative difference (\S+)", output[start : match.start()]
+def compiled(given: Original, column: Column) -> Program:
+    """The program of a model under the plan of a column."""
+    cluster = f"local-cpu*{column.num_devices}"
+    replicas = column.settings.get("dp", 1)
+    assert isinstance(replicas, int)
+    global_batch = MICROBATCH_SIZE * column.num_microbatches * replicas
+    if column.num_searched:
+        plan = autopar.plan(given.capture, cluster, global_batch=4 * MICROBATCH_SIZE)
+    else:
+        plan = autopar.evaluate(
+            given.capture,
+            cluster,
+            global_batch=global_batch,
+            microbatch_size=MICROBATCH_SIZE,
+            policy=column.policy,
+            **column.settings,  # type: ignore[arg-type]  # of the types that evaluate checks itself
         )
-        text = differences[-1] if differences else "?"
-        found[Path(match[1])] = text if match[2] == "equal" else f"NOT EQUAL {text}"
-        start = match.end()
+    return autopar.compile(given.capture, plan)
+
+
+def rounded(result: Result, model: str) -> Result:
+    """The result in bf16; with a note where it differs, and by no more than the roundings of both sides."""
+    if result.kind != "failed" or not isfinite(result.difference):
+        return result
+    off = own_rounding(model)
+    return (
+        replace(result, kind="equal", text=ROUNDING_NOTE.format(off))
+        if result.difference <= 2 * off
+        else result
+    )
+
+
+def own_rounding(model: str) -> float:
+    """How far the gradients of a model in bf16 are from those in double precision, both in one process: the
+    largest relative norm of the difference of any parameter that has a gradient."""
+    given = original(model, torch.bfloat16)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float64):
+        module = deepcopy(given.model).to(dtype).train()
+        batch = original(model, dtype).inputs(MICROBATCH_SIZE * 2)
+        loss_of(module(**batch)).backward()
+        gradients.append([each.grad.double() for each in module.parameters() if each.grad is not None])
+    largest = max(float(each.abs().max()) for each in gradients[1])
+    felt = [
+        (narrow, wide)
+        for narrow, wide in zip(*gradients, strict=True)
+        if float(wide.abs().max()) > largest * torch.finfo(torch.bfloat16).eps
+    ]
+    return max(float((narrow - wide).norm() / wide.norm()) for narrow, wide in felt)
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The loss in what a model of the tests returns."""
+    loss = output if isinstance(output, torch.Tensor) else output["loss"]
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
+def measure(model: str, runner: CaseRunner) -> dict[str, Result]:
+    """The cells of a row, by column."""
+    found = {}
+    for label, column in COLUMNS.items():
+        if column.applies_to(model):
+            given = original(model, dtype_of(model, column))
+            result = runner.check(given, partial(compiled, given, column))
+            found[label] = rounded(result, model) if column.policy else result
     return found
 
 
-def measure(cases: Sequence[Case]) -> dict[str, dict[str, str]]:
-    """The cells of the table, by model and plan."""
-    table: dict[str, dict[str, str]] = {each.name: {} for each in cases}
-    with tempfile.TemporaryDirectory() as folder:
-        cells = [cell for each in cases for cell in prepare(each, Path(folder))]
-        for label, degrees in PLANS.items():
-            num_ranks = degrees.get("dp", 1) * degrees.get("tp", 1) * degrees.get("pp", 1)
-            mine = [cell for cell in cells if cell.plan == label]
-            verdicts = run([cell.directory for cell in mine if cell.directory], num_ranks)
-            for cell in mine:
-                verdict = f"refused: {cell.refusal}" if cell.directory is None else verdicts[cell.directory]
-                table[cell.model][label] = verdict
-    return table
+def page(model: str, cells: Mapping[str, Result], before: str) -> str:
+    """The page as Markdown: the row of a model, and of others what stands in the page `before`."""
+    import transformers
 
-
-def markdown(table: Mapping[str, Mapping[str, str]]) -> str:
-    """The table as Markdown."""
-    rows = [["model", *PLANS], ["---"] * (len(PLANS) + 1)]
-    rows += [
-        [f"{name}{'*' if name in SINGLE_PRECISION else ''}", *(cells[label] for label in PLANS)]
-        for name, cells in table.items()
+    rows, notes = _parts(before)
+    rows[model] = [f"{model}{'*' if model in EXPERTS else ''}"]
+    rows[model] += [_cell(cells[label]) if label in cells else "-" for label in COLUMNS]
+    notes[model] = [
+        f"- {model}, {label}: {each.text}"
+        for label, each in cells.items()
+        if each.text and each.kind != "failed"
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    known = [each.name for each in ALL if each.name in rows]
+    table = [["model", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *(rows[model] for model in known)]
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    lines += ["", *(note for model in known for note in notes.get(model, []))]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return INTRODUCTION.format(**versions) + "\n".join(lines).rstrip() + "\n"
+
+
+def _parts(text: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The rows of a page by model, where it has today's columns, and the notes below them."""
+    table = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    cells = [[each.strip() for each in row] for row in table]
+    if not cells or cells[0] != ["model", *COLUMNS]:
+        return {}, {}
+    notes: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("- "):
+            notes.setdefault(line.removeprefix("- ").partition(",")[0], []).append(line)
+    return {row[0].rstrip("*"): row for row in cells[2:]}, notes
+
+
+def _cell(result: Result) -> str:
+    if result.kind == "equal":
+        return f"{result.difference:.1e}" + (" (see below)" if result.text else "")
+    return "refused" if result.kind == "refused" else "failed"
 
 
 def main() -> None:
-    import transformers
-
-    names = sys.argv[1:]
-    text = markdown(measure([case(name) for name in names] if names else ALL))
-    print(text)
-    if not names:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        PAGE.write_text(INTRODUCTION.format(**versions) + text, encoding="utf-8")
+    warnings.simplefilter("ignore")
+    with CaseRunner(num_steps=3) as runner:
+        for model in sys.argv[1:] or [each.name for each in ALL]:
+            began = time.perf_counter()
+            cells = measure(model, runner)
+            PAGE.write_text(page(model, cells, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+            print(f"{model}: {time.perf_counter() - began:.0f} s", flush=True)
+            for label, each in cells.items():
+                if each.kind == "failed":
+                    print(f"{label}: {each.text}", flush=True)
 
 
 if __name__ == "__main__":

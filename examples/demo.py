@@ -27,7 +27,7 @@ from autopar.cli.output import progress, short_warnings
 from autopar.model_scaling import small
 from autopar.models import ModelSpec
 from autopar.report.table import table
-from autopar.runtime.autopar_runtime import shuffled
+from autopar.runtime.sampling import shuffled
 
 MODEL, CLUSTER, GLOBAL_BATCH, TOKENS = "llama3-70b", "dgx-h100*8", 512, 1e12
 LOCAL_DP, LOCAL_TP, LOCAL_BATCH = 2, 2, 8

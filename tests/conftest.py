@@ -14,6 +14,7 @@ from autopar.plan import (
     Prediction,
     StagePlan,
 )
+from costmodel import optimizer_policy
 
 GB = 1e9
 STEP_S = 2.0
@@ -40,7 +41,7 @@ MODEL = ModelSummary(
     name="llama3-8b",
     fingerprint="0" * 64,
     num_parameters=8_030_261_248,
-    dtype="bfloat16",
+    dtype="bf16",
     input_shapes={"input_ids": (1, 4096), "labels": (1, 4096)},
     tokens_per_sample=4096,
     num_ops=900,
@@ -56,6 +57,7 @@ def plan() -> Plan:
         model=MODEL,
         cluster=CLUSTER,
         parallelism=p,
+        policy=optimizer_policy("adamw-mixed"),
         strategies={
             "dp": {"embedding": "b", "linear": "b"},
             "tp": {"embedding": "v", "linear": "o", "linear_1": "h", "rms_norm": "s"},

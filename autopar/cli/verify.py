@@ -1,13 +1,15 @@
 """`autopar verify`: run a program against the original model on this machine.
 
-What is too large for it is replaced by a sibling: the same architecture, narrow and shallow, in single
-precision, with every degree of parallelism cut to 2. It takes the same way through evaluation and rewriter.
+What is too large for it is replaced by a sibling: the same architecture, narrow and shallow, with every
+degree of parallelism cut to 2. It takes the same way through evaluation and rewriter, in single precision,
+which tells most, and then in the precision of the plan.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +22,9 @@ from autopar.errors import AutoparError
 from autopar.launch.local import run_local
 from autopar.model_scaling import small
 from autopar.models import ModelSpec
+from autopar.op_kinds import dtype_name
 from autopar.plan import Parallelism, Plan
+from costmodel import OptimizerPolicy
 
 MAX_LOCAL_PARAMETERS = 50_000_000
 
@@ -28,22 +32,26 @@ MAX_LOCAL_PARAMETERS = 50_000_000
 def verify_program(options: argparse.Namespace) -> bool:
     """Whether the program in the directory `target`, or of the model that it names, equals the original."""
     directory = Path(options.target)
-    if (directory / "plan.json").is_file():
-        plan = read_plan(directory / "plan.json")
-        is_small = plan.parallelism.world_size <= options.ranks
-        if is_small and (directory / "reference.pt").is_file():
-            return _run(directory, plan.parallelism.world_size, directory / "reference.pt")
-        spec = models.load(options.model or plan.model.name, seq_len=plan.model.tokens_per_sample)
-        if is_small and plan.model.num_parameters <= MAX_LOCAL_PARAMETERS:
-            return _verify_itself(directory, plan, spec)
-        degrees = plan.parallelism
-    elif directory.is_dir():
+    if not directory.is_dir():
+        sibling = small(models.load(options.target))
+        degrees = _reduced(_default_degrees(options.ranks), options.ranks)
+        return _verify_sibling(sibling, degrees, None, quiet=options.quiet)
+    if not (directory / "plan.json").is_file():
         raise AutoparError(
             f"{directory} has no plan.json; `autopar compile MODEL PLAN.json -o DIR` writes one"
         )
-    else:
-        spec, degrees = models.load(options.target), _default_degrees(options.ranks)
-    return _verify_sibling(spec, _reduced(degrees, options.ranks), quiet=options.quiet)
+    plan = read_plan(directory / "plan.json")
+    is_small = plan.parallelism.world_size <= options.ranks
+    if is_small and (directory / "reference.pt").is_file():
+        return _run(directory, plan.parallelism.world_size, directory / "reference.pt")
+    spec = models.load(options.model or plan.model.name, seq_len=plan.model.tokens_per_sample)
+    if is_small and plan.model.num_parameters <= MAX_LOCAL_PARAMETERS:
+        return _verify_itself(directory, plan, spec)
+    degrees = _reduced(plan.parallelism, options.ranks)
+    return all(
+        _verify_sibling(sibling, degrees, policy, quiet=options.quiet)
+        for sibling, policy in siblings(spec, plan)
+    )
 
 
 def _verify_itself(directory: Path, plan: Plan, spec: ModelSpec) -> bool:
@@ -54,12 +62,26 @@ def _verify_itself(directory: Path, plan: Plan, spec: ModelSpec) -> bool:
         return _run(directory, plan.parallelism.world_size, path)
 
 
-def _verify_sibling(spec: ModelSpec, degrees: Parallelism, *, quiet: bool) -> bool:
-    sibling = small(spec)
+def siblings(spec: ModelSpec, plan: Plan) -> Iterator[tuple[ModelSpec, OptimizerPolicy | None]]:
+    """The siblings to verify, with their policies (None: the usual one)."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    dtype = next(each for each in dtypes if dtype_name(each) == plan.model.dtype)
+    if dtype.itemsize < torch.float32.itemsize and spec.config is not None:
+        yield small(spec), None
+    yield small(spec, dtype=dtype), plan.policy
+
+
+def _verify_sibling(
+    sibling: ModelSpec, degrees: Parallelism, policy: OptimizerPolicy | None, *, quiet: bool
+) -> bool:
     num_ranks = degrees.world_size
-    log(f"verifying {sibling.name} on {num_ranks} local ranks: {degrees}", quiet=quiet)
     model = api.captured(sibling, None, None)
-    plan = api.evaluate(model, f"local-cpu*{num_ranks}", parallelism=degrees)
+    plan = api.evaluate(model, f"local-cpu*{num_ranks}", parallelism=degrees, policy=policy)
+    log(
+        f"verifying {sibling.name} in {plan.model.dtype} ({plan.policy.name}) on {num_ranks} local ranks: "
+        f"{degrees}",
+        quiet=quiet,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         program = compile(model, plan)
         directory = program.save(scratch)

@@ -86,7 +86,7 @@ def job_of(plan: Plan, **overrides: Any) -> JobSpec:
         "name": re.sub(r"[^A-Za-z0-9._-]+", "-", plan.model.name).strip("-") or "model",
         "num_nodes": num_nodes,
         "nproc_per_node": nproc_per_node,
-        "comment": f"{plan.model.name} on {plan.cluster.id}: {plan.parallelism}",
+        "comment": f"{plan.model.name} on {plan.cluster.id}: {plan.parallelism}, {plan.policy.name}",
         "devices": _devices(plan.cluster.device),
     }
     return JobSpec(**(settings | overrides))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from autopar.plan import Parallelism, Plan
+from autopar.plan import Plan
 from autopar.ranks import RankGroups
 from autopar.report.values import Axis, Pool, Ranks
+from costmodel import OptimizerPolicy
 
 
 def axes(plan: Plan) -> tuple[Axis, ...]:
@@ -70,14 +71,27 @@ def ranks(groups: Iterable[RankGroups]) -> tuple[Ranks, ...]:
     )
 
 
-def settings(p: Parallelism, software: str) -> tuple[tuple[str, str], ...]:
+def settings(plan: Plan) -> tuple[tuple[str, str], ...]:
     """What the mesh does not say, each with its name."""
+    p = plan.parallelism
     found = [
         ("microbatches", f"{p.num_microbatches} of {p.microbatch_size} samples on each of {p.dp} replicas"),
         ("recompute", p.recompute),
         ("ZeRO stage", str(p.zero_stage)),
-        ("software", software),
+        ("training", _training(plan.policy)),
+        ("software", plan.prediction.software),
     ]
+    if plan.low_precision is not None:
+        found.append(("products in blocks", f"priced in {plan.low_precision}"))
     if p.ep > 1:
         found.append(("experts", f"divided over {p.ep} of the data-parallel ranks"))
     return tuple(found)
+
+
+def _training(policy: OptimizerPolicy) -> str:
+    """What a policy keeps of a parameter."""
+    kept = policy.parameter_bytes + policy.gradient_bytes + policy.optimizer_bytes
+    return (
+        f"{policy.name}: {kept:g} bytes a parameter, {policy.gradient_bytes:g} of them for its gradient, "
+        f"{policy.optimizer_bytes:g} for the optimizer"
+    )

@@ -41,9 +41,13 @@ def _is_batch_norm(modules: Mapping[str, ModuleInfo], path: str) -> bool:
 
 
 def call_of(op: Op, values: Values, holder: str) -> Expression:
-    """The call of the runtime; `holder` is the expression of the module with the statistics."""
+    """The call of the module with the statistics, whose expression is `holder`; of the function where there
+    is none, or where it is not just its own weight and bias that come in."""
     x, weight, bias, _, _, _, _, eps = (literal(arg, values) for arg in op.args[:8])
-    texts = [x, weight, bias, f"eps={eps}"]
-    texts += [f"rows=self.{op.kwargs['row_axis']}"] if op.target == SPLIT else []
+    rows = [f"self.{op.kwargs['row_axis']}"] if op.target == SPLIT else []
+    is_own = (weight, bias) in ((f"{holder}.weight", f"{holder}.bias"), ("None", "None"))
+    if keeps_statistics(op) and is_own:
+        return Expression(f"{holder}({', '.join([x, *rows])})")
+    texts = [x, weight, bias, f"eps={eps}", *(f"rows={group}" for group in rows)]
     texts += [f"running={holder}"] if keeps_statistics(op) else []
     return Expression(f"batch_norm({', '.join(texts)})")

@@ -7,26 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.localize import CAUSAL_ROWS
-from autopar.op_kinds import EXCHANGES
+from autopar.op_kinds import EXCHANGES, has_dropout, short_name
+from autopar.placements import Shard
 from autopar.rewrite.batch_norm import SPLIT, call_of, keeps_statistics
 from autopar.rewrite.context import ProgramContext, access, below
 from autopar.rewrite.deferral import NAMESPACE
-from autopar.rewrite.expressions import (
-    Expression,
-    Values,
-    attention_options,
-    cross_entropy_options,
-    expression_of,
-    literal,
-)
+from autopar.rewrite.expressions import Expression, Values, literal
+from autopar.rewrite.function_forms import attention_options, cross_entropy_options
 from autopar.rewrite.loops import Call, LoopFinder
 from autopar.rewrite.naming import Names
+from autopar.rewrite.op_expressions import expression_of
 from autopar.rewrite.scope import Render, Scope, Statement
 from autopar.rewrite.tree import CALL, Node
 from graphs.ir import Op, Ref, Tensor
 
 AXIS_ARGUMENTS = ("axis", "vocab_axis", "row_axis", "row_axes", "class_axis")
 """Keyword arguments of the ops of a localized graph that name a mesh axis, or several."""
+
+TENSOR_AXIS = "tp"
+RANDOM = frozenset({"dropout", "feature_dropout", "alpha_dropout", "bernoulli", "rand_like", "randn_like"})
 
 _EXCHANGED = {
     "exchange_counts": "how many rows each rank sends to each expert",
@@ -75,8 +74,9 @@ class Body:
 
     def axes(self) -> tuple[str, ...]:
         """The mesh axes whose groups the body uses, in the order of first use."""
-        ops = (item for item in self.node.items if isinstance(item, Op))
-        named = (op.kwargs[key] for op in ops for key in AXIS_ARGUMENTS if _is_ours(op) and key in op.kwargs)
+        ops = [item for item in self.node.items if isinstance(item, Op)]
+        named = [op.kwargs[key] for op in ops for key in AXIS_ARGUMENTS if _is_ours(op) and key in op.kwargs]
+        named += [TENSOR_AXIS for op in ops if self._is_drawn_apart(op)]
         return tuple(dict.fromkeys(axis for axes in named for axis in _each(axes)))
 
     def looped(self) -> tuple[str, ...]:
@@ -86,6 +86,20 @@ class Body:
         return tuple(dict.fromkeys(self._container(run[0]) for run in runs if self.loops.is_loop(run)))
 
     # --- ops
+
+    def _is_drawn_apart(self, op: Op) -> bool:
+        """Whether the ranks of the tensor axis draw for different parts of a tensor; those of the other axes
+        have random numbers of their own anyway."""
+        if not is_random(op):
+            return False
+        state = self.context.states.get(op.output, {}).get(TENSOR_AXIS)
+        return state is not None and isinstance(state.value, Shard)
+
+    def _drawn(self, op: Op, render: Render) -> Render:
+        """The expression of an op, where ranks draw apart by a function of the runtime."""
+        if not self._is_drawn_apart(op):
+            return render
+        return lambda values: Expression(f"drawn_apart(self.{TENSOR_AXIS}, lambda: {render(values).text})")
 
     def _op(self, op: Op) -> Statement:
         names = tuple(self.names.of(name) for name in op.outputs)
@@ -105,7 +119,7 @@ class Body:
             return Statement(
                 op.outputs,
                 reads,
-                lambda values: _runtime_call(op, values, self.context.graph.tensors),
+                self._drawn(op, lambda values: _runtime_call(op, values, self.context.graph.tensors)),
                 names,
                 weight=2,
                 foldable=False,
@@ -121,7 +135,12 @@ class Body:
             )
         weight = WEIGHTS.get(op.target.split(".")[1], 1)
         return Statement(
-            op.outputs, reads, self._plain(op), names, weight=weight, foldable=len(op.outputs) == 1
+            op.outputs,
+            reads,
+            self._drawn(op, self._plain(op)),
+            names,
+            weight=weight,
+            foldable=len(op.outputs) == 1,
         )
 
     def _plain(self, op: Op) -> Render:
@@ -216,6 +235,13 @@ class Body:
         return render
 
 
+def is_random(op: Op) -> bool:
+    """Whether an op draws random numbers."""
+    if short_name(op) == "scaled_dot_product_attention":
+        return has_dropout(op)
+    return short_name(op) in RANDOM
+
+
 def _is_ours(op: Op) -> bool:
     return op.target.startswith("autopar.")
 
@@ -243,10 +269,11 @@ def _runtime_call(op: Op, values: Values, tensors: Mapping[str, Tensor]) -> Expr
             texts += [f"padding_idx={padding}"] if padding >= 0 else []
         case "cross_entropy":
             texts = [first, rest[0]]
+            if "class_axis" in op.kwargs:
+                name = "sharded_cross_entropy"
+                texts.append(f"self.{op.kwargs['class_axis']}")
             if rows := [f"self.{axis}" for axis in op.kwargs.get("row_axes", ())]:
                 texts.append(f"rows=[{', '.join(rows)}]")
-            if "class_axis" in op.kwargs:
-                texts.append(f"classes=self.{op.kwargs['class_axis']}")
             texts += cross_entropy_options(op)
         case "scaled_dot_product_attention":
             name = "causal_attention"

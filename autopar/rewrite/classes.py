@@ -89,7 +89,7 @@ class ClassPrinter:
         """The class with this source: an earlier one if there is one, else a new one under a free name."""
         printed = self._classes.get(text)
         if printed is None:
-            taken = {other.name for other in self._classes.values()}
+            taken = {other.name for other in self._classes.values()} | RESERVED
             if name in taken and not attribute.isdigit():
                 name += "".join(part[:1].upper() + part[1:] for part in attribute.split("_"))
             printed = self._classes[text] = PrintedClass(fresh(name, taken, separator=""), text, needs_mesh)
@@ -99,8 +99,8 @@ class ClassPrinter:
 
 def _base(text: str) -> str:
     """What a class derives from: one with numbered members of its own, as a `Sequential` has, is a
-    `ModuleDict`."""
-    return "nn.ModuleDict" if 'self["' in text else "nn.Module"
+    `Container`."""
+    return "Container" if 'self["' in text else "nn.Module"
 
 
 class _StagePrinter:
@@ -167,7 +167,9 @@ class _StagePrinter:
             is_root or bool(body.axes()) or any(child.printed.needs_mesh for child in children.values())
         )
         groups = [f'self.{axis} = mesh.get_group("{self.context.axis_names[axis]}")' for axis in body.axes()]
-        constructor = _constructor([*groups, *members], needs_mesh, bool(layers))
+        buffers = re.findall(r'^self\.register_buffer\("(\w+)"', "\n".join(members), re.MULTILINE)
+        annotations = [*(f"{name}: Tensor" for name in buffers), ""] if buffers else []
+        constructor = [*annotations, *_constructor([*groups, *members], needs_mesh, bool(layers))]
         lines = [*constructor, *head, *(f"    {line}" for line in body.lines())]
         text = "\n".join(f"    {line}" if line else "" for line in lines)
         printed = self.printer.named(name, text, needs_mesh, node.attribute, self._origin(node, origin))
@@ -202,7 +204,7 @@ class _StagePrinter:
 
     def _inputs(self, node: Node) -> tuple[str, ...]:
         """What comes from outside: not made here, and held neither here nor by a child. Activations come
-        first.
+        first, and of those of one rank the widest.
         """
         made = {name for op in node.ops() for name in op.outputs}
         read = dict.fromkeys(
@@ -211,7 +213,14 @@ class _StagePrinter:
             for name in op.inputs
             if name not in made and not self.holding.path(name, op).startswith(prefix(node.path))
         )
-        return tuple(sorted(read, key=lambda name: not self.graph.tensors[name].requires_grad))
+        tensors = self.graph.tensors
+        ordered = sorted(read, key=lambda name: not tensors[name].requires_grad)
+        if not ordered or not tensors[ordered[0]].requires_grad:
+            return tuple(ordered)
+        rank = len(tensors[ordered[0]].shape)
+        alike = [name for name in ordered if tensors[name].requires_grad and len(tensors[name].shape) == rank]
+        widest = max(alike, key=lambda name: tensors[name].shape[-1:])
+        return (widest, *(each for each in ordered if each != widest))
 
     def _outputs(self, node: Node) -> tuple[str, ...]:
         inside = {op.name for op in node.ops()}

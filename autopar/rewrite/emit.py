@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ast
-import shutil
-import subprocess
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -16,15 +13,17 @@ from autopar.placements import RP, Shard, State
 from autopar.rewrite.batch_norm import STATISTICS, keeps_statistics
 from autopar.rewrite.classes import ClassPrinter, Instance
 from autopar.rewrite.context import ProgramContext
+from autopar.rewrite.source_format import format_source
 from autopar.rewrite.stages import Stage
 from autopar.rewrite.tree import build_tree, call_leaves
 from graphs.ir import OpGraph
 
 _RUNTIME_NAMES = """
-BatchNorm Parameters Placements Split all_gather all_gather_replicated all_reduce all_reduce_partial
-all_to_all batch_norm causal_attention checkpointed copy cross_entropy deferred_convolution deferred_linear
-deferred_matmul embedding exchange_counts first_grad first_only from_experts grouped_mm keep keep_matmuls
-keep_nothing reduce_scatter saved_buffer shard shard_partial to_experts
+BatchNorm Border Container Parameters Placements Split StageMaker all_gather all_gather_replicated
+all_reduce all_reduce_partial all_to_all batch_norm causal_attention checkpointed copy cross_entropy
+deferred_convolution deferred_linear deferred_matmul drawn_apart embedding exchange_counts first_grad
+first_only from_experts grouped_mm keep keep_matmuls keep_nothing reduce_scatter saved_buffer shard
+shard_partial sharded_cross_entropy to_experts
 """
 RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
 """What `model.py` may need of the runtime, in the order of its import."""
@@ -62,8 +61,10 @@ def emit_model(
         ops = call_leaves(stage.ops, context.graph)
         root = build_tree(ops, context.graph, context.block_paths)
         roots.append(printer.stage(root, stage, f"{name}{stage.kind}"))
-    kept = ["\n".join(context.recomputing.lines)] if context.recomputing.lines else []
-    code = "\n\n".join([*kept, *printer.sources(), *_tables(context, stages, roots)])
+    sources, kept = printer.sources(), context.recomputing
+    table = kept.table if any("KEPT" in source for source in sources) else ()
+    constants = ["\n".join([*kept.lines, *table])] if kept.lines or table else []
+    code = "\n\n".join([*constants, *sources, *_tables(context, stages, roots)])
     used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
     parts = [
         '"""' + "\n".join(header) + '\n"""',
@@ -73,21 +74,6 @@ def emit_model(
         code,
     ]
     return ModelSource(format_source("\n\n".join(part for part in parts if part)), printer.large_buffers)
-
-
-def format_source(text: str) -> str:
-    """The text as ruff formats it; unchanged where ruff is not installed."""
-    ruff = shutil.which("ruff") or shutil.which("ruff", path=str(_beside_python()))
-    if ruff is None:
-        return text
-    command = [ruff, "format", "--isolated", "--line-length", "110", "--stdin-filename", "model.py", "-"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"the emitted source does not parse:\n{done.stderr}\n{text}"
-    return done.stdout
-
-
-def _beside_python() -> str:
-    return sys.executable.rpartition("/")[0]
 
 
 def _imports(used: Collection[str]) -> list[str]:
@@ -130,13 +116,19 @@ def _tables(context: ProgramContext, stages: Sequence[Stage], roots: Sequence[In
         lines.append("PARTIAL_GRADIENTS = {")
         lines += [f'    "{axis}": {list(patterns)!r},' for axis, patterns in partial.items()]
         texts.append("\n".join([*lines, "}"]))
-    texts.append(f"STAGES = [{', '.join(code.factory for code in roots)}]")
+    of_type = ": list[StageMaker]" if len(stages) > 1 else ""
+    texts.append(f"STAGES{of_type} = [{', '.join(code.factory for code in roots)}]")
     if len(stages) > 1:
         borders = [stage.receives for stage in stages] + [stages[-1].sends]
         rows = [f"    [{', '.join(_meta(context.graph, name) for name in border)}]," for border in borders]
         texts.append(
             "\n".join(
-                ["# What each stage receives, and what the last one returns.", "BORDERS = [", *rows, "]"]
+                [
+                    "# What each stage receives, and what the last one returns.",
+                    "BORDERS: list[Border] = [",
+                    *rows,
+                    "]",
+                ]
             )
         )
     return texts

@@ -13,7 +13,8 @@ from autopar.rewrite.emit import block_patterns, by_pattern
 from autopar.rewrite.precision import Precision
 from autopar.rewrite.stages import Stage
 from autopar.rewrite.training import TrainingFacts
-from autopar.runtime.autopar_runtime import Expected, Recipe
+from autopar.runtime.initial import Recipe
+from autopar.runtime.log import Expected
 from graphs.ir import OpGraph
 
 
@@ -39,6 +40,7 @@ def training_facts(
     return TrainingFacts(
         name=plan.model.name,
         parallelism=plan.parallelism,
+        policy=plan.policy.name,
         inputs={
             name: (graph.tensors[name].shape[1:], graph.tensors[name].dtype, _num_values(graph, name))
             for name in graph.inputs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopar.runtime.autopar_runtime import Recipe
+from autopar.runtime.initial import Recipe
 
 FRESH = {"normal_", "trunc_normal_", "uniform_", "fill_", "zero_"}
 """Ops after which nothing is left of what was there."""

@@ -1,8 +1,8 @@
 """The `__init__` of a class: what it holds, under the names of the original model.
 
 Leaves of `torch.nn` are themselves again, with local sizes; what fits none of them is a plain holder of
-parameters. The containers of the original model become `nn.Module`s and, where their members are numbered,
-`nn.ModuleDict`s.
+parameters. The containers of the original model become `Container`s, or `nn.ModuleDict`s where the program
+loops over them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 
 from autopar.rewrite.batch_norm import keeps_statistics
 from autopar.rewrite.context import ProgramContext, access, below
-from autopar.rewrite.expressions import literal
+from autopar.rewrite.expressions import literal, tuple_of
 from autopar.rewrite.tree import CALL, Node
 from graphs.ir import Buffer, Op
 
-LITERAL_ELEMENTS = 8
-"""A buffer of at most this many elements is written into the source; a larger one is saved beside it."""
+LITERAL_LENGTH = 60
+"""The longest text of a buffer that is written into the source; what is longer is saved beside it."""
 
 Tree = dict[str, "str | Tree"]
 """Members by name: the constructor of a module, or the members of a container."""
@@ -70,7 +70,7 @@ class Members:
         constructors |= {below(path, node.path): constructor for path, constructor in children.items()}
         for owner, _ in buffers:
             if owner and not any(path.startswith(f"{owner}.") for path in constructors):
-                constructors.setdefault(owner, "nn.Module()")
+                constructors.setdefault(owner, "Container()")
         lines += _build("self", _tree(constructors), looped)
         lines += [line for _, line in buffers]
         lines += [
@@ -94,7 +94,9 @@ class Members:
             written = writer(tensors, call) if writer is not None else None
             if written is not None:
                 return f"nn.{info.type_name}({written}{self.context.dtype(tensors['weight'])})"
-        shapes = ", ".join(f"{name}={_tuple(self.context.sizes(tensor))}" for name, tensor in tensors.items())
+        shapes = ", ".join(
+            f"{name}={tuple_of(self.context.sizes(tensor))}" for name, tensor in tensors.items()
+        )
         return f"Parameters({shapes}{self.context.dtype(next(iter(tensors.values())))})"
 
     def _writers(self) -> Mapping[str, Callable[[Mapping[str, str], Op | None], str | None]]:
@@ -122,7 +124,9 @@ class Members:
         x, weight = op.args[0].name, op.args[1]
         affine = "" if weight is not None else ", affine=False"
         channels = self.context.sizes(x)[1]
-        return f"BatchNorm({channels}, momentum={op.args[6]}{affine}{self.context.dtype(x)})"
+        return (
+            f"BatchNorm({channels}, eps={op.args[7]}, momentum={op.args[6]}{affine}{self.context.dtype(x)})"
+        )
 
     def _shape(self, tensor: str) -> str:
         return ", ".join(self.context.sizes(tensor))
@@ -143,14 +147,11 @@ class Members:
         if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
             number = literal(value.flatten()[0].item(), {})
             return f'torch.full({shape}, {number}, dtype={meta.dtype}, device="cpu")'
-        if value.numel() <= LITERAL_ELEMENTS:
-            return f'torch.tensor({literal(value.tolist(), {})}, dtype={meta.dtype}, device="cpu")'
+        numbers = literal(value.tolist(), {}) if value.numel() < LITERAL_LENGTH else ""
+        if 0 < len(numbers) <= LITERAL_LENGTH:
+            return f'torch.tensor({numbers}, dtype={meta.dtype}, device="cpu")'
         self.large_buffers[buffer.name] = value
         return f'saved_buffer("{buffer.name}")'
-
-
-def _tuple(items: Sequence[str]) -> str:
-    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
 
 
 def _tree(constructors: Mapping[str, str]) -> Tree:
@@ -182,15 +183,16 @@ def _build(owner: str, tree: Tree, looped: Collection[str]) -> Iterator[str]:
         constructors = {key: each for key, each in member.items() if isinstance(each, str)}
         numbered = all(key.isdigit() for key in member)
         if numbered and len(constructors) == len(member):
-            yield f"{target} = {_module_dict(constructors, target in looped)}"
+            yield f"{target} = {_container(constructors, target in looped)}"
         else:
-            own = constructors.get("", "nn.ModuleDict()" if numbered else "nn.Module()")
+            own = constructors.get("", "Container()")
             yield f"{target} = {own}"
             yield from _build(target, {key: each for key, each in member.items() if key}, looped)
 
 
-def _module_dict(members: Mapping[str, str], always_range: bool) -> str:
-    """A `ModuleDict`, runs of the same constructor as a comprehension over their range."""
+def _container(members: Mapping[str, str], is_looped: bool) -> str:
+    """A container, runs of the same constructor as a comprehension over their range."""
+    kind = "nn.ModuleDict" if is_looped else "Container"
     runs: list[tuple[int, int, str]] = []
     for key, constructor in members.items():
         number = int(key)
@@ -198,13 +200,13 @@ def _module_dict(members: Mapping[str, str], always_range: bool) -> str:
             runs[-1] = (runs[-1][0], number + 1, constructor)
         else:
             runs.append((number, number + 1, constructor))
-    if len(runs) == 1 and (len(members) > 1 or always_range):
-        return f"nn.ModuleDict({_run(*runs[0])})"
+    if len(runs) == 1 and (len(members) > 1 or is_looped):
+        return f"{kind}({_run(*runs[0])})"
     items = [
         f'"{start}": {constructor}' if stop - start == 1 else f"**{_run(start, stop, constructor)}"
         for start, stop, constructor in runs
     ]
-    return f"nn.ModuleDict({{{', '.join(items)}}})"
+    return f"{kind}({{{', '.join(items)}}})"
 
 
 def _run(start: int, stop: int, constructor: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from autopar.errors import RewriteError
 from autopar.plan import Parallelism
-from autopar.runtime.autopar_runtime import joint
+from autopar.runtime.mesh import joint
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from graphs.ir import Op, OpGraph
 
 _RESERVED = """
     self mesh torch nn F layer layers number batch batch_norm checkpoint checkpointed functools KEPT Tensor
-    DeviceMesh Parameters Placements Split BATCH TP DP CP EP all_gather all_gather_replicated all_reduce
-    all_reduce_partial all_to_all causal_attention copy cross_entropy deferred_convolution deferred_linear
-    deferred_matmul embedding exchange_counts first_grad first_only from_experts grouped_mm keep
-    keep_matmuls keep_nothing reduce_scatter saved_buffer shard shard_partial to_experts
+    DeviceMesh StageMaker Border BatchNorm Container Parameters Placements Split BATCH TP DP CP EP
+    all_gather all_gather_replicated all_reduce all_reduce_partial all_to_all causal_attention copy
+    cross_entropy deferred_convolution deferred_linear deferred_matmul embedding exchange_counts first_grad
+    first_only from_experts grouped_mm keep keep_matmuls keep_nothing reduce_scatter saved_buffer shard
+    shard_partial sharded_cross_entropy to_experts
 """
 RESERVED = frozenset(_RESERVED.split())
 """Names that the source of a `forward` may need for what they stand for."""
@@ -29,7 +30,7 @@ PASSING = frozenset(_PASSING.split())
 _WEIGHTED = frozenset(
     {"linear", "mm", "matmul", "addmm", "embedding", "layer_norm", "conv1d", "conv2d", "conv3d"}
 )
-_ARITHMETIC = frozenset({"add", "mul", "sub", "div"})
+_ARITHMETIC = {"add": "total", "mul": "product", "sub": "difference", "div": "quotient"}
 _PARTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
 _ORDERED = frozenset({"topk", "sort", "max", "min", "kthvalue"})
 _SPOKEN = {
@@ -41,6 +42,7 @@ _SPOKEN = {
     "_grouped_mm": "grouped",
     "grouped_mm_fallback": "grouped",
     "argsort": "order",
+    "index": "rows",
     "batch_norm": "normalized",
     "cat": "joined",
     "where": "chosen",
@@ -112,6 +114,8 @@ class Names:
         alike = [read for read in operands if self.graph.tensors[read].shape == shape]
         if name in _ARITHMETIC and alike:
             return "x" if any(self.of(read) == "x" for read in alike) else self.of(alike[0])
+        if name in _ARITHMETIC:
+            return _ARITHMETIC[name]
         return name.strip("_")
 
     def _role(self, tensor: str) -> str | None:

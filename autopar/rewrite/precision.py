@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from autopar.errors import RewriteError
 from costmodel import OptimizerPolicy
+
+COPIES = frozenset({"master", "gradient"})
+"""States of a policy that are no state of the optimizer."""
+MOMENTS = frozenset({"exp_avg", "exp_avg_sq"})
+"""The states of AdamW."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,25 @@ def precision_of(policy: OptimizerPolicy, compute: torch.dtype) -> Precision:
 
     A policy that keeps a master copy, or parameters wider than what is gathered of them, has the optimizer
     update those; a gradient of four bytes or more is single precision. Nothing is narrower than the model.
+
+    Raises RewriteError for the policy of another optimizer than AdamW, and for one without master copies of a
+    model in fp16, whose gradients are unscaled in single precision.
     """
+    moments = set(dict(policy.state_bytes)) - COPIES
+    if moments != MOMENTS:
+        raise RewriteError(
+            f"programs train with AdamW, which keeps {' and '.join(sorted(MOMENTS))} of a parameter; the "
+            f"plan was priced with the policy {policy.name}, which keeps "
+            f"{' and '.join(sorted(moments)) or 'neither'}: plan with one of AdamW's, such as adamw-mixed"
+        )
     wide = torch.promote_types(compute, torch.float32)
     has_master = "master" in dict(policy.state_bytes) or policy.parameter_bytes > policy.gathered_bytes
+    if compute == torch.float16 and not has_master:
+        raise RewriteError(
+            f"the plan was priced with the policy {policy.name}, which keeps no master copies of parameters "
+            "in float16: what a step changes is mostly too small for it; plan with adamw-mixed, or train in "
+            "bfloat16"
+        )
     return Precision(
         compute=compute,
         master=wide if has_master else compute,

@@ -14,28 +14,26 @@ from autopar.localize import Localized
 from autopar.op_kinds import is_conversion
 from autopar.placements import Partial
 from autopar.plan import Parallelism, Plan, has_program
-from autopar.request import policy_of
 from autopar.rewrite.batch_norm import check_batch_norms
+from autopar.rewrite.bundle import RUNTIME, bundle
 from autopar.rewrite.context import ProgramContext, prefix
 from autopar.rewrite.deferral import defer_weights
-from autopar.rewrite.emit import emit_model, format_source, parameter_tables
+from autopar.rewrite.emit import emit_model, parameter_tables
 from autopar.rewrite.facts import tied_across, training_facts
 from autopar.rewrite.local import local_program
 from autopar.rewrite.mesh import ProgramMesh
 from autopar.rewrite.parity import PARITY
 from autopar.rewrite.precision import Precision, precision_of
 from autopar.rewrite.recompute import check_recomputation, recomputing
+from autopar.rewrite.source_format import format_source
 from autopar.rewrite.stages import Stage, cut
 from autopar.rewrite.training import emit_training
 from autopar.rewrite.tree import is_leaf
-from autopar.runtime.autopar_runtime import Recipe
+from autopar.runtime.initial import Recipe
 from autopar.search.summaries import main_dtype
-from costmodel import OptimizerPolicy
 from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, stage_ranks
 from graphs import Capture, CaptureError
 from graphs.ir import OpGraph
-
-RUNTIME = "autopar_runtime.py"
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,10 @@ class Program:
 def rewrite(
     capture: Capture,
     plan: Plan,
-    policy: OptimizerPolicy | None = None,
     recipes: Mapping[str, Recipe] = MappingProxyType({}),
 ) -> Program:
-    """The program that trains the captured model as `plan` says, with the precision of the optimizer policy
-    that it was priced with (None: the one of the model). `recipes` tell how parameters are initialised.
+    """The program that trains the captured model as `plan` says; `recipes` tell how parameters are
+    initialised.
 
     Raises `RewriteError` where the plan asks for something that cannot be emitted, and names it.
     """
@@ -107,19 +104,13 @@ def rewrite(
         context, stages, _header(plan), root.type_name if root else _class_name(plan.model.name)
     )
     _, partial = parameter_tables(context, stages)
-    precision = precision_of(policy_of(policy, capture.graph), main_dtype(capture.graph))
+    precision = precision_of(plan.policy, main_dtype(capture.graph))
     facts = training_facts(
         context, plan, stages, partial_gradients=bool(partial), precision=precision, recipes=recipes
     )
     training = emit_training(facts)
-    runtime = Path(__file__).parents[1] / "runtime" / RUNTIME
-    files = {
-        "model.py": model.text,
-        "train.py": format_source(training),
-        "parity.py": PARITY,
-        RUNTIME: runtime.read_text(encoding="utf-8"),
-        "plan.json": plan.to_json(),
-    }
+    sources = {"model.py": model.text, "train.py": format_source(training), "parity.py": PARITY}
+    files = {**sources, f"{RUNTIME}.py": bundle(sources), "plan.json": plan.to_json()}
     loss_name = capture.graph.output_names[capture.graph.outputs.index(capture.graph.loss or "")]
     return Program(plan, files, model.buffers, loss_name, precision)
 

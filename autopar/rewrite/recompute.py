@@ -18,7 +18,7 @@ from autopar.kernels import CONJUGATES
 from autopar.module_paths import module_ranges
 from autopar.op_kinds import EXCHANGES, is_conversion, short_name
 from autopar.plan import Recomputation
-from autopar.runtime.autopar_runtime import has_grouped_kernel
+from autopar.runtime.experts import has_grouped_kernel
 from graphs.ir import Op, OpGraph
 
 KEEP_NOTHING = "keep_nothing"
@@ -41,11 +41,12 @@ _BATCHED = ("bmm", "baddbmm", "einsum")
 @dataclass(frozen=True)
 class Recomputing:
     """How a program calls its blocks: `policies` says by path what those keep that compute again, by the name
-    of a function of the runtime or of a constant, `lines` define these constants, and `is_mixed` whether
-    blocks differ."""
+    of a function of the runtime or of a constant, `lines` define these constants, `table` is where loops look
+    it up, and `is_mixed` says whether blocks differ."""
 
     policies: Mapping[str, str] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
+    table: tuple[str, ...] = ()
     is_mixed: bool = False
 
     def call(self, module: str, path: str, arguments: str) -> str:
@@ -90,7 +91,7 @@ def recomputing(plan: Sequence[Recomputation], graph: OpGraph, block_paths: froz
         lines.append("# Results that blocks keep when they compute the rest again, by kind and number.")
         for text, (name, labels) in constants.items():
             lines += [*wrap(f"# {', '.join(labels)}:", 100, subsequent_indent="# "), f"{name} = {text}"]
-    return Recomputing(policies, (*lines, *(_table(policies) if is_mixed else ())), is_mixed)
+    return Recomputing(policies, tuple(lines), tuple(_table(policies)), is_mixed)
 
 
 def _table(policies: Mapping[str, str]) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from autopar.rewrite.expressions import Expression
 from autopar.rewrite.naming import RESERVED, fresh
+from autopar.rewrite.typed_result import with_typed_result
 
 FOLD_WEIGHT = 5
 """The most operations that one expression holds."""
@@ -80,7 +81,10 @@ class Scope:
         results = [each.render(values).text for each in returned] or [
             values[name].text for name in self.results
         ]
-        return [*lines, f"return {', '.join(results)}"]
+        if len(results) > 1:
+            return [*lines, f"return {', '.join(results)}"]
+        base = returned[0].base[0] if returned else ""
+        return with_typed_result(lines, results[0], base, self.arguments.values())
 
     def _is_returned(self, last: Statement) -> bool:
         """Whether the last statement is an expression that stands in the `return`."""

@@ -3,6 +3,7 @@
 A stage has the ops from its first one up to the next stage's. What it needs of earlier stages it receives,
 and passes on what later ones need, so a skip connection may jump over any number of stages. What follows from
 the batch alone (masks, rotary angles, positions) is not sent: every stage that needs it computes it again.
+Nor are views and shards of parameters: a stage that reads them has the parameter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from autopar.errors import RewriteError
+from autopar.op_kinds import is_conversion, kind_of
 from graphs.ir import Op, OpGraph
 
 
@@ -51,7 +53,7 @@ def cut(graph: OpGraph, first_ops: Sequence[str], results: Sequence[str]) -> tup
     """
     position = {op.name: index for index, op in enumerate(graph.ops)}
     starts = [0, *(position[name] for name in first_ops[1:]), len(graph.ops)]
-    sent = _dependent(graph)
+    sent = _dependent(graph) - _parameter_forms(graph)
     inner = (_live(graph, start, results, sent) for start in starts[1:-1])
     borders = [(), *inner, tuple(results)]
     for index, (start, border) in enumerate(zip(starts[1:], borders[1:], strict=True), 1):
@@ -83,6 +85,16 @@ def _dependent(graph: OpGraph) -> frozenset[str]:
     return frozenset(found)
 
 
+def _parameter_forms(graph: OpGraph) -> frozenset[str]:
+    """Views of parameters, and parameters in another state than the one they lie in."""
+    found: set[str] = set()
+    for op in graph.ops:
+        is_form = is_conversion(op) or kind_of(op, graph.tensors) == "view"
+        if is_form and op.inputs and found.union(graph.parameter_tensors).issuperset(op.inputs):
+            found.update(op.outputs)
+    return frozenset(found)
+
+
 def _live(graph: OpGraph, start: int, results: Iterable[str], sent: Collection[str]) -> tuple[str, ...]:
     """Of the values in `sent`, those made before op `start` and needed from there on, in the order they are
     made."""
@@ -97,7 +109,7 @@ def _needed(
     graph: OpGraph, start: int, stop: int, receives: Sequence[str], sends: Sequence[str]
 ) -> tuple[Op, ...]:
     """Ops `[start, stop)` that lead to what the stage sends, and those before that these need: they follow
-    from the batch alone."""
+    from the batch alone, or from a parameter."""
     wanted = set(sends) - set(receives)
     needed: list[Op] = []
     for index in range(stop - 1, -1, -1):

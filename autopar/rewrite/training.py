@@ -5,33 +5,39 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from textwrap import indent
+from textwrap import fill, indent
 
 import torch
 
 from autopar.plan import Parallelism
 from autopar.rewrite.precision import Precision
-from autopar.runtime.autopar_runtime import Expected, Recipe
-from costmodel import stage_ranks
+from autopar.runtime.initial import Recipe
+from autopar.runtime.log import Expected
+from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, stage_ranks
+
+WIDTH = 100
+"""Of the lines of a docstring."""
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
     """What `train.py` is written from.
 
+    `policy` is the name of the plan's optimizer policy, and `precision` what it means for the dtypes;
     `inputs` are shape (of one sample) and dtype of every model input, with the number of values of integer
     ones; `mesh` are the axes with their sizes, `data_axis` is the mesh axis over which data parallelism sums
     (None without it), `loss_axes` are the mesh axes on which each rank has only a term of the loss;
     `partial_gradients` says whether `model.py` has such a table; `ties` are the paths and stages of
     parameters tied across stages; `block_patterns` the repeated blocks, on which `fully_shard` works;
-    `has_whole_parameters` says whether it must leave some whole; `precision` is that of the optimizer
-    policy; `aliases` are the further names of tied parameters, each with the first; `tokens` are the inputs
-    that tokens and labels go to (None where the model reads none); `expected` is what the plan says of a
-    step; `initial` are the patterns of parameters by how they are initialised.
+    `has_whole_parameters` says whether it must leave some whole; `aliases` are the further names of tied
+    parameters, each with the first; `tokens` are the inputs that tokens and labels go to (None where the
+    model reads none); `expected` is what the plan says of a step; `initial` are the patterns of parameters by
+    how they are initialised.
     """
 
     name: str
     parallelism: Parallelism
+    policy: str
     inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype, int]]
     mesh: Mapping[str, int]
     data_axis: str | None
@@ -68,6 +74,7 @@ def emit_training(facts: TrainingFacts) -> str:
     plan = facts.parallelism
     docstring = (
         f'"""Train {facts.name} under the plan {plan}: {plan.global_batch} samples a step.\n\n'
+        f"{_policy(facts)}\n\n"
         f"    torchrun --nproc-per-node {plan.world_size} train.py --data tokens.bin --checkpoints saved\n\n"
         'See --help for the rest.\n"""'
     )
@@ -78,11 +85,24 @@ def emit_training(facts: TrainingFacts) -> str:
     return f"{docstring}\n\n{imports}\n{code}\n"
 
 
+def _policy(facts: TrainingFacts) -> str:
+    """How it trains, by the plan's optimizer policy."""
+    precision = facts.precision
+    compute, master, gradient = map(_name, (precision.compute, precision.master, precision.gradient))
+    updated = f"{master} copies of them" if precision.has_master else "them"
+    scaled = ", of a scaled loss" if precision.needs_loss_scale else ""
+    return fill(
+        f"By the policy {facts.policy} products read {compute} parameters, AdamW updates {updated}, and "
+        f"gradients are added up in {gradient}{scaled}.",
+        WIDTH,
+    )
+
+
 _RUNTIME_NAMES = """
 Checkpoints Expected GradientBuckets HostAdamW LocalAdamW Log LossScale MasterAdamW MixedPrecision
-PipelineSchedule Tied Trained allocate batches clip_gradients experts_of initialize load make_mesh
-matching open_data pipeline seed_step set_learning_rate shard_parameters start sum_gradients
-sum_tied_gradients sync_in_backward tied_parameters training_options unsharded_parameters
+PipelineSchedule Tied Trained allocate batches clip_gradients experts_of further_copies hold_until_last
+initialize leave_weights load make_mesh matching open_data pipeline seed_step set_learning_rate
+shard_parameters start sum_gradients sum_tied_gradients tied_parameters training_options unsharded_parameters
 """
 RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
 MODEL_TABLES = ("BORDERS", "PARTIAL_GRADIENTS", "PLACEMENTS", "STAGES")
@@ -195,9 +215,9 @@ def _build(facts: TrainingFacts) -> str:
         options = f"zero_stage={plan.zero_stage}{precision}{experts}"
         zero = f"        shard_parameters(stage, BLOCKS, mesh, {options})\n"
     if plan.pp > 1:
-        ending += (
-            f'    schedule = pipeline(stages, BORDERS, "{plan.schedule}", NUM_MICROBATCHES, mesh, device)\n'
-        )
+        splitting = ", leave_weights" if plan.schedule in SPLIT_BACKWARD_SCHEDULES else ""
+        pipeline = f'pipeline(stages, BORDERS, "{plan.schedule}", NUM_MICROBATCHES, mesh, device{splitting})'
+        ending += f"    schedule = {pipeline}\n"
         arguments += ", schedule"
     if facts.ties:
         ending += "    tied = tied_parameters(stages, TIES, RANKS_OF_STAGES, mesh)\n"
@@ -276,20 +296,21 @@ def _accumulated(facts: TrainingFacts) -> str:
     plan = facts.parallelism
     if plan.num_microbatches == 1:
         return """\
-    loss = rank.stages[0](**batch)
+    loss: Tensor = rank.stages[0](**batch)
     loss.backward()
     total = loss.detach().clone()
 """
-    sync = (
-        "        sync_in_backward(rank.stages[0], index == NUM_MICROBATCHES - 1)\n"
-        if plan.zero_stage == 1
+    holds = (
+        "        hold_until_last(rank.stages[0], index == NUM_MICROBATCHES - 1, "
+        f"zero_stage={plan.zero_stage})\n"
+        if plan.zero_stage in (1, 2)
         else ""
     )
     return f"""\
     losses = []
     for index in range(NUM_MICROBATCHES):
         rows = slice(index * MICROBATCH, (index + 1) * MICROBATCH)
-{sync}\
+{holds}\
         loss = rank.stages[0](**{{name: each[rows] for name, each in batch.items()}}) / NUM_MICROBATCHES
         loss.backward()
         losses.append(loss.detach())
@@ -332,7 +353,7 @@ def _name(dtype: torch.dtype) -> str:
 def _main(facts: TrainingFacts) -> str:
     aliases = ", ALIASES" if facts.aliases else ""
     tokens = f', "{facts.tokens[0]}", "{facts.tokens[1]}"' if facts.tokens else ""
-    tied = ", rank.tied" if facts.ties else ""
+    further = ", further_copies(rank.tied)" if facts.ties else ""
     step, scale, resumed = "        optimizer.step()\n", "", ""
     if facts.precision.needs_loss_scale:
         step = "        if rank.loss_scale.is_good(float(norm)):\n            optimizer.step()\n"
@@ -343,6 +364,9 @@ def main() -> None:
     options = training_options(__doc__)
     device = start()
     rank = build(device, options.weights)
+    if options.compile:
+        for stage in rank.stages.values():
+            stage.compile()
     optimizer = OPTIMIZER(
         dict.fromkeys(rank.parameters().values()), betas=options.betas, weight_decay=options.weight_decay
     )
@@ -358,7 +382,7 @@ def main() -> None:
         seed_step(step, rank.mesh, options)
         rate = set_learning_rate(optimizer, step, options)
         loss = forward_backward(rank, {{name: each.to(device) for name, each in batch.items()}})
-        norm = clip_gradients(trained.stages, options.clip, rank.mesh, PLACEMENTS{tied})
+        norm = clip_gradients(trained.stages, options.clip, rank.mesh, PLACEMENTS{further})
 {step}\
         optimizer.zero_grad()
         log.step(step + 1, loss=loss, gradient_norm=norm, learning_rate=rate)

@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from autopar.plan import Parallelism
 from autopar.search.likely import LikelyWays
+from autopar.search.local_programs import Program
 from autopar.search.mixed import Blend
 from autopar.search.outcome import Outcome, Solved
-from autopar.search.programs import MEMORY_PRICES, Program
+from autopar.search.programs import MEMORY_PRICES
 from autopar.search.space import Layout, ways
 from autopar.search.staging import Draft
 from costmodel.orders import OVERLAPPING_SCHEDULES
@@ -293,7 +294,7 @@ class BranchAndBound:
                 yield max(floor_s, self.floors.way_s(p, program)), WayNode(p, program)
             case WayNode(p, program, False):
                 # Memory may drive the way to other programs: what is closed here is closed for all.
-                least = program if p.tp == 1 else self.planner.programs.relaxed(p, trades=False)
+                least = program if p.tp == 1 else self.planner.programs.least.relaxed(p, trades=False)
                 close_s = self.planner.layer.floor_s(least, p)
                 if close_s < float("inf"):
                     yield max(floor_s, close_s), node._replace(is_close=True)
@@ -354,7 +355,7 @@ class BranchAndBound:
         """Make a smaller program where any could still be faster."""
         p, price, fastest_s, rigour = node
         if rigour < RIGOUR:
-            least = self.planner.programs.relaxed(p, trades=rigour > 0)
+            least = self.planner.programs.least.relaxed(p, trades=rigour > 0)
             draft = self.planner.layer.draft(least, p)
             if draft is not None:
                 if rigour > 1:

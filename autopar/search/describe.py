@@ -74,6 +74,8 @@ def build_plan(
         model=model_summary(planner.capture),
         cluster=cluster_summary(planner.cluster, planner.capture),
         parallelism=Parallelism.model_validate(evaluated.parallelism.model_dump()),
+        policy=planner.policy,
+        low_precision=planner.programs.low_precision,
         rank_groups=rank_groups(evaluated.parallelism, planner.cluster),
         strategies=solved.program.strategies,
         placements=parameter_placements(planner.capture.graph, solved),
@@ -225,13 +227,23 @@ def rule_warnings(graph: OpGraph) -> tuple[str, ...]:
 
 
 def _precision_warnings(planner: Planner) -> tuple[str, ...]:
-    wanted, device = planner.programs.low_precision, planner.cluster.device
-    if wanted is None:
-        return ()
-    executed = device.executed_dtype(wanted)
-    own = dtype_name(main_dtype(planner.capture.graph))
-    instead = "" if executed == wanted else f", which {device.name} runs as {executed}"
-    return (f"products in repeated blocks are priced in {wanted}{instead}; the program runs them in {own}",)
+    wanted, device, policy = planner.programs.low_precision, planner.cluster.device, planner.policy
+    dtype = main_dtype(planner.capture.graph)
+    own = dtype_name(dtype)
+    warnings = []
+    if policy.gathered_bytes != dtype.itemsize:
+        warnings.append(
+            f"the policy {policy.name} has products read parameters of {policy.gathered_bytes:g} bytes, the "
+            f"model is in {own}, of {dtype.itemsize} bytes, and so is its program: convert the model, or "
+            "choose another policy"
+        )
+    if wanted is not None:
+        executed = device.executed_dtype(wanted)
+        instead = "" if executed == wanted else f", which {device.name} runs as {executed}"
+        warnings.append(
+            f"products in repeated blocks are priced in {wanted}{instead}; the program runs them in {own}"
+        )
+    return tuple(warnings)
 
 
 def _gather_warnings(planner: Planner, p: Parallelism) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ from typing import Protocol
 
 from autopar.plan import Parallelism
 from autopar.search.bounds import DeviceSums
-from autopar.search.programs import Program, Programs, on_device
+from autopar.search.local_programs import Program
+from autopar.search.programs import Programs, on_device
 from autopar.search.stage_table import StageTable
 
 POWER_OF_TWO = 32
@@ -89,7 +90,7 @@ class Floors:
 
     def divided(self, p: Parallelism) -> Program:
         """What no program of a candidate's layout can beat, made without one (`Programs.divided`)."""
-        return self.programs.divided(p, self._multiple(p.microbatch_size) // p.microbatch_size)
+        return self.programs.least.divided(p, self._multiple(p.microbatch_size) // p.microbatch_size)
 
     def tensor_s(self, microbatch_size: int, tp: int, ep: int) -> float:
         """A microbatch on a rank of a tensor axis."""
@@ -98,7 +99,7 @@ class Floors:
             return device_s
         multiple = self._multiple(microbatch_size)
         if (tp, multiple) not in self._tensor_s:
-            self._tensor_s[tp, multiple] = self.programs.floor_s(multiple, tp) / multiple
+            self._tensor_s[tp, multiple] = self.programs.least.floor_s(multiple, tp) / multiple
         return max(device_s, microbatch_size * self._tensor_s[tp, multiple])
 
     def computed_s(self, microbatch_size: int, tp: int, ep: int) -> float:
@@ -107,7 +108,7 @@ class Floors:
         if ep > 1 or tp == 1:
             return device_s
         multiple = self._multiple(microbatch_size)
-        computed_s = self.programs.computed_floor_s(multiple, tp) * microbatch_size / multiple
+        computed_s = self.programs.least.computed_floor_s(multiple, tp) * microbatch_size / multiple
         return max(device_s, computed_s)
 
     def _multiple(self, microbatch_size: int) -> int:
@@ -119,4 +120,4 @@ class Floors:
 
     def context_s(self, microbatch_size: int, tp: int, cp: int) -> float:
         """What attention adds to a microbatch for a context axis."""
-        return self.programs.context_floor_s(microbatch_size, tp, cp) if cp > 1 else 0.0
+        return self.programs.least.context_floor_s(microbatch_size, tp, cp) if cp > 1 else 0.0

@@ -21,8 +21,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from autopar.plan import Parallelism
+from autopar.search.local_programs import Program, ProgramKey
 from autopar.search.outcome import Outcome, Solved
-from autopar.search.programs import Program, ProgramKey
 from autopar.search.space import Layout, ways
 from autopar.search.staging import Draft
 from costmodel.orders import OVERLAPPING_SCHEDULES

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from autopar.plan import Parallelism
 from autopar.search.keep_sets import Choice, frontier
+from autopar.search.local_programs import Program
 from autopar.search.outcome import Solved, better
-from autopar.search.programs import MEMORY_PRICES, Program, Programs
+from autopar.search.programs import MEMORY_PRICES, Programs
 from autopar.search.staging import Draft, StageLayer
 from autopar.search.units import Unit
 
@@ -98,7 +99,7 @@ class Mixer:
         best = None
         for levels in islice(simpler(blend.levels(chosen.evaluated.choices)), MOST_TRIES):
             if {*levels} != {blend.outside}:
-                program = self.programs.mixed(p, blend.outside, levels)
+                program = self.programs.depths.mixed(p, blend.outside, levels)
                 solved = None if program is None else self.layer.solve(program, p)
                 best = best if solved is None else better(best, solved)
         return best

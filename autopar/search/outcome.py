@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated
-from autopar.search.programs import Program
+from autopar.search.local_programs import Program
 
 PRICED = "priced"
 

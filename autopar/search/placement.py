@@ -21,8 +21,8 @@ from autopar.pricing import Pricer
 from autopar.ranks import Link, RankGroups, Steps
 from autopar.search.data_axes import data_groups, expert_shares, mesh_groups, strides
 from autopar.search.evaluate import Evaluator
+from autopar.search.local_programs import Program
 from autopar.search.outcome import Solved
-from autopar.search.programs import Program
 from autopar.search.units import Chain, Unit
 from costmodel import Group, spans
 from hardware_db import Cluster

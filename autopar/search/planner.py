@@ -253,7 +253,7 @@ class Planner:
     def finish(self, solved: Solved) -> Solved:
         """The same at full depth, priced again from there: the names and numbers that a plan is made of."""
         evaluated = solved.evaluated
-        program, p = self.programs.finished(solved.program), evaluated.parallelism
+        program, p = self.programs.depths.finished(solved.program), evaluated.parallelism
         chain = placed_chain(program, p, self.evaluator)
         again = self.evaluator.evaluate(chain, p, evaluated.cuts, evaluated.choices)
         return replace(solved, program=program, evaluated=again)
@@ -261,7 +261,7 @@ class Planner:
     def as_given(self, p: Parallelism) -> Solved:
         """What a person gets who asks for just this, at full depth: the strategies of `autopar.search.pinned`
         and blocks dealt out evenly over the stages, as trainers do it."""
-        program = self.programs.finished(self.programs.program(p, PINNED))
+        program = self.programs.depths.finished(self.programs.program(p, PINNED))
         cuts = even_cuts(program.chain, p.pp * p.num_virtual_stages)
         evaluated = self.evaluator.evaluate(placed_chain(program, p, self.evaluator), p, cuts)
         return Solved(evaluated, program, evaluated.step_s)

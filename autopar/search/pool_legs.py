@@ -16,10 +16,10 @@ import numpy as np
 from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluator
 from autopar.search.ledger import rank_ledgers
+from autopar.search.local_programs import Program
 from autopar.search.pieces import Pieces
 from autopar.search.planner import Planner
 from autopar.search.pool_routes import Leg, Route, leg_ways
-from autopar.search.programs import Program
 from autopar.search.runs import Array
 from autopar.search.stage_table import StageTable
 from autopar.search.units import Chain

@@ -93,6 +93,8 @@ def _pipeline(legs: Legs, best: PricedRoute, certificate: Certificate, result: P
         model=model_summary(capture),
         cluster=cluster,
         parallelism=_parallelism(best.legs[0].parallelism, pp=len(best.cuts)),
+        policy=legs.planners[0].policy,
+        low_precision=legs.planners[0].programs.low_precision,
         strategies=pools[0].strategies,
         placements=pools[0].placements,
         stages=_stage_plans(best, pools),

@@ -13,12 +13,12 @@ from itertools import pairwise
 
 from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated
+from autopar.search.local_programs import Program
 from autopar.search.outcome import Solved
 from autopar.search.polish import handed_on
 from autopar.search.pool_cuts import RouteCut
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_routes import SCHEDULE, Route
-from autopar.search.programs import Program
 from costmodel import Ledger, StageWork, StepCost, peak_in_flight, step_cost
 
 NUM_REPAIRS = 6
@@ -144,7 +144,7 @@ class Prices:
     def finished(self, priced: PricedRoute) -> PricedRoute:
         """The same at full depth: with the names and numbers that a plan is made of."""
         planners = self.legs.planners
-        programs = [planners[leg.pool].programs.finished(leg.program) for leg in priced.legs]
+        programs = [planners[leg.pool].programs.depths.finished(leg.program) for leg in priced.legs]
         again = self._price(priced.course, programs, [leg.choices for leg in priced.legs])
         return replace(again, bound_s=priced.bound_s)
 

@@ -289,7 +289,7 @@ class _Run:
 
     def _last_read(self, name: str) -> int:
         """When a value is read last in the forward: the end of the run if others read it later."""
-        reader = self.all.last_reader.get(name, self.start) - self.start
+        reader = max(0, self.all.last_reader.get(name, 0) - self.start)  # 0 where it was read before the run
         if reader >= len(self.ops):
             return len(self.ops) - 1
         return max(self.place[reader], self.made.get(name, 0))

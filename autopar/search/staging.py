@@ -23,9 +23,10 @@ from autopar.search.data_axes import least_accumulation_s
 from autopar.search.effort import clocked, cut_size
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.even_stages import EvenStages
+from autopar.search.local_programs import Program
 from autopar.search.outcome import Solved, better
 from autopar.search.polish import handed_on, takers, with_faster_units
-from autopar.search.programs import Program, Programs
+from autopar.search.programs import Programs
 from autopar.search.runs import Array
 from autopar.search.stage_costs import Machine
 from autopar.search.stage_table import Options, StageTable

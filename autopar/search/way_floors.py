@@ -11,8 +11,8 @@ from __future__ import annotations
 from autopar.plan import Parallelism, Recompute
 from autopar.search.bounds import Bounds, DeviceSums
 from autopar.search.floors import Floors
+from autopar.search.local_programs import Program
 from autopar.search.pins import Pins
-from autopar.search.programs import Program
 from autopar.search.space import Layout, parallelism
 from autopar.search.staging import StageLayer
 from costmodel.closed_forms import uniform_finish_s

@@ -15,7 +15,8 @@ def attention(op: Op, operands: tuple[Tensor, ...], results: tuple[Tensor, ...])
 
     Batch and heads are independent. With `enable_gqa` the g query heads of one key head stand together: the
     head dimension of the queries is (h, g). Query rows are independent too, but where `is_causal` derives the
-    mask from their position. Keys and head dimensions stay whole.
+    mask from their position; a context axis splits them there too, and must know where a rank's rows begin.
+    Keys and head dimensions stay whole.
     """
     args = arguments(op)
     query, key = operands[0].shape, operands[1].shape
@@ -41,5 +42,6 @@ def attention(op: Op, operands: tuple[Tensor, ...], results: tuple[Tensor, ...])
         [result],
         sizes=sizes,
         unsplittable={"t", "d", "e"} | ({"s"} if args["is_causal"] else set()),
+        contiguous=("s",),
         linear=args.linear_in(("value",)),
     )

@@ -54,6 +54,7 @@ def make_rule(
     sizes: Mapping[str, int] | None = None,
     reductions: Iterable[str] = (),
     unsplittable: Iterable[str] = (),
+    contiguous: Iterable[str] = (),
     linear: Iterable[Iterable[int]] = (),
     sections: Mapping[SectionKey, Sequence[int]] | None = None,
     implemented: Mapping[str, str] | None = None,
@@ -87,6 +88,7 @@ def make_rule(
         results=filtered("result"),
         reductions=frozenset(reductions) & kept.keys(),
         unsplittable=frozenset(unsplittable) & kept.keys(),
+        contiguous=frozenset(contiguous) & kept.keys(),
         linear=tuple(frozenset(members) for members in linear),
         sections={
             key: parts for key, parts in cuts.items() if set(dims[key[0]][key[1]][key[2]]) & kept.keys()
@@ -135,7 +137,8 @@ def check(rule: Rule, operands: Sequence[Tensor], results: Sequence[Tensor]) -> 
             if problem is not None:
                 return f"{side} {index} is {tensor.name}{list(tensor.shape)}: {problem}"
     named = factors(dim for tensor in (*rule.operands, *rule.results) for dim in tensor)
-    unknown = (rule.reductions | rule.unsplittable | rule.whole | rule.implemented.keys()) - named
+    told = rule.reductions | rule.unsplittable | rule.contiguous | rule.whole | rule.implemented.keys()
+    unknown = told - named
     return f"no dimension holds the factors {sorted(unknown)}" if unknown else None
 
 

@@ -28,6 +28,7 @@ class Rule:
         reductions: factors that no result holds and whose local results sum to the whole one. A factor that
             some result lacks and that is neither in here nor in `whole` cannot be split.
         unsplittable: factors that must stay whole (the row of a softmax, the hidden dimension of a norm).
+        contiguous: factors of which every rank must have one run, whatever sections others would cut.
         linear: sets of operands in which the op is jointly linear, so that partial sums of those, with
             everything else whole, give partial sums of the results.
         sections: for a dimension that is a concatenation, keyed `("operand" | "result", index, dim)`, the
@@ -44,6 +45,7 @@ class Rule:
     results: tuple[tuple[Dim, ...], ...]
     reductions: frozenset[str] = frozenset()
     unsplittable: frozenset[str] = frozenset()
+    contiguous: frozenset[str] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
     sections: Mapping[tuple[str, int, int], tuple[int, ...]] = field(default_factory=dict)
     implemented: Mapping[str, str] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from autopar.localize import conversion_dims, zigzag_argument
 from autopar.placements import PR, RP, RR, Shard, State, sharded
-from autopar.runtime import autopar_runtime as runtime
+from autopar.runtime import collectives, experts, gradients, losses, split_ops
 from autopar.strategies import conversion
 from tests.autopar.simulated_ranks import convert, deal
 
@@ -47,7 +47,7 @@ def check(before: State, after: State) -> bool:
 
     mine = parts[rank].detach().clone().requires_grad_()
     dims, order = conversion_dims(how, before, after), zigzag_argument(before, after)
-    made = getattr(runtime, how.name)(mine, everybody(), *dims, **order)
+    made = getattr(collectives, how.name)(mine, everybody(), *dims, **order)
     made.backward(deal(gradient, after.grad, size)[rank])
     what = f"{how.name}: {before} -> {after}"
     same(made, wanted[rank], after.value, what)
@@ -77,13 +77,13 @@ def check_cross_entropy() -> int:
         wanted = F.cross_entropy(logits, target, **options)
         wanted.backward()
         rows = logits.detach().chunk(size)[rank].requires_grad_()
-        loss = runtime.cross_entropy(rows, target.chunk(size)[rank], rows=[world], **options)
+        loss = losses.cross_entropy(rows, target.chunk(size)[rank], rows=[world], **options)
         loss.backward()
         dist.all_reduce(total := loss.detach().clone())
         torch.testing.assert_close(total, wanted.detach())
         torch.testing.assert_close(rows.grad, logits.grad.chunk(size)[rank])
         classes = logits.detach().chunk(size, 1)[rank].contiguous().requires_grad_()
-        loss = runtime.cross_entropy(classes, target, classes=world, **options)
+        loss = losses.sharded_cross_entropy(classes, target, world, **options)
         loss.backward()
         torch.testing.assert_close(loss.detach(), wanted.detach())
         torch.testing.assert_close(classes.grad, logits.grad.chunk(size, 1)[rank])
@@ -99,7 +99,9 @@ def check_embedding() -> int:
     wanted = F.embedding(indices, table, padding_idx=5)
     wanted.square().sum().backward()
     mine = table.detach().chunk(size)[rank].clone().requires_grad_()
-    found = runtime.all_reduce(runtime.embedding(indices, mine, everybody(), padding_idx=5), everybody())
+    found = collectives.all_reduce(
+        split_ops.embedding(indices, mine, everybody(), padding_idx=5), everybody()
+    )
     found.square().sum().backward()
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(mine.grad, table.grad.chunk(size)[rank])
@@ -117,7 +119,7 @@ def check_causal_attention() -> int:
     for zigzag in (False, True):
         rows = sharded(2, zigzag=zigzag).value
         query = deal(queries, rows, size)[rank]
-        found = runtime.causal_attention(
+        found = split_ops.causal_attention(
             query, key, value, everybody(), zigzag=zigzag, scale=0.3, enable_gqa=True
         )
         torch.testing.assert_close(found, deal(wanted, rows, size)[rank])
@@ -134,14 +136,14 @@ def check_experts() -> int:
     keys = keys.where(keys != 5, 4)  # an expert without rows
     ends = torch.bincount(keys, minlength=num_experts).cumsum(0).int()
     x = torch.stack([keys, torch.full_like(keys, rank), torch.arange(len(keys))], 1).double().requires_grad_()
-    here, routes = runtime.exchange_counts(ends, everybody())
-    rows = runtime.to_experts(x, routes, everybody())
+    here, routes = experts.exchange_counts(ends, everybody())
+    rows = experts.to_experts(x, routes, everybody())
     found = rows.detach().long().tolist()
     assert found == sorted(found), "by expert, then by rank, then as they were"
     mine = torch.bincount(rows.detach()[:, 0].long(), minlength=num_experts).chunk(size)
     assert mine[rank].cumsum(0).tolist() == here.tolist()
     assert sum(map(len, found)) == 3 * int(mine[rank].sum())
-    back = runtime.from_experts(rows * rows, routes, everybody())
+    back = experts.from_experts(rows * rows, routes, everybody())
     torch.testing.assert_close(back, x * x)
     back.sum().backward()
     torch.testing.assert_close(x.grad, 2 * x)
@@ -156,7 +158,7 @@ def check_buckets() -> int:
     parameters.append(torch.nn.Parameter(torch.zeros(2)))
     for index, parameter in enumerate(parameters[:-1]):
         parameter.grad = torch.full_like(parameter, index + dist.get_rank())
-    runtime.sum_gradients(parameters, everybody(), bucket_bytes=32)
+    gradients.sum_gradients(parameters, everybody(), bucket_bytes=32)
     for index, parameter in enumerate(parameters[:-1]):
         torch.testing.assert_close(
             parameter.grad, torch.full_like(parameter, index * size + sum(range(size)))

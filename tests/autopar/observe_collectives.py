@@ -1,8 +1,8 @@
-"""Run one step of several programs on the ranks of a torchrun job and count the collectives of their models.
+"""Run one step of a program on the ranks of a torchrun job and count the collectives of its model.
 
-torchrun --nproc-per-node N observe_collectives.py DIRECTORY...
+torchrun --nproc-per-node N observe_collectives.py DIRECTORY
 
-Rank 0 prints a line of JSON for every program: by kind, how many a rank runs and how many bytes all ranks
+Rank 0 prints a line of JSON: by kind, how many a rank runs and how many bytes all ranks
 together put in. Bytes are those of the whole tensor for what gathers, scatters or reduces, and of what a rank
 has for an exchange, as `costmodel.Collective` counts them. Sums of gradients after the backward are not
 functional collectives, and not in here.
@@ -11,7 +11,6 @@ functional collectives, and not in here.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from importlib import import_module
@@ -21,8 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from tests.autopar.run_programs import PROGRAM_MODULES, keep_the_process_group
 
 KINDS = {
     "all_gather_into_tensor": "all_gather",
@@ -52,8 +49,6 @@ class Observer(TorchDispatchMode):
 
 def observe(directory: str) -> dict[str, tuple[int, int]]:
     """Kind -> number and bytes, of one forward and backward of a program with fresh weights."""
-    for module in PROGRAM_MODULES:
-        sys.modules.pop(module, None)
     sys.path[0] = directory
     reference = torch.load(f"{directory}/reference.pt", weights_only=True)
     train, runtime = import_module("train"), import_module("autopar_runtime")
@@ -69,9 +64,8 @@ def observe(directory: str) -> dict[str, tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    keep_the_process_group()
-    for directory in sys.argv[1:]:
-        observed = observe(directory)
-        if dist.get_rank() == 0:
-            print(f"\n{directory}: {json.dumps(observed)}", flush=True)
-    os._exit(0)
+    dist.init_process_group("gloo")
+    observed = observe(sys.argv[1])
+    if dist.get_rank() == 0:
+        print(json.dumps(observed))
+    dist.destroy_process_group()

@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +22,11 @@ from tests.autopar.random_plans import (
     with_mixed_recomputation,
     with_random_cuts,
 )
+from tests.autopar.rank_pool import shared_pool
 from tests.models import case
 
 SINGLE_PRECISION = {"mixtral", "qwen3moe", "deepseekv3"}
 """torch's grouped matrix product has no kernel for doubles."""
-
-PARITY = Path(__file__).with_name("run_programs.py")
-"""Runs the `parity.py` of programs."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +67,12 @@ def trial(
 
 
 def failures(
-    trials: Sequence[Trial], num_ranks: int, directory: Path, driver: Path = PARITY
+    trials: Sequence[Trial], num_ranks: int, directory: Path, script: Path | None = None
 ) -> dict[str, str]:
-    """What went wrong, by trial; all run one after the other in the same ranks."""
+    """What went wrong, by trial; `script` as `run` takes it."""
     directories = [prepare(each, directory / str(index)) for index, each in enumerate(trials)]
-    verdicts = run(directories, num_ranks, driver)
-    found = {
-        str(each): verdicts.get(str(at), "did not finish")
-        for each, at in zip(trials, directories, strict=True)
-    }
+    verdicts = run(directories, num_ranks, script)
+    found = {str(each): verdicts[str(at)] for each, at in zip(trials, directories, strict=True)}
     return {each: verdict for each, verdict in found.items() if verdict != "equal"}
 
 
@@ -146,16 +137,14 @@ def _cut(model: Capture, plan: Plan, seed: int) -> Program:
             seed += 1000
 
 
-def run(directories: Sequence[Path], num_ranks: int, driver: Path = PARITY) -> dict[str, str]:
-    """The verdict on every program, by its directory."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(driver)]
-    command += map(str, directories)
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    verdicts = dict(re.findall(r"^\[rank 0\] (.*?): (equal|NOT EQUAL|norms .*)$", done.stdout, re.MULTILINE))
-    if len(verdicts) < len(directories):
-        verdicts["output"] = (done.stdout + done.stderr)[-6000:]
-        print(verdicts["output"])
+def run(directories: Sequence[Path], num_ranks: int, script: Path | None = None) -> dict[str, str]:
+    """The verdict on every program, by its directory: of its own `parity.py`, or of a script that is told
+    where it is."""
+    verdicts = {}
+    for directory in directories:
+        parity = directory / "parity.py"
+        outcome = shared_pool().run(script or parity, num_ranks, *([] if script is None else [directory]))
+        verdicts[str(directory)] = outcome.verdict
+        if outcome.verdict != "equal":
+            print(f"{directory}: {outcome.verdict}\n{outcome.output}")
     return verdicts

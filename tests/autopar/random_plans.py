@@ -21,6 +21,7 @@ from autopar.plan import (
     Recomputation,
     StagePlan,
 )
+from autopar.request import training_policy
 from autopar.rewrite.local import context_split
 from autopar.search.context import is_attention
 from autopar.search.programs import Programs
@@ -184,6 +185,7 @@ def plan_of(graph: OpGraph, parallelism: Parallelism, strategies: Mapping[str, M
             peak_flops_per_s=1.0,
         ),
         parallelism=parallelism,
+        policy=training_policy(graph),
         strategies=strategies,
         stages=stages,
         recomputation=uniform_recomputation(graph, parallelism),

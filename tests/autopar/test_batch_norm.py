@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from autopar.errors import RewriteError
 from autopar.plan import Parallelism
 from autopar.rewrite.program import rewrite
-from autopar.runtime.autopar_runtime import BatchNorm, batch_norm
+from autopar.runtime.batch_norm import BatchNorm
 from graphs import capture
 from tests.autopar.random_plans import random_plan
 
@@ -19,16 +19,13 @@ from tests.autopar.random_plans import random_plan
 @pytest.mark.parametrize("again", [False, True])
 def test_running_statistics_are_those_of_torch(again: bool) -> None:
     torch.manual_seed(0)
-    original, ours = nn.BatchNorm2d(4, momentum=0.3), BatchNorm(4, momentum=0.3)
+    original, ours = nn.BatchNorm2d(4, momentum=0.3), BatchNorm(4, eps=1e-5, momentum=0.3)
     ours.load_state_dict(original.state_dict())
-
-    def run(x: Tensor) -> Tensor:
-        return batch_norm(x, ours.weight, ours.bias, eps=1e-5, running=ours)
 
     for _ in range(3):
         x = torch.randn(5, 4, 3, 3, requires_grad=True)
         expected = original(x)
-        found = checkpoint(run, x, use_reentrant=False) if again else run(x)
+        found = checkpoint(ours, x, use_reentrant=False) if again else ours(x)
         torch.testing.assert_close(found, expected)
         found.square().sum().backward()  # where it is computed again, and not noted again
     for name, buffer in original.named_buffers():
@@ -67,8 +64,8 @@ def source_of(model: nn.Module) -> str:
 
 
 def test_only_statistics_that_the_model_keeps_are_kept() -> None:
-    assert "self.norm = BatchNorm(4, momentum=0.1)" in source_of(Normed(keeps=True))
-    assert "running=self.norm" in source_of(Normed(keeps=True))
+    assert "self.norm = BatchNorm(4, eps=1e-05, momentum=0.1)" in source_of(Normed(keeps=True))
+    assert "self.norm(F.conv2d(" in source_of(Normed(keeps=True))
     assert "BatchNorm(" not in source_of(Normed(keeps=False))
 
 

@@ -16,17 +16,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.plan import Parallelism
-from autopar.runtime.autopar_runtime import (
-    HostAdamW,
-    Layout,
-    LocalAdamW,
-    MasterAdamW,
-    Placements,
-    Split,
-    Trained,
-    load,
-    updated,
-)
+from autopar.runtime.checkpoints import Trained
+from autopar.runtime.host_adamw import HostAdamW
+from autopar.runtime.layout import Layout, Placements, Split
+from autopar.runtime.optimizers import LocalAdamW, MasterAdamW, updated
+from autopar.runtime.weights import load
 from graphs import capture
 from tests.autopar.training_on_ranks import loaded, train, write
 from tests.models import case

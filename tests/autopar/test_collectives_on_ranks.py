@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -16,11 +12,12 @@ import hardware_db
 from autopar.search.programs import Programs
 from graphs import capture
 from tests.autopar.programs_on_ranks import Trial, dtype_of, prepare, trial
+from tests.autopar.rank_pool import shared_pool
 from tests.models import case
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[2]
+OBSERVER = Path(__file__).with_name("observe_collectives.py")
 TRIALS = (
     trial("gpt2", tp=2),
     trial("bert", tp=2, sequence_parallel=False),
@@ -53,13 +50,9 @@ def predicted(trial: Trial) -> dict[str, tuple[int, float]]:
 
 @pytest.mark.slow
 def test_models_move_what_their_plans_say(tmp_path: Path) -> None:
-    directories = [prepare(each, tmp_path / str(index)) for index, each in enumerate(TRIALS)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m"]
-    command += ["tests.autopar.observe_collectives", *map(str, directories)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    found = dict(re.findall(r"^(/.*): (\{.*\})$", done.stdout, re.MULTILINE))
-    assert len(found) == len(TRIALS), done.stderr[-4000:]
-    observed = {str(each): json.loads(found[str(at)]) for each, at in zip(TRIALS, directories, strict=True)}
-    assert observed == {str(each): {k: list(v) for k, v in predicted(each).items()} for each in TRIALS}
+    for index, each in enumerate(TRIALS):
+        program = prepare(each, tmp_path / str(index))
+        outcome = shared_pool().run(OBSERVER, 2, program)
+        assert outcome.verdict == "equal", outcome.verdict
+        observed = {kind: tuple(found) for kind, found in json.loads(outcome.output).items()}
+        assert observed == predicted(each), str(each)

@@ -10,12 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autopar.rewrite.deferral import defer_weights
 from autopar.rewrite.stages import cut
-from autopar.runtime.autopar_runtime import (
-    deferred_convolution,
-    deferred_linear,
-    deferred_matmul,
-    leave_weights,
-)
+from autopar.runtime.deferral import deferred_convolution, deferred_linear, deferred_matmul, leave_weights
 from tests.autopar.graph_builder import GraphBuilder
 
 

@@ -17,7 +17,7 @@ from autopar.placements import sharded
 from autopar.plan import Parallelism
 from autopar.rewrite.mesh import ProgramMesh
 from autopar.rewrite.program import rewrite
-from autopar.runtime.autopar_runtime import JOINT, joint
+from autopar.runtime.mesh import JOINT, joint
 from graphs import Capture, capture
 from tests.autopar.random_plans import plan_of
 from tests.autopar.tiny_models import tiny

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autopar.rewrite.expressions import AND, PRODUCT, SUM, Expression, expression_of
+from autopar.rewrite.expressions import AND, PRODUCT, SUM, Expression
+from autopar.rewrite.op_expressions import expression_of
 from graphs.ir import Op, Ref, Tensor
 from tests.graphs.rule_cases import CASES
 from tests.graphs.rule_harness import Case, record
@@ -37,7 +38,7 @@ def test_printed_ops_compute_what_was_captured(op_case: Case) -> None:
 
 
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    from autopar.runtime.autopar_runtime import grouped_mm
+    from autopar.runtime.experts import grouped_mm
 
     return grouped_mm(x, weight, ends)
 

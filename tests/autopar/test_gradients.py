@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopar.runtime.autopar_runtime import GradientBuckets
+from autopar.runtime.gradients import GradientBuckets
 
 WIDTH, DEPTH = 16, 6
 LAYER_BYTES = 4 * WIDTH * WIDTH

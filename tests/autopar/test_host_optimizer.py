@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from autopar.runtime.autopar_runtime import HostAdamW
+from autopar.runtime.host_adamw import HostAdamW
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
 

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import autopar
 from autopar.rewrite.initial import initial_values
-from autopar.runtime.autopar_runtime import Recipe, Split, initialize
+from autopar.runtime.initial import Recipe, initialize
+from autopar.runtime.layout import Split
 from tests.autopar.test_checkpoints_on_ranks import meshes
 from tests.models import case
 

@@ -18,10 +18,11 @@ from autopar.request import training_policy
 from autopar.rewrite.program import rewrite
 from autopar.search.describe import build_plan
 from autopar.search.evaluate import Evaluated
+from autopar.search.local_programs import Program
 from autopar.search.outcome import Solved
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
-from autopar.search.programs import MEMORY_PRICES, Program
+from autopar.search.programs import MEMORY_PRICES
 from graphs import Capture
 from hardware_db import Cluster
 from tests.autopar.small_models import Layer, cluster
@@ -95,7 +96,7 @@ def mixed(planner: Planner, p: Parallelism) -> Iterator[Program]:
     yield from made.values()
     num_blocks = len(planner.capture.graph.blocks)
     for outside, levels in product(made, product(made, repeat=num_blocks)):
-        both = None if {*levels} == {outside} else planner.programs.mixed(p, outside, levels)
+        both = None if {*levels} == {outside} else planner.programs.depths.mixed(p, outside, levels)
         if both is not None:
             yield both
 
@@ -221,7 +222,7 @@ def plan_of(case: Case, levels: tuple[int, ...]) -> Plan:
     """The plan of its one candidate whose blocks run the programs of these levels."""
     planner = case.planner()
     (p,) = planner.candidates()
-    program = planner.programs.program(p) if not any(levels) else planner.programs.mixed(p, 0, levels)
+    program = planner.programs.program(p) if not any(levels) else planner.programs.depths.mixed(p, 0, levels)
     assert program is not None
     solved = planner.layer.solve(program, p)
     assert solved is not None

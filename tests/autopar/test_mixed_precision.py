@@ -13,7 +13,8 @@ from torch import nn
 import autopar
 from autopar.plan import Parallelism
 from autopar.rewrite.precision import precision_of
-from autopar.runtime.autopar_runtime import LossScale, MasterAdamW
+from autopar.runtime.loss_scale import LossScale
+from autopar.runtime.optimizers import MasterAdamW
 from costmodel import optimizer_policy
 from graphs import capture
 from tests.autopar.programs_on_ranks import run
@@ -94,7 +95,7 @@ def prepared(
     on_device = parallelism.model_copy(update={"offload": "none"})  # a CPU has no price for another
     plan = autopar.evaluate(captured, "local-cpu*2", parallelism=on_device, policy=policy)
     plan = plan.model_copy(update={"parallelism": parallelism})
-    program = autopar.compile(captured, plan, policy=policy)
+    program = autopar.compile(captured, plan)
     program.save(directory)
     autopar.save_reference(program, model, inputs, directory)
     return directory

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from autopar.errors import RewriteError
 from autopar.plan import Parallelism
 from autopar.rewrite.program import Program, rewrite
-from autopar.runtime.autopar_runtime import SPLIT_BACKWARD
 from costmodel import ScheduleName
 from costmodel.orders import SPLIT_BACKWARD_SCHEDULES
 from graphs import Capture, capture
@@ -70,16 +69,13 @@ def test_a_v_gives_its_first_rank_both_ends(schedule: ScheduleName, ranks: list[
     assert f"RANKS_OF_STAGES = {ranks}" in train
 
 
-def test_only_schedules_that_split_backwards_leave_weights() -> None:
-    split, whole = (
-        program(Chain(), schedule, 2, [0, 3, 6, 9]).source for schedule in ("DualPipeV", "Interleaved1F1B")
-    )
-    assert split.count("deferred_linear(x, ") == 4
-    assert "deferred" not in whole
-
-
-def test_the_runtime_splits_the_backwards_that_are_priced_as_split() -> None:
-    assert SPLIT_BACKWARD == SPLIT_BACKWARD_SCHEDULES
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", *sorted(SPLIT_BACKWARD_SCHEDULES)])
+def test_only_schedules_that_split_backwards_leave_weights(schedule: ScheduleName) -> None:
+    made = program(Chain(), schedule, 2, [0, 3, 6, 9])
+    splits = schedule in SPLIT_BACKWARD_SCHEDULES
+    assert made.source.count("deferred_linear(x, ") == (4 if splits else 0)
+    for file in ("train.py", "autopar_runtime.py"):
+        assert ("leave_weights" in made.files[file]) == splits
 
 
 def test_a_rank_without_parameters_is_refused() -> None:

@@ -235,7 +235,7 @@ def test_runs_of_blocks_stand_in_the_table_as_ranges() -> None:
         Recomputation(blocks=tuple(paths[5:7]), mode="selective"),
     ]
     graph = llama().graph
-    lines = "\n".join(recomputing(entries, graph, frozenset(paths)).lines)
+    lines = "\n".join(recomputing(entries, graph, frozenset(paths)).table)
     table = eval(lines.partition("KEPT = ")[2], {"keep_nothing": "full", "keep_matmuls": "selective"})
     assert table == {path: each.mode for each in entries for path in each.blocks}
     assert 'f"layers.{i}" for i in range(0, 3)' in lines
@@ -243,8 +243,8 @@ def test_runs_of_blocks_stand_in_the_table_as_ranges() -> None:
 
 def test_a_plan_of_an_older_version_says_so(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(plan.to_json().replace('"version": 3', '"version": 2'))
-    with pytest.raises(ValueError, match=r"the plan is of version 2, this autopar reads 3; plan the model"):
+    path.write_text(plan.to_json().replace('"version": 4', '"version": 3'))
+    with pytest.raises(ValueError, match=r"the plan is of version 3, this autopar reads 4; plan the model"):
         Plan.load(path)
 
 

@@ -109,7 +109,7 @@ def test_floors_hold_whatever_the_precision(era: str, low_precision: str | None)
         low_precision=low_precision,
     )  # fmt: skip
     for tp in (2, 4, 8):
-        floor_s = planner.programs.floor_s(2, tp)
+        floor_s = planner.programs.least.floor_s(2, tp)
         for split in (None, True, False):
             p = Parallelism(tp=tp, microbatch_size=2, sequence_parallel=split, num_microbatches=8)
             took_s = planner.layer.table(planner.programs.program(p)).microbatch_s

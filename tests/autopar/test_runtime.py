@@ -14,16 +14,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar.runtime.autopar_runtime import (
-    Parameters,
-    Split,
-    allocate,
-    grouped_mm,
-    initialize,
-    load,
-    matching,
-    placements_of,
-)
+from autopar.runtime.experts import grouped_mm
+from autopar.runtime.gradients import matching
+from autopar.runtime.initial import initialize
+from autopar.runtime.layout import Split, placements_of
+from autopar.runtime.modules import Parameters
+from autopar.runtime.weights import allocate, load
 from autopar.strategies import conversion
 from tests.autopar.conversions_on_ranks import STATES
 

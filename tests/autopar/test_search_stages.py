@@ -141,7 +141,7 @@ def test_the_shallow_model_is_as_long_and_as_dear_as_the_full_one(tp: int, dp: i
     assert len(shallow(capture).capture.graph.ops) < len(capture.graph.ops) / 2
     p = Parallelism(dp_replicate=dp, tp=tp, microbatch_size=2, num_microbatches=4)
     programs = Programs(capture, cluster())
-    short, full = programs.program(p).chain, programs.finished(programs.program(p)).chain
+    short, full = programs.program(p).chain, programs.depths.finished(programs.program(p)).chain
     whole = Programs(capture, cluster(), shorten=False).program(p).chain
     assert len(short.units) == len(full.units) == len(whole.units)
     for one, other, third in zip(short.units, full.units, whole.units, strict=True):
@@ -157,7 +157,7 @@ def test_the_shallow_model_is_as_long_and_as_dear_as_the_full_one(tp: int, dp: i
 def test_units_cover_the_model_in_order() -> None:
     capture = tower(depth=6)
     programs = Programs(capture, cluster())
-    chain = programs.finished(programs.program(Parallelism())).chain
+    chain = programs.depths.finished(programs.program(Parallelism())).chain
     blocks = [unit.modules[0] for unit in chain.units if unit.is_block]
     assert blocks == [f"layers.{index}" for index in range(6)]
     assert {name for unit in chain.units for name in unit.parameters} == set(capture.graph.parameter_tensors)

@@ -15,13 +15,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar.runtime import autopar_runtime
-from autopar.runtime.autopar_runtime import StepSampler, batches, learning_rate, open_data, shuffled
+from autopar.runtime import sampling
+from autopar.runtime.log import Expected, Log
+from autopar.runtime.options import learning_rate
+from autopar.runtime.samples import Inputs, open_data
+from autopar.runtime.sampling import StepSampler, batches, shuffled
 from graphs import capture
 from tests.autopar.training_on_ranks import loaded, train, write
 from tests.models import case
 
-INPUTS: autopar_runtime.Inputs = {
+INPUTS: Inputs = {
     "input_ids": ((4,), torch.int64, 100),
     "attention_mask": ((4,), torch.int64, 2),
     "labels": ((4,), torch.int64, 100),
@@ -104,7 +107,7 @@ class Stream:
 @pytest.mark.parametrize("kind", ["skips", "does not"])
 def test_a_stream_is_shared_out_in_turns_and_goes_on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(replica: int, first_step: int) -> list[list[int]]:
-        monkeypatch.setattr(autopar_runtime, "replica", lambda mesh: (replica, 2))
+        monkeypatch.setattr(sampling, "replica", lambda mesh: (replica, 2))
         samples: Any = Stream() if kind == "skips" else list(Stream()).__iter__()
         found = batches(samples, cast(DeviceMesh, None), 3, first_step, options())
         return [batch["x"].tolist() for batch in found]
@@ -149,8 +152,8 @@ def test_the_log_tells_speed_and_how_near_it_is_to_the_plan(
     clock = iter([0.0, 4.0, 4.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    expected = autopar_runtime.Expected(tokens=1000, model_flops=6e12, peak_flops_per_s=1e13, step_s=1.0)
-    log = autopar_runtime.Log(expected, options(log_every=2, tensorboard=None))
+    expected = Expected(tokens=1000, model_flops=6e12, peak_flops_per_s=1e13, step_s=1.0)
+    log = Log(expected, options(log_every=2, tensorboard=None))
     log.step(1, loss=torch.tensor(3.0))
     log.step(2, loss=torch.tensor(2.5), learning_rate=0.1)
     told = capsys.readouterr().out

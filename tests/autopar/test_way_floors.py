@@ -13,9 +13,9 @@ import pytest
 from autopar.errors import PinConflictError
 from autopar.plan import Parallelism, ScheduleName
 from autopar.request import training_policy
+from autopar.search.local_programs import Program
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
-from autopar.search.programs import Program
 from autopar.search.space import VIRTUAL_STAGES, Layout
 from costmodel import software
 from costmodel.orders import OVERLAPPING_SCHEDULES
@@ -94,9 +94,8 @@ def claims_s(planner: Planner, way: Priced) -> dict[str, float]:
     found["layout"] = floors.layout_s(layout_of(p), overlapping=hides)
     chains = {"program": program, "one device, divided": floors.floors.divided(p)}
     if p.tp > 1:
-        chains |= {
-            f"any program, {trades=}": planner.programs.relaxed(p, trades=trades) for trades in (False, True)
-        }
+        least = planner.programs.least
+        chains |= {f"any program, {trades=}": least.relaxed(p, trades=trades) for trades in (False, True)}
     for name, each in chains.items():
         draft = layer.draft(each, p)
         assert draft is not None, f"{name} of {p} fits"

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import graphs
 from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluated
+from autopar.search.local_programs import Program
 from autopar.search.planner import Planner
-from autopar.search.programs import MEMORY_PRICES, Program
+from autopar.search.programs import MEMORY_PRICES
 from graphs import Capture
 from tests.autopar.small_models import Layer
 

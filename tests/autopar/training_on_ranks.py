@@ -23,7 +23,7 @@ def write(captured: Capture, directory: Path, policy: str | None = None, **degre
     parallelism = Parallelism.model_validate(degrees)
     cluster = f"local-cpu*{parallelism.world_size}"
     plan = autopar.evaluate(captured, cluster, parallelism=parallelism, policy=policy)
-    return autopar.compile(captured, plan, policy=policy).save(directory)
+    return autopar.compile(captured, plan).save(directory)
 
 
 def train(program: Path, num_ranks: int, *options: object) -> list[str]:

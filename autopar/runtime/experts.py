@@ -1,0 +1,101 @@
+"""Rows to their experts and back, and their products with them.
+
+How many rows an expert gets is known only when they are there, so nothing of it is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from autopar.runtime.collectives import conjugate
+from autopar.runtime.compiling import uncompiled
+
+
+@uncompiled
+def exchange_counts(ends: Tensor, experts: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """How many rows travel between the ranks of `experts`, each of which holds as many of the e experts;
+    `ends` `[e]` is up to where this rank's rows of each expert reach, as in `grouped_mm`.
+
+    Returns the ends of the rows that this rank gets for its own experts, and, on the host, how many it sends
+    to each expert of each rank and gets from each rank for each of its own `[2, n, e/n]`.
+    """
+    sent = ends.diff(prepend=ends.new_zeros(1)).view(experts.size(), -1)
+    got: Tensor = funcol.wait_tensor(funcol.all_to_all_single(sent, None, None, experts))
+    return got.sum(0).cumsum(0, dtype=ends.dtype), torch.stack([sent, got]).cpu()
+
+
+def _to_experts(x: Tensor, group: ProcessGroup, routes: Tensor) -> Tensor:
+    """Rows sorted by expert to the ranks of their experts, which sort what they get of all ranks again."""
+    sent, got = routes.sum(2).tolist()
+    rows: Tensor = funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), got, sent, group))
+    return rows[_by_expert(routes[1], x.device)]
+
+
+def _from_experts(x: Tensor, group: ProcessGroup, routes: Tensor) -> Tensor:
+    """Rows sorted by expert back to where they came from."""
+    sent, got = routes.sum(2).tolist()
+    rows = torch.empty_like(x)
+    rows[_by_expert(routes[1], x.device)] = x
+    returned: Tensor = funcol.wait_tensor(funcol.all_to_all_single(rows, sent, got, group))
+    return returned
+
+
+def _by_expert(got: Tensor, device: torch.device) -> Tensor:
+    """The order by expert of rows that lie there by rank, and of each rank by expert."""
+    arrived = (got.flatten().cumsum(0) - got.flatten()).view_as(got)  # where each run of rows begins
+    counts = got.T.flatten()
+    begins = counts.cumsum(0) - counts
+    total = int(counts.sum())
+    moved = (arrived.T.flatten() - begins).to(device, non_blocking=True)
+    order = moved.repeat_interleave(counts.to(device, non_blocking=True), output_size=total)
+    return order + torch.arange(total, device=device)
+
+
+_sent_to_experts = conjugate(_to_experts, _from_experts)
+
+
+_sent_from_experts = conjugate(_from_experts, _to_experts)
+
+
+@uncompiled
+def to_experts(x: Tensor, routes: Tensor, experts: ProcessGroup) -> Tensor:
+    """Rows of `x`, sorted by expert, to the ranks that hold their experts: the rows of all ranks for this
+    rank's own, sorted by expert. `routes` is of `exchange_counts`."""
+    return _sent_to_experts(x, experts, routes)
+
+
+@uncompiled
+def from_experts(x: Tensor, routes: Tensor, experts: ProcessGroup) -> Tensor:
+    """Rows back to the ranks that sent them, in their order there: undoes `to_experts`."""
+    return _sent_from_experts(x, experts, routes)
+
+
+@uncompiled
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of `x` `[t, k]`, sorted by expert, times the matrix of their expert in `weight` `[e, k, n]`.
+
+    Expert e has the rows up to `ends[e]`; there are none past the last end.
+    """
+    if has_grouped_kernel(weight.dtype, weight.shape):
+        made = F.grouped_mm(x, weight, offs=ends)
+        if made.requires_grad:
+            made.register_hook(Tensor.contiguous)  # the backward takes no expanded gradient
+        return made
+    pieces, start = [], 0
+    for expert, end in enumerate(ends.tolist()):
+        pieces.append(x[start:end] @ weight[expert])
+        start = end
+    return torch.cat(pieces)
+
+
+def has_grouped_kernel(dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether torch multiplies all groups with matrices `[e, k, n]` in one kernel: it wants rows of whole 16
+    bytes."""
+    is_aligned = all(size * dtype.itemsize % 16 == 0 for size in shape[1:])
+    return dtype in (torch.bfloat16, torch.float16) and is_aligned

@@ -1,0 +1,107 @@
+"""What no program of a layout can beat, made like a program, and floors on its time alone.
+
+Kept of each layout, as candidates ask for them again and again; what they rest on is said in
+`autopar.search.relaxed`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autopar.plan import Parallelism
+from autopar.search.block_ilp import MANY_MICROBATCHES
+from autopar.search.context import exchange_floor_s
+from autopar.search.local_programs import Program, ProgramKey
+from autopar.search.relaxed import Stretch, relaxed
+from autopar.search.units import Chain, stretches
+from costmodel.orders import OVERLAPPING_SCHEDULES
+
+if TYPE_CHECKING:
+    from autopar.search.programs import Programs
+
+SMALLEST_SHARE = 0.01
+"""Units that take less than this part of a microbatch are bounded without their collectives."""
+
+
+class LeastPrograms:
+    """The floors under the programs of one model."""
+
+    def __init__(self, programs: Programs) -> None:
+        self.programs = programs
+        self._context_floors_s: dict[tuple[int, int, int], float] = {}
+        self._relaxed: dict[tuple[ProgramKey, bool, bool], Program] = {}
+        self._divided: dict[tuple[ProgramKey, bool], Program] = {}
+
+    def divided(self, p: Parallelism, multiple: int) -> Program:
+        """What one device does, divided over the ranks of a candidate's layout, with the least that these
+        communicate in a microbatch of so many times its size: no program of it takes, or keeps, less. Quicker
+        to make than any of those, as the problem of the axis is that of all sizes."""
+        if p.tp * p.cp == 1:
+            return self.programs.program(p)
+        key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
+        if (key, hides) not in self._divided:
+            device = self.programs.device(p.microbatch_size, p.ep).chain
+            pricer = self.programs.pricer(1, 1, p.ep, 1)
+            where: list[Stretch | None] = [None] * len(device.units)
+            if p.tp > 1 and p.ep == 1:
+                of_all = _floor_key(multiple * p.microbatch_size, p.tp)
+                where = self._stretches(of_all, device, p.cp * multiple)
+            chain = relaxed(device, None, p.tp, p.cp, pricer, where, trades=False, hides=hides)
+            self._divided[key, hides] = Program(key, chain, None, {})
+        return self._divided[key, hides]
+
+    def relaxed(self, p: Parallelism, *, trades: bool = True) -> Program:
+        """What no program of a candidate's layout can beat, whatever memory costs: a program but for its
+        strategies. A quick one without `trades`, or where communication hides (`autopar.search.relaxed`)."""
+        key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
+        trades &= not hides
+        if (key, trades, hides) not in self._relaxed:
+            device = self.programs.device(p.microbatch_size, p.ep).chain
+            where = self._stretches(key, device)
+            fastest, pricer = self.programs.program(p).chain, self.programs.pricer(1, 1, p.ep, 1)
+            chain = relaxed(device, fastest, p.tp, p.cp, pricer, where, trades=trades, hides=hides)
+            self._relaxed[key, trades, hides] = Program(key, chain, None, {})
+        return self._relaxed[key, trades, hides]
+
+    def _stretches(self, key: ProgramKey, device: Chain, parts: int = 1) -> list[Stretch | None]:
+        """Where units are in the axis's problem, of which experts that are dealt out are no part, and of
+        which a candidate does one of so many parts."""
+        if key.ep > 1:
+            return [None] * len(device.units)
+        replica, ilp = self.programs.replica_of(key), self.programs.ilp(key)
+        worth_s = SMALLEST_SHARE * sum(unit.cost.total_s for unit in device.units)
+        found: list[Stretch | None] = []
+        for start, stop, block in stretches(replica.whole, replica.local.graph):
+            number = self.programs.shallow.repeats.get(block or "", 1)
+            is_worth = number * device.units[len(found)].cost.total_s > worth_s
+            found += [Stretch(ilp, start, stop, 1 / parts) if is_worth else None] * number
+        return found
+
+    def floor_s(self, microbatch_size: int, tp: int) -> float:
+        """No program of a tensor axis of `tp` ranks takes less for a microbatch, whatever memory costs.
+
+        Also per sample for every smaller microbatch: each price is the larger of constants and terms linear
+        in the batch, so half the batch costs at least half as much.
+        """
+        return self.programs.ilp(_floor_key(microbatch_size, tp)).solve(MANY_MICROBATCHES).bound_s
+
+    def computed_floor_s(self, microbatch_size: int, tp: int) -> float:
+        """What any of them computes at least, whatever it communicates."""
+        return sum(self.programs.ilp(_floor_key(microbatch_size, tp)).problem.computed_s.values())
+
+    def context_floor_s(self, microbatch_size: int, tp: int, cp: int) -> float:
+        """No context axis of `cp` ranks adds less to a microbatch, beside a tensor axis of `tp`."""
+        key = (microbatch_size, tp, cp)
+        if key not in self._context_floors_s:
+            graph = self.programs.shallow.capture.at(microbatch_size)
+            pricer = self.programs.pricer(1, cp, 1, tp)
+            counts = self.programs.shallow.counts
+            found_s = (counts[op.name] * exchange_floor_s(op, graph, pricer, tp) for op in graph.ops)
+            exposed = 1 - pricer.era.tensor_parallel_overlap
+            self._context_floors_s[key] = exposed * sum(found_s)
+        return self._context_floors_s[key]
+
+
+def _floor_key(microbatch_size: int, tp: int) -> ProgramKey:
+    """A tensor axis alone, whatever else there is."""
+    return ProgramKey(microbatch_size, 1, 1, 1, tp, None, 1, 0)

@@ -1,0 +1,39 @@
+"""A local program as the search knows it: what one rank runs, with its price."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from autopar.search.block_ilp import AxisSolution
+from autopar.search.units import Chain
+
+
+class ProgramKey(NamedTuple):
+    """What distinguishes programs. `levels` are the prices of memory of their blocks, where these are not all
+    that of the program."""
+
+    microbatch_size: int
+    data_size: int
+    cp: int
+    ep: int
+    tp: int
+    sequence_parallel: bool | None
+    num_microbatches: int
+    price_level: int
+    levels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A local program with its price.
+
+    `strategies` maps the axes to the strategy key of every representative op; `solution` is None without a
+    tensor axis.
+    """
+
+    key: ProgramKey
+    chain: Chain
+    solution: AxisSolution | None
+    strategies: Mapping[str, Mapping[str, str]]
