@@ -157,7 +157,7 @@ PARAMETERS_FACTOR = 10
 def difference(found: Tensor, wanted: Tensor, floor: float, order: float) -> float:
     """The norm of the difference, relative to the one of `wanted` with elements of at least `floor`; infinite
     where something is not a number."""
-    largest: float = max(float(wanted.norm(order)), floor * wanted.numel() ** (1 / order))
+    largest: float = max(float(wanted.norm(order)), floor * wanted.numel() ** (1 / order), sys.float_info.min)
     relative = float((found - wanted).norm(order)) / largest
     return relative if math.isfinite(relative) else math.inf
 

@@ -105,6 +105,7 @@ def rewrite(
     )
     _, partial = parameter_tables(context, stages)
     precision = precision_of(plan.policy, main_dtype(capture.graph))
+    _check_offloading(plan, precision)
     facts = training_facts(
         context, plan, stages, partial_gradients=bool(partial), precision=precision, recipes=recipes
     )
@@ -156,6 +157,18 @@ def _check_stages(graph: OpGraph, stages: Sequence[Stage], parallelism: Parallel
                     f"pipeline rank {rank} would hold {names[0]} twice: several of its stages ({numbers} of "
                     f"{len(stages)}) read it there; use a schedule with one stage on a rank, such as 1F1B"
                 )
+
+
+def _check_offloading(plan: Plan, precision: Precision) -> None:
+    """`fully_shard` gives gradients the dtype of its shards, which offloading leaves narrow."""
+    parallelism = plan.parallelism
+    is_wide = precision.gradient != precision.compute
+    if parallelism.offload == "optimizer" and parallelism.zero_stage and is_wide:
+        raise RewriteError(
+            f"the policy {plan.policy.name} adds up gradients in {precision.gradient}, but under ZeRO-"
+            f"{parallelism.zero_stage} with offloaded states fully_shard keeps them in {precision.compute}; "
+            "plan with adamw-mixed, or with offload='none'"
+        )
 
 
 def _check_experts(context: ProgramContext) -> None:

@@ -87,11 +87,8 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         if made.requires_grad:
             made.register_hook(Tensor.contiguous)  # the backward takes no expanded gradient
         return made
-    pieces, start = [], 0
-    for expert, end in enumerate(ends.tolist()):
-        pieces.append(x[start:end] @ weight[expert])
-        start = end
-    return torch.cat(pieces)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([rows @ own for rows, own in zip(x.split(counts), weight.unbind(), strict=True)])
 
 
 def has_grouped_kernel(dtype: torch.dtype, shape: Sequence[int]) -> bool:

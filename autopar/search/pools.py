@@ -57,15 +57,6 @@ class RouteNode(NamedTuple):
     cutoff_s: float = float("inf")
 
 
-class AloneNode(NamedTuple):
-    """A pool by itself."""
-
-    pool: int
-
-
-Node = RouteNode | AloneNode
-
-
 @dataclass(frozen=True)
 class PoolsResult:
     """What the search found: the best route, None where none fits or where `alone`, a pool and what was found
@@ -102,8 +93,9 @@ class PoolSearch:
         self._conflicts: list[str] = []
         self._tried_alone: dict[int, SearchResult] = {}
         self._fate: dict[Route | int, str] = {}
-        self._queue: list[tuple[float, int, Node]] = []
+        self._queue: list[tuple[float, int, RouteNode]] = []
         self._arrivals = 0
+        self._untried_s: dict[int, float] = {}  # floors of the pools that were not searched by themselves
 
     @property
     def num_candidates(self) -> int:
@@ -148,8 +140,7 @@ class PoolSearch:
         return self._result(stopped)
 
     def _result(self, stopped: str | None) -> PoolsResult:
-        bounds_s = [entry[0] for entry in self._queue[:1]]
-        bounds_s += [found.bound_s for found in self._tried_alone.values()]
+        bounds_s = [self._open_s, *(found.bound_s for found in self._tried_alone.values())]
         bounds_s += map(self._final_bound_s, self.solved)
         fates = Counter(self._fate.values())
         num_solved = fates.pop("solved", 0)
@@ -170,33 +161,47 @@ class PoolSearch:
 
     def _run(self) -> str | None:
         """Go through the queue; what stopped it, if not the proof."""
-        for pool, planner in enumerate(self.planners):
-            self._push(self.floors.alone_s(planner), AloneNode(pool))
+        self._untried_s = {pool: self.floors.alone_s(planner) for pool, planner in enumerate(self.planners)}
         for route in self.routes:
             if self.floors.may_fit(route):
                 self._push(self.floors.device_s(route), RouteNode(route))
             else:
                 self._fate[route] = "memory floor"
-        while self._queue and self._queue[0][0] < self.best_s * (1 - TOLERANCE):
+        while self._queue and self._queue[0][0] < self._enough_s:
             if self.deadline is not None and time.monotonic() > self.deadline:
-                return "time limit"
+                break
             floor_s, _, node = self._queue[0]
             found = list(self._expand(floor_s, node))
             heapq.heappop(self._queue)
             for entry in found:
                 self._push(*entry)
             self.report(self._so_far(), self.num_candidates - len(self._queue), self.num_candidates)
-        return None
+        # A pool by itself has to beat what goes through all of them: the better that is, the less to search.
+        for pool, floor_s in sorted(self._untried_s.items(), key=lambda each: each[1]):
+            is_late = self.deadline is not None and time.monotonic() > self.deadline
+            if floor_s < self._enough_s and (not is_late or self.best_s == float("inf")):
+                del self._untried_s[pool]
+                self._search_alone(pool)
+        return "time limit" if self._open_s < self._enough_s else None
 
-    def _push(self, floor_s: float, node: Node) -> None:
+    @property
+    def _open_s(self) -> float:
+        """The floor of what was not looked at to the end."""
+        floors_s = [entry[0] for entry in self._queue[:1]]
+        return min([*floors_s, *self._untried_s.values()], default=float("inf"))
+
+    @property
+    def _enough_s(self) -> float:
+        """What takes no less need not be looked at."""
+        return self.best_s * (1 - TOLERANCE)
+
+    def _push(self, floor_s: float, node: RouteNode) -> None:
         heapq.heappush(self._queue, (floor_s, self._arrivals, node))
         self._arrivals += 1
 
-    def _expand(self, floor_s: float, node: Node) -> Iterator[tuple[float, Node]]:
+    def _expand(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, RouteNode]]:
         """What a node turns into, each with its floor."""
         match node:
-            case AloneNode(pool):
-                self._search_alone(pool)
             case RouteNode(route, _, 0):
                 yield max(floor_s, self.floors.tensor_s(route)), node._replace(depth=1)
             case RouteNode(route, price, 1):
@@ -213,7 +218,7 @@ class PoolSearch:
                 else:
                     yield from self._solve(floor_s, node, cut)
 
-    def _cut(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, Node]]:
+    def _cut(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, RouteNode]]:
         """Cut a route; price it at once where that may well give a better cutoff."""
         cut = self.cuts.cut(node.route, node.price, self.best_s)
         if cut is not None:
@@ -222,7 +227,7 @@ class PoolSearch:
                 self._note(self.prices.solve(node.route, node.price, cut))
             yield max(floor_s, cut.bound_s), known
 
-    def _solve(self, floor_s: float, node: RouteNode, cut: RouteCut) -> Iterator[tuple[float, Node]]:
+    def _solve(self, floor_s: float, node: RouteNode, cut: RouteCut) -> Iterator[tuple[float, RouteNode]]:
         """Price a route; where memory binds, smaller programs may do better."""
         priced = self.prices.solve(node.route, node.price, cut)
         if priced.fits and priced.step_s < self.best_s * 1.03:
@@ -242,7 +247,7 @@ class PoolSearch:
             if self.best is None or priced.rank < self.best.rank:
                 self.best = priced
 
-    def _smaller(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, Node]]:
+    def _smaller(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, RouteNode]]:
         """The same route with programs of the next price of memory, which take no less; nothing where it was
         not for memory."""
         least_s = self.cuts.least_s(node.route, node.price, self.best_s, fitting=False)

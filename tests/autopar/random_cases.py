@@ -53,6 +53,8 @@ EXPERTS = frozenset({"mixtral", "qwen3moe", "deepseekv3"})
 """
 KINKED = frozenset({"mlp", "resnet", "dlrm", "opt", "t5"})
 """Models with ReLUs, whose gradients in half precision are off by a tenth already in one process."""
+WITHOUT_SEQUENCE = frozenset({"resnet", "vit", "dinov2"})
+"""Models of which no input has positions that a context axis could split, so that planning refuses one."""
 HALF_PRECISION_SHARE = 0.15
 WITH_MASTER = ("adamw-mixed", "adamw-mixed-fp32-gradients")
 POLICIES = {torch.bfloat16: (*WITH_MASTER, "adamw-bf16"), torch.float16: WITH_MASTER}
@@ -83,7 +85,9 @@ class RandomCase:
 
 def forms_of(model: str) -> tuple[str, ...]:
     """The forms in which a model can be trained."""
-    return tuple(form for form, axes in FORMS.items() if "ep" not in axes or model in EXPERTS)
+    impossible = {"ep"} if model not in EXPERTS else set()
+    impossible |= {"cp"} if model in WITHOUT_SEQUENCE else set()
+    return tuple(form for form, axes in FORMS.items() if impossible.isdisjoint(axes))
 
 
 def random_case(model: str, form: str, seed: int) -> RandomCase:
