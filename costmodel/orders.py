@@ -241,8 +241,8 @@ def alone_parts(
 
 
 def least_alone(num_stages: int, num_microbatches: int) -> float:
-    """The least of `alone_parts` in schedules that overlap: that of the last rank, and of every stage on the
-    way up."""
+    """The least of `alone_parts` in schedules that overlap: that of forwards on the second leg of the V and
+    of backwards on the first."""
     return min(1.0, num_stages / num_microbatches)
 
 

@@ -14,8 +14,9 @@ The least over all e is a linear program with a row for every chain. For one cha
 knapsack for each rank: `bound_s`, of the chain that is longest when the ranks' stages share what must be
 computed again by what they have to do. `tightened` adds the longest chains of one e after the other (Kelley's
 cutting planes, J. SIAM 8, 1960), each a little way from the best e so far towards the least of the program,
-where chains are longest that still count. Chains do not depend on how long work takes, so those that counted
-for one way are where another with as many ranks and microbatches begins.
+where chains are longest that still count. Which chains there are does not depend on how long work takes, so
+those that counted for one way are where another with its schedule, stages and microbatches begins, unless
+work runs side by side.
 """
 
 from __future__ import annotations
@@ -61,23 +62,20 @@ class Path(NamedTuple):
     """A chain of work: how often it passes each stage forward, back, back without gradients of weights, and
     for these alone, how often each boundary, and the rank on which it ends."""
 
-    passes: tuple[Array, Array, Array, Array]
-    sends: Array
+    passes: tuple[tuple[int, ...], ...]
+    sends: tuple[int, ...]
     last: int
 
     @staticmethod
-    def of(ops: Sequence[Op], num_stages: int, ranks: Sequence[int]) -> Path:
+    def of(ops: Sequence[Op], ranks: Sequence[int]) -> Path:
         """The chain of these ops, the last of all first; `ranks` hold the stages."""
         passed = Counter((phase, stage) for phase, stage, _ in ops)
         sent = Counter(
             min(one[1], other[1]) for one, other in pairwise(ops) if ranks[one[1]] != ranks[other[1]]
         )
-        stages = range(num_stages)
-        forward, back, inputs, weights = (
-            np.array([float(passed[phase, stage]) for stage in stages]) for phase in PHASES_APART
-        )
-        sends = np.array([float(sent[boundary]) for boundary in range(num_stages - 1)])
-        return Path((forward, back, inputs, weights), sends, ranks[ops[0][1]])
+        stages = range(len(ranks))
+        passes = tuple(tuple(passed[phase, stage] for stage in stages) for phase in PHASES_APART)
+        return Path(passes, tuple(sent[boundary] for boundary in stages[:-1]), ranks[ops[0][1]])
 
 
 class Again(NamedTuple):
@@ -92,7 +90,7 @@ class Again(NamedTuple):
 class AgainBound:
     """The bound of one way; `send_s` are the messages with which stages begin, `excess_bytes` what each rank
     keeps too much, and `evaluated` has the fastest variants everywhere. `paths` are those that counted for
-    ways with as many ranks and microbatches; what counts here takes their place."""
+    ways with the same schedule, stages and microbatches; what counts here takes their place."""
 
     def __init__(
         self,
@@ -127,13 +125,14 @@ class AgainBound:
 
     def tightened(self, bound_s: float, enough_s: float, num_rounds: int = MOST_ROUNDS) -> float:
         """The bound of many chains, from `bound_s` on; no more are looked for once that is `enough_s`, or
-        after so many rounds."""
+        after so many rounds, at least one. The place that it begins at is a guess: it may free too little."""
         chains = [self._timed(path) for path in self.paths]
         best_s, best = float("inf"), self.shared_s
         again_s = self.shared_s
         for _ in range(num_rounds):
             step_s, longest = self._chains(again_s, CHAINS_EACH)
-            chains += longest
+            known = {chain.path for chain in chains if chain.path is not None}
+            chains += [chain for chain in longest if chain.path not in known]
             if step_s < best_s:
                 best_s, best = step_s, again_s
             least_s, answer = self._least(chains)
@@ -143,7 +142,7 @@ class AgainBound:
             again_s = best + STEP * (answer - best)
             chains = [chain for chain in chains if _counts(chain, answer, least_s, SHORTER)]
         least = (chain for chain in chains if _counts(chain, answer, least_s))
-        self.paths[:] = [chain.path for chain in least if chain.path is not None]
+        self.paths[:] = dict.fromkeys(chain.path for chain in least if chain.path is not None)
         return bound_s
 
     def _least(self, chains: Sequence[Again]) -> tuple[float, Array]:
@@ -158,7 +157,8 @@ class AgainBound:
         for mine, excess_bytes in zip(self.mine, self.excess_bytes.tolist(), strict=True):
             if excess_bytes > 0:
                 freed = [(x, part.freed_bytes / excess_bytes) for x, part in parts if part.stage in mine]
-                model.row(1.0, float("inf"), freed)
+                # What all that can be computed again just frees, rounding may put out of reach.
+                model.row(min(1.0, sum(size for _, size in freed)), float("inf"), freed)
         for chain in chains:
             passed = [(x, -w) for x, w in zip(again, chain.weights.tolist(), strict=True) if w]
             model.row(chain.seconds, float("inf"), [(step, 1.0), *passed])
@@ -200,7 +200,7 @@ class AgainBound:
                     for stage, count in enumerate(counts)
                 ]
             )
-            path = None if hides else Path.of(ops, len(ways), self.ranks)
+            path = None if hides else Path.of(ops, self.ranks)
             found.append(Again(ends_s[last] - float(weights @ again_s), weights, path))
         return max(ends_s), found
 
@@ -210,9 +210,10 @@ class AgainBound:
         backward_s = np.array([way.backward_s for way in self.passes])
         forward_s = np.array([way.forward_s for way in self.passes])
         each_s = forward_s, backward_s, backward_s - weight_s, weight_s
-        seconds = sum(float(n @ s) for n, s in zip(path.passes, each_s, strict=True))
-        seconds += float(path.sends @ np.array(self.send_s)) + self.once_s[path.last]
-        return Again(seconds, path.passes[1] + path.passes[2], path)
+        passes = np.array(path.passes, dtype=np.float64)
+        seconds = float((passes * np.array(each_s)).sum()) + self.once_s[path.last]
+        seconds += sum(number * send_s for number, send_s in zip(path.sends, self.send_s, strict=True))
+        return Again(seconds, passes[1] + passes[2], path)
 
     def _relieved_s(self, chain: Again) -> float:
         weights = chain.weights.tolist()

@@ -6,7 +6,7 @@ looked at more closely, which raises its floor, splits it, or prices it:
     layout         arithmetic of one device, divided over all              `WayFloors.quick_layout_s`
       ↓            strategies of the tensor axis at their true prices      `WayFloors.layout_s`
     way            the same, its bubble, bandwidth of its data axes        `WayFloors.way_s`
-      ↓            one device's kernels and memory, divided and cut        `Programs.divided`
+      ↓            one device's kernels and memory, divided and cut        `WayFloors.close_s`
       ↓            one rank's kernels, their memory and messages           `Programs.program`
     program        stages cut with fractions of what may be recomputed     `StageLayer.draft`
       ↓
@@ -26,18 +26,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from autopar.plan import Parallelism
+from autopar.search.candidates import Candidates
 from autopar.search.likely import LikelyWays
 from autopar.search.local_programs import Program
 from autopar.search.mixed import Blend
 from autopar.search.outcome import Outcome, Solved
 from autopar.search.programs import MEMORY_PRICES
-from autopar.search.space import Layout, ways
+from autopar.search.space import Layout
 from autopar.search.staging import Draft
-from costmodel.orders import OVERLAPPING_SCHEDULES
 
 if TYPE_CHECKING:
     from autopar.search.planner import Planner
@@ -55,12 +54,15 @@ FIRST_LOOK = 64.0
 LOOKS_EVERY = 1.5
 """By how much it grows from one time to the next."""
 
-PROGRAMS_EVERY = 4
+PROGRAMS_EVERY = 3
 """The programs after which it looks ahead again anyway: they are most of the work of large models."""
 
 RIGOUR = 4
 """The bounds over any program that a way gets, one after the other: two relaxations, and the chains of the
 second, the latter twice, as what is learnt of one way helps the next."""
+
+FEW_RIGOUR = 2
+"""Those of ways with one stage a rank, the cuts of which have no chains."""
 
 MOST_DIVES = 3
 """How often a dive is repeated that hit upon something that does not fit."""
@@ -84,8 +86,9 @@ class LayoutNode(NamedTuple):
 
 
 class WayNode(NamedTuple):
-    """A way to run a layout: its program once there is one, and its stages once they were cut, the bound of
-    which `is_tight` or not yet. Its floor `is_close` once even cuts and memory had their say."""
+    """A way to run a layout: its program once there is one, and its stages once they were cut. Its floor
+    `is_close` once even cuts and memory had their say, first without a program and then again with it, and
+    `is_tight` once many chains of work bound its stages."""
 
     p: Parallelism
     program: Program | None = None
@@ -139,12 +142,12 @@ class BranchAndBound:
     ) -> None:
         self.planner = planner
         self.floors = planner.way_floors
-        self.layouts = layouts
+        self.candidates = Candidates(planner, layouts)
         self.tolerance = tolerance
         self.report = report
         self.deadline = deadline
         self.outcome = Outcome()
-        self.likely = LikelyWays(planner, self.outcome)
+        self.likely = LikelyWays(planner, self.candidates, self.outcome)
         self.stopped: str | None = None
         self.most_work: int | None = None
         self._queue: list[tuple[float, int, Node]] = []
@@ -153,13 +156,12 @@ class BranchAndBound:
         self._num_programs = 0  # made since the search last looked ahead
         self._next_look = FIRST_LOOK
         self._reported = 0
-        self._num_ways: dict[object, int] = {}
         self._uniform_s: dict[Parallelism, float] = {}  # the least draft of a way, while it seems to fit
 
-    @cached_property
+    @property
     def num_candidates(self) -> int:
         """All ways to run all layouts."""
-        return sum(map(self._count, self.layouts))
+        return self.candidates.total
 
     @property
     def work(self) -> int:
@@ -198,11 +200,11 @@ class BranchAndBound:
         return self.outcome
 
     def _run(self) -> None:
-        for layout in self.layouts:
+        for layout in self.candidates.layouts:
             if self.floors.may_fit(layout):
                 self._push(self.floors.quick_layout_s(layout), LayoutNode(layout))
             else:
-                self.outcome.prune("memory floor", self._count(layout))
+                self.outcome.prune("memory floor", self.candidates.number(layout))
         while self._queue and self.floor_s < self._enough_s:
             if self.deadline is not None and time.monotonic() > self.deadline:
                 self.stopped = "time limit"
@@ -211,7 +213,7 @@ class BranchAndBound:
                 self.stopped = "work limit"
                 return
             self._step()
-            if self._arrivals >= self._next_look or self._num_programs == PROGRAMS_EVERY:
+            if self._arrivals >= self._next_look or self._num_programs >= PROGRAMS_EVERY:
                 self._next_look = max(self._next_look, LOOKS_EVERY * self._arrivals)
                 self._num_programs = 0
                 self.likely.look_ahead()
@@ -260,7 +262,7 @@ class BranchAndBound:
 
     def _likeliest(self, layout: Layout) -> Parallelism | None:
         """The way of a layout that takes least, as far as is known before its program is."""
-        return min(self._ways(layout), key=self.floors.likely_s, default=None)
+        return min(self.candidates.of(layout), key=self.floors.likely_s, default=None)
 
     def _price_more(self, number: int) -> None:
         """Price more meshes until there are so many beside the best: as they come out of the queue, while
@@ -282,14 +284,14 @@ class BranchAndBound:
                     yield close_s, LayoutNode(layout, overlapping)
             case LayoutNode(layout, overlapping):
                 yield from self._open(floor_s, layout, overlapping=overlapping)
-            case WayNode(p, None, False) if not self.planner.programs.has(p):
-                close_s = self.likely.close_s(p)
+            case WayNode(p, None, False) if not self.planner.programs.has_fastest(p):
+                close_s = self.floors.close_s(p)
                 if close_s < float("inf"):
                     yield max(floor_s, close_s), node._replace(is_close=True)
                 else:
                     self.outcome.decide(p, "out of memory")
             case WayNode(p, None):
-                self._num_programs += not self.planner.programs.has(p)
+                self._num_programs += not self.planner.programs.has_fastest(p)
                 program = self.planner.programs.program(p)
                 yield max(floor_s, self.floors.way_s(p, program)), WayNode(p, program)
             case WayNode(p, program, False):
@@ -316,11 +318,11 @@ class BranchAndBound:
 
     def _open(self, floor_s: float, layout: Layout, *, overlapping: bool) -> Iterator[tuple[float, Node]]:
         """The ways to run a layout for which memory may suffice."""
-        for way in self._ways(layout, overlapping=overlapping):
-            if self.floors.way_may_fit(way):
-                yield max(floor_s, self.floors.way_s(way)), WayNode(way)
-            else:
-                self.outcome.prune("memory floor", 1)
+        number = self.candidates.number(layout, overlapping=overlapping)
+        for way in self.candidates.fitting(layout, overlapping=overlapping):
+            number -= 1
+            yield max(floor_s, self.floors.way_s(way)), WayNode(way)
+        self.outcome.prune("memory floor", number)
 
     def _draft(self, floor_s: float, node: WayNode) -> Iterator[tuple[float, Node]]:
         """Cut stages; where memory makes that slow, smaller programs may do better."""
@@ -354,7 +356,7 @@ class BranchAndBound:
     def _close_smaller(self, floor_s: float, node: SmallerNode) -> Iterator[tuple[float, Node]]:
         """Make a smaller program where any could still be faster."""
         p, price, fastest_s, rigour = node
-        if rigour < RIGOUR:
+        if rigour < (RIGOUR if p.num_virtual_stages > 1 else FEW_RIGOUR):
             least = self.planner.programs.least.relaxed(p, trades=rigour > 0)
             draft = self.planner.layer.draft(least, p)
             if draft is not None:
@@ -387,28 +389,13 @@ class BranchAndBound:
             if solved is not None:
                 self.outcome.offer(p, solved)
 
-    # --- counting -------------------------------------------------------------------------------------------
-
-    def _ways(self, layout: Layout, *, overlapping: bool | None = None) -> Iterator[Parallelism]:
-        """The ways to run a layout, or those whose schedule hides communication, or the others."""
-        for p in ways(layout, self.planner.cluster, self.planner.degrees, self.planner.pins):
-            if overlapping is None or overlapping is (p.schedule in OVERLAPPING_SCHEDULES):
-                yield p
-
-    def _count(self, layout: Layout, *, overlapping: bool | None = None) -> int:
-        key = (layout.pp, layout.num_microbatches, layout.dp, layout.tp, layout.cp, overlapping)
-        if key not in self._num_ways:
-            self._num_ways[key] = sum(1 for _ in self._ways(layout, overlapping=overlapping))
-        return self._num_ways[key]
-
     def _count_left(self) -> None:
         """What is still in the queue; a way that was decided may have another program there."""
         nodes = [node for _, _, node in self._queue]
         left = {n.p for n in nodes if not isinstance(n, LayoutNode)} - self.outcome.decided.keys()
-        layouts = sum(
-            self._count(n.layout, overlapping=n.overlapping) for n in nodes if isinstance(n, LayoutNode)
-        )
-        self.outcome.prune(self.stopped or "time floor", len(left) + layouts)
+        layouts = (n for n in nodes if isinstance(n, LayoutNode))
+        unopened = sum(self.candidates.number(n.layout, overlapping=n.overlapping) for n in layouts)
+        self.outcome.prune(self.stopped or "time floor", len(left) + unopened)
 
     def _report(self, looking_at: str, *, always: bool) -> None:
         if not always and self._arrivals - self._reported < REPORT_EVERY:

@@ -160,9 +160,8 @@ class EvenStages:
         return self._orders_s[key]
 
     def _weight_s(self, sums: RunSums) -> list[float]:
-        """The gradients of weights of each run; rounding may leave less than none of a difference of sums."""
-        weight_s = sums.runs.sums([unit.cost.weight_s for unit in self.table.chain.units])
-        found: list[float] = weight_s.clip(min=0.0).tolist()
+        """The gradients of weights of each run."""
+        found: list[float] = sums.runs.sums([unit.cost.weight_s for unit in self.table.chain.units]).tolist()
         return found
 
 

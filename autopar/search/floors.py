@@ -83,13 +83,13 @@ class Floors:
 
     def known(self, microbatch_size: int, ep: int) -> Sums:
         """The same as far as it is known: from a larger size where there is no program of this one yet."""
-        if self.programs.has(on_device(microbatch_size, ep)):
+        if self.programs.has_fastest(on_device(microbatch_size, ep)):
             return self.device(microbatch_size, ep)
         multiple = self._multiple(microbatch_size)
         return Share(self.device(multiple, ep), microbatch_size / multiple)
 
     def divided(self, p: Parallelism) -> Program:
-        """What no program of a candidate's layout can beat, made without one (`Programs.divided`)."""
+        """What no program of a candidate's layout can beat, made without one (`LeastPrograms.divided`)."""
         return self.programs.least.divided(p, self._multiple(p.microbatch_size) // p.microbatch_size)
 
     def tensor_s(self, microbatch_size: int, tp: int, ep: int) -> float:
@@ -112,7 +112,8 @@ class Floors:
         return max(device_s, computed_s)
 
     def _multiple(self, microbatch_size: int) -> int:
-        """One of two sizes that stand for all: the least that will do, if it does, or the largest."""
+        """A multiple of this size for which problems are made: the largest size without its surplus factors
+        of two, or else with them. So there are two, and sizes share their problems."""
         multiple = self.largest
         while multiple % (2 * POWER_OF_TWO) == 0:
             multiple //= 2

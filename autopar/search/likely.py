@@ -6,11 +6,12 @@ one before:
 
     layouts       the strategies of their axes                          `WayFloors.layout_s`
     ways          what they would take were all their stages alike      `WayFloors.likely_s`
-    close ways    even cuts and memory, of one device's work divided    `LikelyWays.close_s`
+    close ways    even cuts and memory, of one device's work divided    `WayFloors.close_s`
     drafts        stages of a program                                   `StageLayer.draft`
 
 What has no program yet is expected to take as many times longer as the last one of its degrees turned out to
-take; degrees that have none come first, so each gets its chance. The drafts are what to price.
+take; degrees without a draft are taken at their word, which mostly puts them first. The drafts are what to
+price.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from itertools import count
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from autopar.plan import Parallelism
-from autopar.search.local_programs import Program, ProgramKey
+from autopar.search.candidates import Candidates
+from autopar.search.local_programs import Program
 from autopar.search.outcome import Outcome, Solved
-from autopar.search.space import Layout, ways
+from autopar.search.space import Layout
 from autopar.search.staging import Draft
-from costmodel.orders import OVERLAPPING_SCHEDULES
 
 if TYPE_CHECKING:
     from autopar.search.planner import Planner
@@ -39,8 +40,8 @@ MOST_PROGRAMS = 2
 FEW_ROUNDS = 3
 """How often chains are looked for before a draft is priced."""
 
-LOOKS = 0.5
-"""How many layouts, and ways, are looked at more closely before, in times of the root of their number."""
+LOOKS_PER_ROOT = 0.25
+"""Of n open layouts, or ways, 1 + so many times √n are looked at more closely each time."""
 
 
 class Drafted(NamedTuple):
@@ -112,7 +113,7 @@ class Expected(Generic[Open]):
 
     def some(self) -> Iterator[tuple[float, Open]]:
         """The first few, taken out."""
-        for _ in range(1 + int(LOOKS * len(self._heap) ** 0.5)):
+        for _ in range(1 + int(LOOKS_PER_ROOT * len(self._heap) ** 0.5)):
             found = self.pop()
             if found is None:
                 return
@@ -122,15 +123,14 @@ class Expected(Generic[Open]):
 class LikelyWays:
     """The likely ways of one search, which notes their prices in its `outcome`."""
 
-    def __init__(self, planner: Planner, outcome: Outcome) -> None:
+    def __init__(self, planner: Planner, candidates: Candidates, outcome: Outcome) -> None:
         self.planner = planner
+        self.candidates = candidates
         self.outcome = outcome
         self._layouts = Expected[Schedules](outcome)
         self._ways = Expected[Way](outcome)
         self._close_ways = Expected[Way](outcome)
         self._drafted: list[tuple[float, int, Drafted]] = []
-        self._close_s: dict[Parallelism, float] = {}
-        self._programs: set[ProgramKey] = set()
         self._ties = count()
 
     def add(self, layout: Layout, floor_s: float, *, overlapping: bool) -> None:
@@ -142,21 +142,14 @@ class LikelyWays:
         """A way that was cut into stages."""
         self._push(Drafted(p, program, draft))
 
-    def close_s(self, p: Parallelism) -> float:
-        """No program of a way takes less, from what one device does and keeps; infinite where memory allows
-        none."""
-        if p not in self._close_s:
-            self._close_s[p] = self.planner.layer.floor_s(self.planner.way_floors.floors.divided(p), p)
-        return self._close_s[p]
-
     def look_ahead(self) -> None:
         """Cut the best of those without a program into stages."""
         for layout_s, schedules in self._layouts.some():
-            for p in self._open(schedules):
+            for p in self.candidates.fitting(schedules.layout, overlapping=schedules.overlapping):
                 way_s = max(layout_s, self.planner.way_floors.likely_s(p))
                 self._ways.push(way_s, Way(p, (layout_s, way_s)))
         for way_s, way in self._ways.some():
-            close_s = max(way_s, self.close_s(way.p))
+            close_s = max(way_s, self.planner.way_floors.close_s(way.p))
             self._close_ways.push(close_s, way._replace(likely_s=(*way.likely_s, close_s)))
         num_programs = 0
         for _ in range(MOST_DRAFTS):
@@ -164,9 +157,8 @@ class LikelyWays:
             if found is None:
                 return
             _, way = found
+            num_programs += not self.planner.programs.has_fastest(way.p)
             program = self.planner.programs.program(way.p)
-            num_programs += program.key not in self._programs
-            self._programs.add(program.key)
             draft = self.planner.layer.draft(program, way.p)
             if draft is not None:
                 self._learn(way, draft.bound_s)
@@ -176,14 +168,6 @@ class LikelyWays:
         self._layouts.learn(way, way.likely_s[0], draft_s)
         self._ways.learn(way, way.likely_s[1], draft_s)
         self._close_ways.learn(way, way.likely_s[2], draft_s)
-
-    def _open(self, schedules: Schedules) -> Iterator[Parallelism]:
-        """The ways for which memory may suffice."""
-        planner = self.planner
-        for p in ways(schedules.layout, planner.cluster, planner.degrees, planner.pins):
-            hides = p.schedule in OVERLAPPING_SCHEDULES
-            if hides is schedules.overlapping and planner.way_floors.way_may_fit(p):
-                yield p
 
     def price(self, below_s: float = float("inf")) -> Solved | None:
         """Price the best of those that were cut into stages, if it may take less than `below_s`."""

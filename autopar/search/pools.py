@@ -175,14 +175,27 @@ class PoolSearch:
             heapq.heappop(self._queue)
             for entry in found:
                 self._push(*entry)
-            self.report(self._so_far(), self.num_candidates - len(self._queue), self.num_candidates)
+            self._tell()
         # A pool by itself has to beat what goes through all of them: the better that is, the less to search.
         for pool, floor_s in sorted(self._untried_s.items(), key=lambda each: each[1]):
             is_late = self.deadline is not None and time.monotonic() > self.deadline
             if floor_s < self._enough_s and (not is_late or self.best_s == float("inf")):
-                del self._untried_s[pool]
                 self._search_alone(pool)
-        return "time limit" if self._open_s < self._enough_s else None
+                self._tell()
+            if self._stopped_alone == "interrupted":
+                break
+        if self._stopped_alone is None and self._open_s < self._enough_s:
+            return "time limit"
+        return self._stopped_alone
+
+    @property
+    def _stopped_alone(self) -> str | None:
+        """What stopped the search of a pool by itself, if anything did."""
+        return next((found.stopped for found in self._tried_alone.values() if found.stopped), None)
+
+    def _tell(self) -> None:
+        num_left = len(self._queue) + len(self._untried_s)
+        self.report(self._so_far(), self.num_candidates - num_left, self.num_candidates)
 
     @property
     def _open_s(self) -> float:
@@ -269,12 +282,14 @@ class PoolSearch:
             found = planner.search(best, TOLERANCE)
         except PinConflictError as error:
             self._fate[pool] = "pins"
+            del self._untried_s[pool]
             self._conflicts.append(str(error))
             return
-        except SearchTimeoutError:
+        except SearchTimeoutError:  # its floor stays open
             return
+        del self._untried_s[pool]
         self._tried_alone[pool] = found
-        self._fate[pool] = "solved" if found.num_solved else "time floor"
+        self._fate[pool] = "solved" if found.num_solved else found.stopped or "time floor"
         if found.best is not None and found.best.evaluated.step_s < self._alone_s:
             self.alone = pool, found
 

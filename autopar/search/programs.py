@@ -116,7 +116,7 @@ class Programs:
         """The program of one device that has memory enough, its experts shared with `ep` others."""
         return self.program(on_device(microbatch_size, ep))
 
-    def has(self, p: Parallelism) -> bool:
+    def has_fastest(self, p: Parallelism) -> bool:
         """Whether the fastest program of a candidate was made."""
         return self.key(p, 0) in self._programs
 

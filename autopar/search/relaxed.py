@@ -175,12 +175,12 @@ class _Least:
         )
 
     def _least_passes(self, both_s: float) -> OpCost:
-        """No more in forward and backward than one device must do, the rest put off with gradients of
-        weights, for which no other stage waits."""
+        """The least of forward and of input gradients, and of all together, the rest with gradients of
+        weights: a chain of work may count that only as often as it passes all three."""
         cost = self.device.cost
         forward_s = cost.forward_s / self.degree
         back_s = (cost.backward_s - cost.weight_s) / self.degree
-        return _passes(forward_s, both_s - forward_s, both_s - forward_s - back_s)
+        return _passes(forward_s, both_s - forward_s, max(0.0, both_s - forward_s - back_s))
 
     def _frontier(self) -> Iterator[tuple[float, float]]:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""

@@ -96,7 +96,7 @@ class StageLayer:
         cuts = self._even(p)
         if cuts is None:
             return float("inf")
-        accumulation_s = least_accumulation_s(p, self.evaluator.policy, self.evaluator.pricer)
+        accumulation_s = self._accumulation_s(p)
         overhead_s = self.evaluator.era.step_overhead_s
         if program is not None:
             return self.even(program).schedule_floor_s(p, cuts, accumulation_s) + overhead_s
@@ -106,27 +106,39 @@ class StageLayer:
 
     def alone(self, p: Parallelism) -> float:
         """The part of a microbatch that hides nothing of what it communicates, in schedules that do: of the
-        units that run least alone, all blocks taken together, as they are in a program."""
+        kind of units that runs least alone, as units of a kind take equal times and only their mean counts.
+        """
         cuts = self._even(p)
         if cuts is None:
             return 0.0
         key = (p.schedule, p.pp, p.num_microbatches, cuts)
         if key not in self._alone:
-            ends = (*cuts, self._device(p).table.num_units)
-            sizes = [stop - start for start, stop in pairwise(ends)]
-            parts = np.repeat(
-                alone_parts(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages), sizes, axis=1
-            )
-            is_block = np.array([unit.is_block for unit in self._device(p).table.chain.units])
-            others = parts[:, ~is_block].min(axis=1, initial=1.0)
-            together = parts[:, is_block].mean(axis=1) if is_block.any() else others
-            self._alone[key] = float(np.minimum(together, others).min())
+            units = self._device(p).table.chain.units
+            sizes = [stop - start for start, stop in pairwise((*cuts, len(units)))]
+            shape = p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages
+            parts = np.repeat(alone_parts(*shape), sizes, axis=1)
+            kinds: dict[int, list[int]] = {}
+            for index, unit in enumerate(units):
+                kinds.setdefault(id(unit.recompute_s) if unit.is_block else -1 - index, []).append(index)
+            self._alone[key] = min(float(parts[:, mine].mean(axis=1).min()) for mine in kinds.values())
         return self._alone[key]
 
     @clocked("stages")
     def floor_s(self, program: Program, p: Parallelism) -> float:
         """No step takes less; infinite where memory, or the number of units, allows no stages at all. Quick
         where `draft` is exact."""
+        busiest_s = self.busiest_s(program, p)
+        if not 0 < busiest_s < float("inf"):
+            return busiest_s
+        cuts = self._even(p)
+        assert cuts is not None, "the busiest rank has some"
+        sends_s = self._sends_s(program.chain, p, cuts)
+        order_s = self.even(program).order_s(p, cuts, self._accumulation_s(p), sends_s)
+        return max(busiest_s, order_s + self.evaluator.era.step_overhead_s)
+
+    def busiest_s(self, program: Program, p: Parallelism) -> float:
+        """The same of the rank that has most to do, which asks no more of a program's passes than that
+        forward and input gradients take no less."""
         if p.pp > 1 and p.num_virtual_stages == 1:
             return 0.0
         cuts = self._even(p)
@@ -134,11 +146,22 @@ class StageLayer:
             return float("inf")
         stages, machine = self.even(program), self.machine(p)
         bound_s = stages.bound_s(p, machine, cuts, stages.excess_bytes(p, machine, cuts))
-        if bound_s < float("inf"):
-            accumulation_s = least_accumulation_s(p, machine.policy, machine.pricer)
-            sends_s = self._sends_s(program.chain, p, cuts)
-            bound_s = max(bound_s, stages.order_s(p, cuts, accumulation_s, sends_s))
         return bound_s + self.evaluator.era.step_overhead_s
+
+    @clocked("stages")
+    def divided_order_s(self, p: Parallelism) -> float:
+        """No step takes less: the schedule's own order, with one device's work divided over all ranks of the
+        stages; 0 where cuts are still open."""
+        cuts = self._even(p)
+        if p.num_virtual_stages == 1 or cuts is None:
+            return 0.0
+        # All ranks of a context axis add up the gradients of the same parameters.
+        silent = (0.0,) * (len(cuts) - 1)
+        whole_s = self._device(p).order_s(p, cuts, p.cp * self._accumulation_s(p), silent)
+        return whole_s / (p.tp * p.cp) + self.evaluator.era.step_overhead_s
+
+    def _accumulation_s(self, p: Parallelism) -> float:
+        return least_accumulation_s(p, self.evaluator.policy, self.evaluator.pricer)
 
     @clocked("stages")
     def draft(self, program: Program, p: Parallelism) -> Draft | None:

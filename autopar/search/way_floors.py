@@ -27,6 +27,7 @@ class WayFloors:
         self.bounds = bounds
         self.layer = layer
         self.pins = pins
+        self._close_s: dict[Parallelism, float] = {}
 
     def may_fit(self, layout: Layout) -> bool:
         """Whether memory may suffice for some way to run a layout."""
@@ -62,6 +63,16 @@ class WayFloors:
         device = self.floors.known(p.microbatch_size, p.ep)
         step_s = self.bounds.step_s(p, self._rank_s(p, device, program), device)
         return max(step_s, self.layer.schedule_floor_s(p, program))
+
+    def close_s(self, p: Parallelism) -> float:
+        """The same with even cuts and memory, from one device's work divided over all ranks, and the least
+        that these communicate; infinite where memory allows no program."""
+        if p.pp > 1 and p.num_virtual_stages == 1:
+            return 0.0  # drafts are exact there, and say more
+        if p not in self._close_s:
+            divided = self.floors.divided(p)
+            self._close_s[p] = max(self.layer.busiest_s(divided, p), self.layer.divided_order_s(p))
+        return self._close_s[p]
 
     def likely_s(self, p: Parallelism) -> float:
         """About what a way takes, as far as is known without its program: were all its stages alike, and

@@ -92,7 +92,8 @@ def claims_s(planner: Planner, way: Priced) -> dict[str, float]:
     }
     hides = p.schedule in OVERLAPPING_SCHEDULES
     found["layout"] = floors.layout_s(layout_of(p), overlapping=hides)
-    chains = {"program": program, "one device, divided": floors.floors.divided(p)}
+    found["way, closer"] = floors.close_s(p)
+    chains = {"program": program}
     if p.tp > 1:
         least = planner.programs.least
         chains |= {f"any program, {trades=}": least.relaxed(p, trades=trades) for trades in (False, True)}
