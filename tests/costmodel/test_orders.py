@@ -5,11 +5,12 @@ import itertools
 import random
 from contextlib import suppress
 
+import numpy as np
 import pytest
 from torch.distributed.pipelining import schedules
 
 from costmodel import CostModelError, peak_activation_bytes, peak_in_flight, rank_orders
-from costmodel.orders import rank_stages, stage_ranks
+from costmodel.orders import alone_parts, least_alone, rank_stages, stage_ranks
 
 SIZES = [
     ("GPipe", 1, 3, 1),
@@ -156,6 +157,23 @@ def test_peak_in_flight_is_that_of_the_order(schedule: str, num_virtual: int, nu
             shape = num_stages, num_microbatches
             peaks = peak_activation_bytes(schedule, *shape, ones, num_virtual)
             assert peak_in_flight(schedule, *shape, num_virtual) == peaks
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 5, 8])
+def test_what_runs_alone_is_counted_in_the_order(num_stages: int) -> None:
+    for num_microbatches in range(2 * num_stages, 6 * num_stages):
+        shape = "DualPipeV", num_stages, num_microbatches, 2
+        pairs = collections.Counter(
+            each
+            for order in rank_orders(*shape)
+            for before, op in itertools.pairwise(order)
+            if op[0] == "O"
+            for each in ((0, before[1]), (1, op[1]))
+        )
+        parts = alone_parts(*shape)
+        for (phase, stage), part in np.ndenumerate(parts):
+            assert part == pytest.approx(1 - pairs[phase, stage] / num_microbatches)
+        assert least_alone(num_stages, num_microbatches) == pytest.approx(parts.min())
 
 
 def test_peak_in_flight_by_hand() -> None:
