@@ -32,7 +32,7 @@ MODELS = tuple(each.name for each in ALL)
 
 @dataclass
 class Tally:
-    """Of one form: what became of its cases, and the worst differences in double and in half precision."""
+    """Of one form: what became of its cases, and the worst difference in each precision."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     worst: dict[int, float] = field(default_factory=dict)

@@ -5,7 +5,8 @@
 Every model of `tests/models.py` is captured, planned on local CPU devices with the settings of the column,
 written out, and run on gloo ranks. A cell is the largest relative difference of any gradient after the first
 step, where loss, gradients and the parameters after three AdamW steps all are within tolerance; otherwise
-what went wrong. `docs/models.md` gets the rows of the models named, or of all.
+`refused`, with the reason below the table, or `failed`, with the reason printed. `docs/models.md` gets the
+rows of the models named, or of all.
 """
 
 from __future__ import annotations
@@ -87,9 +88,10 @@ INTRODUCTION = """# Models and plans
 Each model below, at a size that trains in no time, was captured, given the plan of the column, written out
 as a program, and trained for three steps on real ranks (gloo) beside the original in one process. A number is
 the largest relative difference of any gradient; loss and parameters after the third step agree too, within
-the tolerances of `parity.py`. Models marked with * ran in single precision, as torch has no grouped matrix
-product for doubles; those without it in double precision, but for the column of bf16. Many models compute
-norms, softmax or their loss in single precision inside: their differences are of its order.
+the tolerances of `parity.py`, but where a cell says otherwise. Models marked with * ran in single precision,
+as torch has no grouped matrix product for doubles; those without it in double precision, but for the column
+of bf16. Many models compute norms, softmax or their loss in single precision inside: their differences are of
+its order.
 
 The pipeline schedules have two ranks, and two stages on each but for 1F1B. In the last column only the number
 of devices is given, and everything else is what the search finds.

@@ -91,12 +91,18 @@ def runtime_sources() -> Mapping[str, Source]:
     return {name: sources[name] for name in TopologicalSorter(needed).static_order()}
 
 
+@cache
+def _homes() -> Mapping[str, str]:
+    """The module that defines each name."""
+    return {name: module for module, source in runtime_sources().items() for name in source.definitions}
+
+
 def bundle(files: Mapping[str, str]) -> str:
     """The source of `autopar_runtime.py` for a program of these Python files, by name.
 
     Raises RewriteError where they import something that the runtime does not define.
     """
-    homes = {name: module for module, source in runtime_sources().items() for name in source.definitions}
+    homes = _homes()
     wanted: dict[str, None] = {}
     for file, text in files.items():
         for node in ast.walk(ast.parse(text)):
@@ -134,8 +140,7 @@ def _bundle(wanted: frozenset[str]) -> str:
 
 def _reached(wanted: Iterable[str]) -> dict[str, set[str]]:
     """By module, the definitions that these public names need."""
-    sources = runtime_sources()
-    homes = {name: module for module, source in sources.items() for name in source.definitions}
+    sources, homes = runtime_sources(), _homes()
     reached: dict[str, set[str]] = {}
     left = [(homes[name], name) for name in wanted]
     while left:

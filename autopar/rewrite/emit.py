@@ -13,20 +13,11 @@ from autopar.placements import RP, Shard, State
 from autopar.rewrite.batch_norm import STATISTICS, keeps_statistics
 from autopar.rewrite.classes import ClassPrinter, Instance
 from autopar.rewrite.context import ProgramContext
+from autopar.rewrite.naming import RUNTIME_NAMES
 from autopar.rewrite.source_format import format_source
 from autopar.rewrite.stages import Stage
 from autopar.rewrite.tree import build_tree, call_leaves
 from graphs.ir import OpGraph
-
-_RUNTIME_NAMES = """
-BatchNorm Border Container Parameters Placements Split StageMaker all_gather all_gather_replicated
-all_reduce all_reduce_partial all_to_all batch_norm causal_attention checkpointed copy cross_entropy
-deferred_convolution deferred_linear deferred_matmul drawn_apart embedding exchange_counts first_grad
-first_only from_experts grouped_mm keep keep_matmuls keep_nothing reduce_scatter saved_buffer shard
-shard_partial sharded_cross_entropy to_experts
-"""
-RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
-"""What `model.py` may need of the runtime, in the order of its import."""
 
 TORCH_IMPORTS = {
     "torch": "import torch",

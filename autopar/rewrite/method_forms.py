@@ -46,11 +46,11 @@ def _method(name: str) -> Writer:
     return lambda call: Expression(f"{call.tensor(0)}.{name}({', '.join(call.rest(1))})")
 
 
-def _sized_method(name: str, shape_argument: int | None = None) -> Writer:
-    """`x.name(sizes)`; with the shape argument at that place, sizes are the ones of the result."""
+def _sized_method(name: str, makes_shape: bool = False) -> Writer:
+    """`x.name(sizes)`; where it makes that shape, sizes are the ones of the result."""
 
     def write(call: Call) -> Expression:
-        sizes = call.sizes(call.op.output) if shape_argument else [str(size) for size in call.op.args[1]]
+        sizes = call.sizes(call.op.output) if makes_shape else [str(size) for size in call.op.args[1]]
         return Expression(f"{call.tensor(0)}.{name}({', '.join(sizes) or '()'})")
 
     return write
@@ -173,8 +173,8 @@ METHOD_FORMS: Mapping[str, Writer] = {
     "detach": _method("detach"),
     "clone": _clone,
     "chunk": _method("chunk"),
-    "reshape": _sized_method("reshape", 1),
-    "expand": _sized_method("expand", 1),
+    "reshape": _sized_method("reshape", makes_shape=True),
+    "expand": _sized_method("expand", makes_shape=True),
     **{name: _new(name) for name in ("new_zeros", "new_ones", "new_full", "new_empty")},
     "repeat": _sized_method("repeat"),
     "to": _to,

@@ -10,15 +10,20 @@ from collections.abc import Collection, Iterable, Mapping
 from autopar.localize import CAUSAL_ROWS
 from graphs.ir import Op, OpGraph
 
-_RESERVED = """
-    self mesh torch nn F layer layers number batch batch_norm checkpoint checkpointed functools KEPT Tensor
-    DeviceMesh StageMaker Border BatchNorm Container Parameters Placements Split BATCH TP DP CP EP
-    all_gather all_gather_replicated all_reduce all_reduce_partial all_to_all causal_attention copy
-    cross_entropy deferred_convolution deferred_linear deferred_matmul embedding exchange_counts first_grad
-    first_only from_experts grouped_mm keep keep_matmuls keep_nothing reduce_scatter saved_buffer shard
-    shard_partial sharded_cross_entropy to_experts
+_RUNTIME_NAMES = """
+BatchNorm Border Container Parameters Placements Split StageMaker all_gather all_gather_replicated
+all_reduce all_reduce_partial all_to_all batch_norm causal_attention checkpointed copy cross_entropy
+deferred_convolution deferred_linear deferred_matmul drawn_apart embedding exchange_counts first_grad
+first_only from_experts grouped_mm keep keep_matmuls keep_nothing reduce_scatter saved_buffer shard
+shard_partial sharded_cross_entropy to_experts
 """
-RESERVED = frozenset(_RESERVED.split())
+RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
+"""What `model.py` may need of the runtime, in the order of its import."""
+
+_OTHERS = """
+self mesh torch nn F layer layers number batch checkpoint functools KEPT Tensor DeviceMesh BATCH TP DP CP EP
+"""
+RESERVED = frozenset(_OTHERS.split()) | frozenset(RUNTIME_NAMES)
 """Names that the source of a `forward` may need for what they stand for."""
 
 _PASSING = """

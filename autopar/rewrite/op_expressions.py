@@ -40,8 +40,8 @@ def expression_of(
 def _generic(op: Op, values: Values, sizes: Callable[[str], list[str]], device: str | None) -> Expression:
     namespace, name, _ = op.target.split(".", 2)
     texts = arguments(op.args, op.kwargs, values)
-    if name in _SHAPE_ARGUMENT:
-        texts[_SHAPE_ARGUMENT[name]] = f"[{', '.join(sizes(op.output))}]"
+    if name in _SHAPED:
+        texts[0] = f"[{', '.join(sizes(op.output))}]"
     if device is not None and not op.inputs:
         texts.append(f"device={device}")
     function = _RENAMED.get(op.target) or (f"torch.{name}" if name in _TORCH_FUNCTIONS else None)
@@ -50,11 +50,8 @@ def _generic(op: Op, values: Values, sizes: Callable[[str], list[str]], device: 
     return Expression(f"{function}({', '.join(texts)})")
 
 
-_SHAPE_ARGUMENT = {
-    **dict.fromkeys(("full", "zeros", "ones", "empty", "rand", "randn"), 0),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 1),
-}
-"""Where ops that make a tensor are told its shape."""
+_SHAPED = frozenset({"full", "zeros", "ones", "empty", "rand", "randn"})
+"""Ops that make a tensor without reading any; their first argument is its shape."""
 
 _RENAMED = {"aten.min.other": "torch.minimum", "aten.max.other": "torch.maximum"}
 """ATen overloads whose function in `torch` has another name."""

@@ -378,6 +378,7 @@ def main() -> None:
     first = progress.get("step", 0)
     data = batches(samples, rank.mesh, MICROBATCH * NUM_MICROBATCHES, first, options)
     log = Log(EXPECTED, options)
+    last = first  # steps taken
     for step, batch in zip(range(first, options.steps), data, strict=False):
         seed_step(step, rank.mesh, options)
         rate = set_learning_rate(optimizer, step, options)
@@ -385,9 +386,14 @@ def main() -> None:
         norm = clip_gradients(trained.stages, options.clip, rank.mesh, PLACEMENTS{further})
 {step}\
         optimizer.zero_grad()
-        log.step(step + 1, loss=loss, gradient_norm=norm, learning_rate=rate)
-        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-            checkpoints.save(step + 1, trained{scale})
+        last = step + 1
+        log.step(last, loss=loss, gradient_norm=norm, learning_rate=rate)
+        if last % options.save_every == 0:
+            checkpoints.save(last, trained{scale})
+    if last > first and last % options.save_every:
+        checkpoints.save(last, trained{scale})
+    if last < options.steps and dist.get_rank() == 0:
+        print(f"data ended after step {{last}} of {{options.steps}}", flush=True)
     checkpoints.wait()
     dist.destroy_process_group()
 

@@ -108,6 +108,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
+        gradient = gradient.to(mean.dtype)
         shape = _per_channel(x)
         deviation = (variance + ctx.eps).sqrt().view(shape)
         normalized = (x - mean.view(shape)) / deviation

@@ -60,12 +60,15 @@ class Trained:
         Raises ValueError where the checkpoint is of another model.
         """
         saved = opened(path)
+        fused = any(group.get("fused") for group in self.optimizer.param_groups)
         for stage in self.stages:
             held = stage.state_dict(keep_vars=True)
             for name, tensor in updated(held, self.optimizer).items():
                 if f"optimizer.state.{self.aliases.get(name, name)}.exp_avg" in saved:
                     moments = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[tensor].update(step=torch.zeros(()), **moments)
+                    # Fused updates count steps where the parameters are, all others on the host.
+                    step = torch.zeros((), device=local_part(tensor).device if fused else "cpu")
+                    self.optimizer.state[tensor].update(step=step, **moments)
         state = self.state()
         saved_names([name.removeprefix("model.") for name in state if name.startswith("model.")], saved, {})
         for name, each in state.items():
@@ -94,9 +97,10 @@ class Checkpoints:
     def resume(self, trained: Trained) -> dict[str, Any]:
         """Take what the newest checkpoint holds; returns what `save` was given beside it, `{}` where there is
         none."""
-        if not self.complete():
+        complete = self.complete()
+        if not complete:
             return {}
-        path = self.complete()[-1][1]
+        path = complete[-1][1]
         trained.restore(path)
         noted: dict[str, Any] = json.loads((path / "progress.json").read_text())
         return noted

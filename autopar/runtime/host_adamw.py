@@ -56,7 +56,7 @@ class HostAdamW:
 @dataclass(frozen=True)
 class _Hosted:
     """A parameter, its copy in the host's memory with an optimizer of its own, and the buffer through which
-    both its gradient and what becomes of it travel."""
+    what becomes of it travels back."""
 
     parameter: nn.Parameter
     copy: Tensor
@@ -71,6 +71,6 @@ class _Hosted:
         return _Hosted(parameter, copy, buffer, torch.optim.AdamW([copy], **settings))
 
     def fetch(self) -> Tensor:
-        """The gradient in the host's memory, as soon as the device is through with it."""
+        """The gradient in the host's memory, in its own dtype, as soon as the device is through with it."""
         assert self.parameter.grad is not None
-        return self.buffer.copy_(local_part(self.parameter.grad), non_blocking=True)
+        return local_part(self.parameter.grad).to("cpu", non_blocking=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autopar.runtime.hashing import hashed
 from autopar.runtime.layout import Layout, Placements, fill, matches
 
 Recipe = tuple[tuple[Any, ...], ...]
@@ -67,7 +67,7 @@ class _Drawn:
         return rows[(slice(start - blocks.start, stop - blocks.start), *part[1:])]
 
     def _rows(self, first: int, last: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(f"{self.name} {first}".encode()))
+        generator = torch.Generator().manual_seed(hashed(f"{self.seed} {self.name} {first}"))
         rows = torch.empty(last - first, *self.shape[1:])
         for op, *numbers in self.recipe:
             if op == "trunc_normal_":

@@ -36,8 +36,10 @@ class LossScale:
         """Give every parameter its true gradient, in single precision, where small ones do not vanish."""
         for parameter in dict.fromkeys(parameters):  # tied ones come under all their names
             if parameter.grad is not None:
-                parameter.grad_dtype = None  # any
-                parameter.grad = parameter.grad.to(widened(parameter.grad.dtype)) / self.value
+                wide = widened(parameter.grad.dtype)
+                if parameter.grad_dtype != wide:
+                    parameter.grad_dtype = None  # any: torch refuses a gradient of another dtype
+                parameter.grad = parameter.grad.to(wide) / self.value
 
     @property
     def state(self) -> tuple[float, int]:

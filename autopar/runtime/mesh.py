@@ -66,7 +66,7 @@ def seed_step(step: int, mesh: DeviceMesh, options: argparse.Namespace) -> None:
     ranks of a tensor axis, which are at the same layers and samples (`drawn_apart` where they have different
     parts)."""
     number, count = _place(mesh, ("pp", *JOINT["dp_cp"]))
-    torch.manual_seed((options.seed * options.steps + step) * count + number)
+    torch.manual_seed(((options.seed * 2**32 + step) * count + number) % 2**63)
 
 
 def replica(mesh: DeviceMesh) -> tuple[int, int]:

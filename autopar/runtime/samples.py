@@ -62,7 +62,7 @@ class _Synthetic(Dataset[Sample]):
         return 2**40
 
     def __getitem__(self, index: int) -> Sample:
-        generator = torch.Generator().manual_seed(self.seed * len(self) + index)
+        generator = torch.Generator().manual_seed((self.seed * len(self) + index) % 2**63)
         return {
             name: torch.randn(shape, generator=generator, dtype=dtype)
             if dtype.is_floating_point
@@ -85,12 +85,19 @@ class _Rows(Dataset[Sample]):
 
 
 class _TokenFile(Dataset[Sample]):
-    """Pieces of a file of tokens as long as a sample; masks among the inputs let everything through."""
+    """Pieces of a file of tokens as long as a sample; masks among the inputs let everything through, and
+    there may be no others."""
 
     def __init__(
         self, path: Path, dtype: torch.dtype, inputs: Inputs, tokens: str, labels: str, shift: bool
     ) -> None:
         self.inputs, self.tokens, self.labels, self.shift = inputs, tokens, labels, int(shift)
+        for name in inputs:
+            if name not in (tokens, labels) and "mask" not in name:
+                raise ValueError(
+                    f"--data {path}: a file of tokens does not fill {name}; give a dict of tensors "
+                    "or a function"
+                )
         self.length = math.prod(inputs[tokens][0])
         size = path.stat().st_size // dtype.itemsize
         self.data = torch.from_file(str(path), shared=False, size=size, dtype=dtype)  # in memory as read

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from autopar.runtime.hashing import hashed
 from autopar.runtime.mesh import replica
 from autopar.runtime.samples import Sample
 
@@ -28,8 +28,7 @@ def shuffled(position: int, num_samples: int, seed: int) -> int:
     while True:
         left, right = index >> half, index & (1 << half) - 1
         for turn in range(4):
-            key = f"{seed} {epoch} {turn} {right}".encode()
-            mixed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
+            mixed = hashed(f"{seed} {epoch} {turn} {right}")
             left, right = right, left ^ mixed & (1 << half) - 1
         index = left << half | right
         if index < num_samples:
@@ -59,7 +58,8 @@ class StepSampler(Sampler[list[int]]):
 
 
 class _Part(IterableDataset[Sample]):
-    """What one replica takes of an iterable, from one step on."""
+    """What one replica takes of an iterable, from one step on: whole batches, as many as every other one,
+    without what is left at the end."""
 
     def __init__(self, samples: Any, first_step: int, replica: int, num_replicas: int, batch: int) -> None:
         self.samples, self.skipped = samples, first_step * num_replicas * batch
@@ -70,9 +70,14 @@ class _Part(IterableDataset[Sample]):
             left = iter(self.samples.skip(self.skipped))
         else:
             left = islice(iter(self.samples), self.skipped, None)
+        mine: list[Sample] = []
         for number, sample in enumerate(left):
-            if number // self.batch % self.num_replicas == self.replica:
-                yield sample
+            turn, row = divmod(number % (self.num_replicas * self.batch), self.batch)
+            if turn == self.replica:
+                mine.append(sample)
+            if turn == self.num_replicas - 1 and row == self.batch - 1:  # all replicas have theirs
+                yield from mine
+                mine = []
 
 
 def batches(
@@ -86,6 +91,6 @@ def batches(
     pinned = torch.cuda.is_available()
     if not hasattr(samples, "__getitem__"):
         part = _Part(samples, first_step, number, count, batch)
-        return DataLoader(part, batch, drop_last=True, num_workers=min(1, options.workers), pin_memory=pinned)
+        return DataLoader(part, batch, num_workers=min(1, options.workers), pin_memory=pinned)
     sampler = StepSampler(len(samples), first_step, options.steps, number, count, batch, options.seed)
     return DataLoader(samples, batch_sampler=sampler, num_workers=options.workers, pin_memory=pinned)

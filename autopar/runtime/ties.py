@@ -61,7 +61,8 @@ def sum_tied_gradients(tied: Iterable[Tied]) -> None:
         gradients = [local_part(copy.grad) for copy in each.copies if copy.grad is not None]
         for gradient in gradients[1:]:
             gradients[0].add_(gradient)
-        _share(gradients, each.group)
+        if gradients:  # frozen parameters have none
+            _share(gradients, each.group)
 
 
 def _share(copies: Sequence[Tensor], group: ProcessGroup | None, source: int | None = None) -> None:

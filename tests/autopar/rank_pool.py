@@ -1,8 +1,8 @@
-"""Ranks that stay: processes that run one emitted program after the other.
+"""Ranks at hand: processes for emitted programs that need not import torch.
 
-Starting a process and importing torch takes several seconds, a step of a small model milliseconds. The ranks
-of a pool are forked from a server that has imported torch once. For every program they join a new process
-group, so nothing is left of the one before; after a program that broke off or hung they are replaced.
+Starting a process and importing torch takes several seconds, a step of a small model milliseconds. So a
+server imports torch once, and the ranks of a program are forked from it. They end with the program: threads
+of process groups, and what a compiler remembers, would outlive it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import TCPStore
 
-PROGRAM_MODULES = ("autopar_runtime", "model", "train")
 USED_BY_PROGRAMS = (
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
@@ -84,46 +83,38 @@ def shared_pool() -> RankPool:
     return pool
 
 
-class _Ranks:
-    """The processes, in the server."""
-
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("fork")
-        self._ranks: list[tuple[BaseProcess, Connection]] = []
-
-    def run(self, task: Task) -> tuple[str, str]:
-        """The longest verdict of all ranks, so that `NOT EQUAL` goes before `equal`; and rank 0's output."""
-        _, _, num_ranks = task
-        self._start(num_ranks)
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where the ranks meet
-        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._ranks[:num_ranks])}
-        for pipe in waiting:
-            pipe.send((task, store.port))
-        outcomes: dict[int, tuple[str, str]] = {}
-        while waiting:
-            ready = [each for each in wait(list(waiting), LONGEST_S) if isinstance(each, Connection)]
-            for pipe in ready:
-                outcomes[waiting.pop(pipe)] = _received(pipe)
-            broken = [each for each in outcomes.values() if each[0] not in {"equal", "NOT EQUAL"}]
-            if broken or not ready:  # the others may wait for this one
-                self.stop()
-                return broken[0] if broken else (f"did not finish in {LONGEST_S:.0f} s", "")
-        return max((verdict for verdict, _ in outcomes.values()), key=len), outcomes[0][1]
-
-    def _start(self, num_ranks: int) -> None:
-        for rank in range(len(self._ranks), num_ranks):
-            here, there = self._context.Pipe()
-            process = self._context.Process(target=_serve_as, args=(rank, there), daemon=True)
-            process.start()
-            there.close()
-            self._ranks.append((process, here))
-
-    def stop(self) -> None:
-        for process, pipe in self._ranks:
+def _outcome(task: Task) -> tuple[str, str]:
+    """The longest verdict of all ranks, so that `NOT EQUAL` goes before `equal`; and rank 0's output."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where the ranks meet
+    ranks = [_forked(rank, task, store.port) for rank in range(task[2])]
+    try:
+        return _judged({pipe: rank for rank, (_, pipe) in enumerate(ranks)})
+    finally:
+        for process, pipe in ranks:
             process.kill()
             process.join()
             pipe.close()
-        self._ranks.clear()
+
+
+def _forked(rank: int, task: Task, port: int) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_run_as, args=(rank, task, port, there), daemon=True)
+    process.start()
+    there.close()
+    return process, here
+
+
+def _judged(waiting: dict[Connection, int]) -> tuple[str, str]:
+    outcomes: dict[int, tuple[str, str]] = {}
+    while waiting:
+        ready = [each for each in wait(list(waiting), LONGEST_S) if isinstance(each, Connection)]
+        for pipe in ready:
+            outcomes[waiting.pop(pipe)] = _received(pipe)
+        broken = [each for each in outcomes.values() if each[0] not in {"equal", "NOT EQUAL"}]
+        if broken or not ready:  # the others may wait for this one
+            return broken[0] if broken else (f"did not finish in {LONGEST_S:.0f} s", "")
+    return max((verdict for verdict, _ in outcomes.values()), key=len), outcomes[0][1]
 
 
 def _received(pipe: Connection) -> tuple[str, str]:
@@ -134,23 +125,21 @@ def _received(pipe: Connection) -> tuple[str, str]:
     return verdict, output
 
 
-def _serve_as(rank: int, pipe: Connection) -> None:
-    """One rank: what it is sent it runs."""
+def _run_as(rank: int, task: Task, port: int, pipe: Connection) -> None:
+    """One rank, with the environment of torchrun."""
+    script, arguments, num_ranks = task
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    while True:
-        (script, arguments, num_ranks), port = pipe.recv()
-        os.environ |= {"WORLD_SIZE": str(num_ranks), "MASTER_PORT": str(port)}
-        pipe.send(_run(script, arguments))
+    pipe.send(_run(script, arguments))
 
 
 def _run(script: str, arguments: Sequence[str]) -> tuple[str, str]:
-    for module in PROGRAM_MODULES:
-        sys.modules.pop(module, None)
     sys.path[0] = str(Path(script).parent)
     sys.argv = [script, *arguments]
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -171,12 +160,9 @@ def _serve(pipe: Connection) -> None:
     """The server: runs tasks until the pipe closes."""
     for module in USED_BY_PROGRAMS:
         import_module(module)
-    ranks = _Ranks()
-    try:
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
-            pipe.send(ranks.run(pipe.recv()))
-    except (EOFError, OSError, KeyboardInterrupt):
-        ranks.stop()
+            pipe.send(_outcome(pipe.recv()))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_explain_as_json_has_the_figures_under_names_with_units(run, plan_file: 
     ("change", "message"),
     [
         (lambda content: content.pop("parallelism"), "is no plan"),
-        (lambda content: content.update(version=9), "plan of version 9, this autopar reads 3"),
+        (lambda content: content.update(version=9), "plan of version 9, this autopar reads 4"),
         (lambda content: content["parallelism"].update(tp=0), "parallelism.tp: Input should be greater"),
         (lambda content: content.update(colour="red"), "colour: Extra inputs are not permitted"),
     ],

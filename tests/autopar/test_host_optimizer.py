@@ -49,3 +49,16 @@ def test_its_copies_keep_what_narrow_parameters_round_away() -> None:
             optimizer.step()
     assert torch.equal(alone.detach(), torch.ones(8, dtype=torch.bfloat16))
     torch.testing.assert_close(hosted.detach().float(), torch.full((8,), 0.98), atol=4e-3, rtol=0)
+
+
+def test_it_reads_gradients_wider_than_their_parameters() -> None:
+    """As they are: rounded to bfloat16, both would be 1."""
+    hosted, wide = nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), nn.Parameter(torch.ones(2))
+    hosted.grad_dtype = torch.float32
+    host = HostAdamW([hosted], lr=1e-2)
+    optimizers: tuple[HostAdamW | torch.optim.AdamW, ...] = (host, torch.optim.AdamW([wide], lr=1e-2))
+    for gradient in (torch.tensor([1.0, 1.001]), torch.tensor([-1.0, 0.001])):
+        for parameter, optimizer in zip((hosted, wide), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(host.masters[hosted], wide)

@@ -18,6 +18,6 @@ def test_a_module_with_parameters_of_its_own_and_modules_inside_keeps_both() -> 
 def test_equal_layers_are_one_comprehension() -> None:
     layers = {f"model.layers.{number}": "Layer(mesh)" for number in range(3)}
     assert lines(layers) == [
-        "self.model = nn.Module()",
-        "self.model.layers = nn.ModuleDict({str(i): Layer(mesh) for i in range(3)})",
+        "self.model = Container()",
+        "self.model.layers = Container({str(i): Layer(mesh) for i in range(3)})",
     ]

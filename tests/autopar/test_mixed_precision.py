@@ -160,6 +160,18 @@ def test_a_scaled_loss_saves_gradients_that_fp16_has_no_number_for() -> None:
     torch.testing.assert_close(weight.grad, torch.full((4,), factor), rtol=1e-2, atol=0)
 
 
+def test_gradients_that_are_wide_stay_so() -> None:
+    """In the step after the first one was unscaled, too."""
+    weight = nn.Parameter(torch.ones(4, dtype=FP16))
+    weight.grad_dtype = FP32
+    for _ in range(2):
+        weight.grad = None
+        weight.sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.dtype == FP32
+        LossScale().unscale([weight])
+
+
 def test_an_overflow_leaves_a_step_out_and_halves_the_scale() -> None:
     scale = LossScale(value=8.0, patience=2)
     assert not scale.is_good(float("inf"))

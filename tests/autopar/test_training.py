@@ -67,6 +67,27 @@ def test_a_restart_changes_nothing(plan: str, tmp_path: Path) -> None:
     assert all(torch.equal(again[name], each) for name, each in ended.items())
 
 
+ENDING = """
+import torch
+
+def samples():
+    return ({name: torch.arange(12) for name in ("input_ids", "labels")} for number in range(15))
+"""
+"""Three steps of four samples, and a part of a fourth."""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_data_that_end_end_training_and_lose_nothing(tmp_path: Path) -> None:
+    captured = capture(case("llama").build(), case("llama").inputs, name="llama")
+    program = write(captured, tmp_path / "program", dp_replicate=2, num_microbatches=2)
+    (tmp_path / "data.py").write_text(ENDING)
+    run = ("--data", f"{tmp_path}/data.py:samples", "--checkpoints", tmp_path / "saved", "--save-every", 2)
+    assert len(train(program, 2, "--steps", 9, *run)) == 3
+    assert (tmp_path / "saved" / "step-3" / ".metadata").exists()
+    assert not train(program, 2, "--steps", 9, *run), "nothing is left after a restart"
+
+
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 64, 1000])
 def test_every_epoch_is_another_order_of_all_samples(num_samples: int) -> None:
     epochs = [
@@ -92,13 +113,14 @@ def test_replicas_share_out_what_one_would_take() -> None:
 
 
 class Stream:
-    """Samples one after the other, as `datasets.IterableDataset` gives them, which can skip."""
+    """Samples one after the other, as `datasets.IterableDataset` gives them, which can skip: enough for five
+    steps of two replicas, and a sixth of one alone."""
 
     def __init__(self, first: int = 0) -> None:
         self.first = first
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return ({"x": torch.tensor(number)} for number in range(self.first, 32))
+        return ({"x": torch.tensor(number)} for number in range(self.first, 34))
 
     def skip(self, count: int) -> Stream:
         return Stream(self.first + count)
@@ -123,6 +145,10 @@ def test_a_file_of_tokens_is_cut_into_samples(tmp_path: Path) -> None:
     assert len(samples) == 2
     assert samples[1]["input_ids"].tolist() == samples[1]["labels"].tolist() == [4, 5, 6, 7]
     assert samples[1]["attention_mask"].tolist() == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"a file of tokens does not fill pixels; give a dict of tensors"):
+        open_data(
+            options(data=str(path)), {**INPUTS, "pixels": ((4,), torch.float32, 0)}, "input_ids", "labels"
+        )
     shifted = open_data(options(data=str(path), shift=True), INPUTS, "input_ids", "labels")
     assert shifted[1]["labels"].tolist() == [5, 6, 7, 8]
     path.write_bytes(torch.full((8,), 500, dtype=torch.int16).numpy().tobytes())
@@ -137,6 +163,7 @@ def test_other_sources_of_data(tmp_path: Path) -> None:
     synthetic = open_data(options(), INPUTS)
     assert synthetic[7]["input_ids"].tolist() == synthetic[7]["input_ids"].tolist()
     assert synthetic[7]["input_ids"].tolist() != synthetic[8]["input_ids"].tolist()
+    assert open_data(options(seed=2**30), INPUTS)[7]["input_ids"].shape == (4,), "of any seed"
     torch.save({"x": torch.arange(6).view(3, 2)}, tmp_path / "rows.pt")
     assert open_data(options(data=str(tmp_path / "rows.pt")), {})[2]["x"].tolist() == [4, 5]
     (tmp_path / "mine.py").write_text("def samples():\n    return [{'x': 1}, {'x': 2}]\n")
