@@ -66,7 +66,8 @@ class Members:
         }
         for op in node.items:
             if isinstance(op, Op) and keeps_statistics(op):
-                constructors[below(op.module, node.path)] = self._batch_norm(op)
+                owner = below(op.module, node.path)
+                constructors[owner] = self._batch_norm(op, leaves.get(owner, {}))
         constructors |= {below(path, node.path): constructor for path, constructor in children.items()}
         for owner, _ in buffers:
             if owner and not any(path.startswith(f"{owner}.") for path in constructors):
@@ -120,13 +121,16 @@ class Members:
             return None
         return f"{self._shape(tensors['weight'])}, eps={call.kwargs['eps']}"
 
-    def _batch_norm(self, op: Op) -> str:
+    def _batch_norm(self, op: Op, tensors: Mapping[str, str]) -> str:
         x, weight = op.args[0].name, op.args[1]
-        affine = "" if weight is not None else ", affine=False"
         channels = self.context.sizes(x)[1]
-        return (
-            f"BatchNorm({channels}, eps={op.args[7]}, momentum={op.args[6]}{affine}{self.context.dtype(x)})"
-        )
+        settings = f"eps={op.args[7]}, momentum={op.args[6]}"
+        settings += "" if weight is not None else ", affine=False"
+        settings += self.context.dtype(x)
+        for name, option in (("weight", "num_weights"), ("bias", "num_biases")):
+            size = self._shape(tensors[name]) if name in tensors else channels
+            settings += f", {option}={size}" if size != channels else ""
+        return f"BatchNorm({channels}, {settings})"
 
     def _shape(self, tensor: str) -> str:
         return ", ".join(self.context.sizes(tensor))

@@ -216,6 +216,8 @@ def _build(facts: TrainingFacts) -> str:
         zero = f"        shard_parameters(stage, BLOCKS, mesh, {options})\n"
     if plan.pp > 1:
         splitting = ", leave_weights" if plan.schedule in SPLIT_BACKWARD_SCHEDULES else ""
+        if splitting and facts.has_master_shards and facts.precision.gradient != facts.precision.compute:
+            splitting = ", lambda stage: leave_weights(stage, PRECISION.gradient)"
         pipeline = f'pipeline(stages, BORDERS, "{plan.schedule}", NUM_MICROBATCHES, mesh, device{splitting})'
         ending += f"    schedule = {pipeline}\n"
         arguments += ", schedule"

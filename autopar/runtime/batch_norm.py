@@ -15,7 +15,11 @@ from autopar.runtime.tensors import widened
 
 
 class BatchNorm(nn.Module):
-    """A batch norm of the original model, with its parameters and running statistics."""
+    """A batch norm of the original model, with its parameters and running statistics.
+
+    Parameters that are split otherwise than the channels of its input, as they come to it through a
+    collective, have `num_weights` and `num_biases` of their own.
+    """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -30,11 +34,13 @@ class BatchNorm(nn.Module):
         momentum: float,
         affine: bool = True,
         dtype: torch.dtype = torch.float32,
+        num_weights: int | None = None,
+        num_biases: int | None = None,
     ) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
-        for name in ("weight", "bias"):
-            empty = nn.Parameter(torch.empty(num_channels, dtype=dtype)) if affine else None
+        for name, size in (("weight", num_weights), ("bias", num_biases)):
+            empty = nn.Parameter(torch.empty(size or num_channels, dtype=dtype)) if affine else None
             self.register_parameter(name, empty)
         with torch.device("cpu"):  # buffers are never built on the meta device
             self.register_buffer("running_mean", torch.zeros(num_channels, dtype=dtype))

@@ -120,13 +120,16 @@ class _Convolution(torch.autograd.Function):
 _convolution: Callable[..., Tensor] = _Convolution.apply
 
 
-def leave_weights(stage: nn.Module) -> Callable[[], Callable[[], None]]:
+def leave_weights(stage: nn.Module, gradient: torch.dtype | None = None) -> Callable[[], Callable[[], None]]:
     """Make the backward of a stage leave the gradients of its products' weights.
 
     Returns a function that takes over what the last backward left, and returns the function that computes it:
     the `dw_builder` of a `PipelineStage`. torch's own way to split a backward walks the graph twice, which
     computes checkpointed blocks again for every weight, and misses parameters that no path joins with an
     input.
+
+    Gradients of these weights are added up in `gradient` (None: as each weight says). `fully_shard` adds up
+    in its own precision only what it finds after a backward, so not what comes later.
     """
     left: Leftovers = []
     stage.register_forward_pre_hook(lambda *_: _set_left(left))
@@ -135,7 +138,7 @@ def leave_weights(stage: nn.Module) -> Callable[[], Callable[[], None]]:
     def take() -> Callable[[], None]:
         mine = left.copy()
         left.clear()
-        return partial(_finish, mine)
+        return partial(_finish, mine, gradient)
 
     return take
 
@@ -145,6 +148,9 @@ def _set_left(left: Leftovers | None) -> None:
     _LEFT.set(left)
 
 
-def _finish(left: Leftovers) -> None:
+def _finish(left: Leftovers, dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        for weight, _ in left:
+            weight.grad_dtype = dtype
     if left:
         torch.autograd.backward([weight for weight, _ in left], [gradient() for _, gradient in left])

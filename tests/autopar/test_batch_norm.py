@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autopar.errors import RewriteError
+from autopar.op_kinds import short_name
+from autopar.placements import Shard
 from autopar.plan import Parallelism
 from autopar.rewrite.program import rewrite
 from autopar.runtime.batch_norm import BatchNorm
+from autopar.strategies import strategies
 from graphs import capture
-from tests.autopar.random_plans import random_plan
+from tests.autopar.random_plans import plan_of, random_plan
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -74,3 +77,36 @@ def test_statistics_under_unknown_names_are_refused() -> None:
         RewriteError, match=r"batch_norm, module root\) updates running statistics .* use that"
     ):
         source_of(OwnStatistics())
+
+
+class Slimmed(Normed):
+    """A batch norm whose weight has a penalty (arXiv:1708.06519), which reads it whole."""
+
+    def __init__(self) -> None:
+        super().__init__(keeps=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.norm.weight.abs().sum()
+
+
+def test_parameters_that_are_split_otherwise_than_the_channels_have_their_own_sizes() -> None:
+    captured = capture(Slimmed(), lambda batch: {"x": torch.randn(batch, 3, 8, 8)})
+    graph = captured.at(2)
+    keys = {op.name: "replicate" for op in graph.ops}
+    norm = next(op for op in graph.ops if short_name(op) == "batch_norm")
+    keys[norm.name] = next(
+        each.key for each in strategies(norm, graph, 2, {}) if each.operands[0].value == Shard(1)
+    )
+    plan = plan_of(captured.graph, Parallelism(tp=2, microbatch_size=2), {"tp": keys})
+    source = rewrite(captured, plan).source
+    assert "self.norm = BatchNorm(4 // TP, eps=1e-05, momentum=0.1, num_weights=4)" in source
+    assert '"norm.bias": {"tp": Split(0)}' in source
+    assert '"norm.weight"' not in source.partition("PARTIAL_GRADIENTS")[0].rpartition("PLACEMENTS")[2]
+    ours = BatchNorm(2, eps=1e-5, momentum=0.1, num_weights=4)
+    assert {name: tuple(each.shape) for name, each in ours.state_dict().items()} == {
+        "weight": (4,),
+        "bias": (2,),
+        "running_mean": (2,),
+        "running_var": (2,),
+        "num_batches_tracked": (),
+    }

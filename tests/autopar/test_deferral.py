@@ -73,6 +73,26 @@ def test_a_backward_in_two_parts_is_a_backward(kind: type[Twice | Convolved]) ->
         torch.testing.assert_close(split.get_parameter(name).grad, parameter.grad)
 
 
+def test_what_comes_late_is_added_up_in_the_precision_of_gradients() -> None:
+    """As 64 microbatches have one gradient, its bits all survive: in bfloat16 the sum would lose some."""
+    stage = Twice(deferred=True).bfloat16()
+    with torch.no_grad():
+        stage.first.zero_()
+    take = leave_weights(stage, torch.float32)
+    finish = []
+    for _ in range(64):
+        hidden = torch.ones(1, 6, dtype=torch.bfloat16, requires_grad=True)
+        loss = stage(hidden)
+        loss.backward(torch.ones_like(loss))
+        finish.append(take())
+    for each in finish:
+        each()
+    assert stage.first.grad is not None
+    assert stage.first.grad.dtype == torch.float32
+    once = (torch.ones(4, dtype=torch.bfloat16) @ stage.second.T).float()
+    torch.testing.assert_close(stage.first.grad[:, 0], 64 * once, rtol=1e-5, atol=0)
+
+
 def test_outside_of_a_pipeline_nothing_is_left() -> None:
     plain, alone = Twice(deferred=False), Twice(deferred=True)
     alone.load_state_dict(plain.state_dict())
