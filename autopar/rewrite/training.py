@@ -394,8 +394,7 @@ def main() -> None:
             checkpoints.save(last, trained{scale})
     if last > first and last % options.save_every:
         checkpoints.save(last, trained{scale})
-    if last < options.steps and dist.get_rank() == 0:
-        print(f"data ended after step {{last}} of {{options.steps}}", flush=True)
+    log.end(last)
     checkpoints.wait()
     dist.destroy_process_group()
 

@@ -31,7 +31,7 @@ class Log:
 
     def __init__(self, expected: Expected, options: argparse.Namespace) -> None:
         self.expected, self.every, self.began_s = expected, options.log_every, time.perf_counter()
-        self.num_steps = 0
+        self.num_steps, self.num_asked = 0, options.steps
         self.writer: Any = None
         if options.tensorboard and dist.get_rank() == 0:
             from torch.utils.tensorboard import SummaryWriter  # only those who ask for it need the package
@@ -58,3 +58,8 @@ class Log:
                 for name, value in (numbers | speeds).items():
                     self.writer.add_scalar(name, value, step)
         self.num_steps, self.began_s = 0, time.perf_counter()
+
+    def end(self, last: int) -> None:
+        """Say so where the data ended with step `last`, before the steps that were asked for."""
+        if last < self.num_asked and dist.get_rank() == 0:
+            print(f"data ended after step {last} of {self.num_asked}", flush=True)

@@ -85,9 +85,12 @@ def shared_pool() -> RankPool:
 
 def _outcome(task: Task) -> tuple[str, str]:
     """The longest verdict of all ranks, so that `NOT EQUAL` goes before `equal`; and rank 0's output."""
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where the ranks meet
-    ranks = [_forked(rank, task, store.port) for rank in range(task[2])]
+    ranks = [_forked(rank, task) for rank in range(task[2])]
+    # Where they meet: a thread of this process, which is why it begins after the forks.
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     try:
+        for _, pipe in ranks:
+            pipe.send(store.port)
         return _judged({pipe: rank for rank, (_, pipe) in enumerate(ranks)})
     finally:
         for process, pipe in ranks:
@@ -96,10 +99,10 @@ def _outcome(task: Task) -> tuple[str, str]:
             pipe.close()
 
 
-def _forked(rank: int, task: Task, port: int) -> tuple[BaseProcess, Connection]:
+def _forked(rank: int, task: Task) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    process = context.Process(target=_run_as, args=(rank, task, port, there), daemon=True)
+    process = context.Process(target=_run_as, args=(rank, task, there), daemon=True)
     process.start()
     there.close()
     return process, here
@@ -125,15 +128,15 @@ def _received(pipe: Connection) -> tuple[str, str]:
     return verdict, output
 
 
-def _run_as(rank: int, task: Task, port: int, pipe: Connection) -> None:
-    """One rank, with the environment of torchrun."""
+def _run_as(rank: int, task: Task, pipe: Connection) -> None:
+    """One rank, with the environment of torchrun, once it hears where the ranks meet."""
     script, arguments, num_ranks = task
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(pipe.recv()),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     pipe.send(_run(script, arguments))

@@ -71,7 +71,7 @@ ENDING = """
 import torch
 
 def samples():
-    return ({name: torch.arange(12) for name in ("input_ids", "labels")} for number in range(15))
+    return ({name: torch.arange(16) for name in ("input_ids", "labels")} for number in range(15))
 """
 """Three steps of four samples, and a part of a fourth."""
 
