@@ -40,6 +40,7 @@ Forward = Callable[[Mapping[str, Tensor]], Tensor]
 def parallelized(model: nn.Module, form: Mapping[str, object]) -> tuple[nn.Module, Forward]:
     """The model on this rank, and its loss on this rank's part of a batch."""
     degrees = {axis: form[axis] for axis in ("dp_replicate", "dp_shard", "tp") if axis in form}
+    # A form has values of several types; those of axes are sizes.
     mesh = init_device_mesh("cpu", tuple(degrees.values()), mesh_dim_names=tuple(degrees))  # type: ignore[arg-type]
     if "tp" in form:
         _split(model, mesh["tp"], sequence=bool(form["sequence_parallel"]))

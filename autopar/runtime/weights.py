@@ -93,6 +93,7 @@ def opened(path: Path) -> Mapping[str, Any]:
 
     readers: list[Any] = [safe_open(file, framework="pt") for file in files]
     # An open file is no mapping: it has keys, but cannot be iterated.
+    # A safetensors file is no mapping: it has keys, but cannot be iterated over.
     return {name: file.get_slice(name) for file in readers for name in file.keys()}  # noqa: SIM118
 
 
