@@ -33,7 +33,7 @@ import numpy as np
 from autopar.search.evaluate import Evaluated
 from autopar.search.even_stages import EvenStages
 from autopar.search.runs import Array
-from autopar.search.solver import LinearModel, solve
+from autopar.search.solver import LinearModel, Row, solve
 from costmodel import Overlap, StageWork, simulate
 from costmodel.orders import OVERLAPPING_SCHEDULES, rank_stages, stage_ranks
 from costmodel.phases import Op, Phase
@@ -147,23 +147,31 @@ class AgainBound:
 
     def _least(self, chains: Sequence[Again]) -> tuple[float, Array]:
         """The least of the longest of these chains, and what stages then compute again."""
+        model, step, again = self._model
+        rows: list[Row] = []
+        for chain in chains:
+            passed = zip(again, (-chain.weights).tolist(), strict=True)
+            rows.append((chain.seconds, float("inf"), ((step, 1.0), *(term for term in passed if term[1]))))
+        found = solve(model.with_rows(rows))
+        return found.bound, np.array([found.values[seconds] for seconds in again])
+
+    @cached_property
+    def _model(self) -> tuple[LinearModel, int, list[int]]:
+        """What ranks must free, without chains: the step, and what each stage computes again."""
         model = LinearModel()
         step = model.variable(1.0, upper=float("inf"))
         again = [model.variable(upper=float("inf")) for _ in self.passes]
-        parts = [(model.variable(), part) for part in self._parts]
-        for stage, seconds in enumerate(again):
-            own = [(x, part.seconds) for x, part in parts if part.stage == stage]
-            model.row(0.0, 0.0, [(seconds, -1.0), *own])
+        parts: list[list[tuple[int, _Part]]] = [[] for _ in self.passes]
+        for part in self._parts:
+            parts[part.stage].append((model.variable(), part))
+        for seconds, own in zip(again, parts, strict=True):
+            model.row(0.0, 0.0, [(seconds, -1.0), *((x, part.seconds) for x, part in own)])
         for mine, excess_bytes in zip(self.mine, self.excess_bytes.tolist(), strict=True):
             if excess_bytes > 0:
-                freed = [(x, part.freed_bytes / excess_bytes) for x, part in parts if part.stage in mine]
+                freed = [(x, part.freed_bytes / excess_bytes) for stage in mine for x, part in parts[stage]]
                 # What all that can be computed again just frees, rounding may put out of reach.
                 model.row(min(1.0, sum(size for _, size in freed)), float("inf"), freed)
-        for chain in chains:
-            passed = [(x, -w) for x, w in zip(again, chain.weights.tolist(), strict=True) if w]
-            model.row(chain.seconds, float("inf"), [(step, 1.0), *passed])
-        found = solve(model)
-        return found.bound, np.array([found.values[seconds] for seconds in again])
+        return model, step, again
 
     @cached_property
     def _parts(self) -> list[_Part]:

@@ -201,9 +201,13 @@ class Bounds:
     def layout_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """The same for every way to run the layout of `p`, the one that keeps least: nothing but its
         microbatches without a bubble, and the way of one of them through all stages."""
-        microbatch_s += self.more_s(p, device)
-        busy_s = p.num_microbatches * microbatch_s / p.pp
+        busy_s = p.num_microbatches * (microbatch_s + self.more_s(p, device)) / p.pp
         return max(busy_s, self._through_s(p, device)) + self.software.step_overhead_s
+
+    def pipeline_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
+        """The same with the bubble of its schedule."""
+        pipeline_s = pipeline_floor_s(p, microbatch_s + self.more_s(p, device))
+        return max(pipeline_s, self._through_s(p, device)) + self.software.step_overhead_s
 
     def _through_s(self, p: Parallelism, device: DeviceSums) -> float:
         """The way of a microbatch through all stages and back, where gradients of weights are put off: from

@@ -5,6 +5,7 @@ looked at more closely, which raises its floor, splits it, or prices it:
 
     layout         arithmetic of one device, divided over all              `WayFloors.quick_layout_s`
       ↓            strategies of the tensor axis at their true prices      `WayFloors.layout_s`
+    schedule       the same and its bubble                                 `WayFloors.scheduled_s`
     way            the same, its bubble, bandwidth of its data axes        `WayFloors.way_s`
       ↓            one device's kernels and memory, divided and cut        `WayFloors.close_s`
       ↓            one rank's kernels, their memory and messages           `Programs.program`
@@ -35,7 +36,7 @@ from autopar.search.local_programs import Program
 from autopar.search.mixed import Blend
 from autopar.search.outcome import Outcome, Solved
 from autopar.search.programs import MEMORY_PRICES
-from autopar.search.space import Layout
+from autopar.search.space import Layout, Scheduled
 from autopar.search.staging import Draft
 
 if TYPE_CHECKING:
@@ -85,6 +86,15 @@ class LayoutNode(NamedTuple):
     overlapping: bool | None = None
 
 
+class ScheduledNode(NamedTuple):
+    """A layout with a schedule, and its program if there was one already. Its floor `is_close` as that of a
+    way."""
+
+    scheduled: Scheduled
+    program: Program | None = None
+    is_close: bool = False
+
+
 class WayNode(NamedTuple):
     """A way to run a layout: its program once there is one, and its stages once they were cut. Its floor
     `is_close` once even cuts and memory had their say, first without a program and then again with it, and
@@ -115,7 +125,8 @@ class MixedNode(NamedTuple):
     draft: Draft
 
 
-Node = LayoutNode | WayNode | SmallerNode | MixedNode
+OpenNode = LayoutNode | ScheduledNode
+Node = OpenNode | WayNode | SmallerNode | MixedNode
 
 
 @dataclass(frozen=True)
@@ -229,7 +240,7 @@ class BranchAndBound:
         heapq.heappop(self._queue)
         for entry in found:
             self._push(*entry)
-        looking_at = "" if isinstance(node, LayoutNode) else str(node.p)
+        looking_at = "" if isinstance(node, OpenNode) else str(node.p)
         self._report(looking_at, always=self.outcome.best is not best)
 
     def _push(self, floor_s: float, node: Node) -> None:
@@ -254,15 +265,21 @@ class BranchAndBound:
             if self.outcome.best is not None:
                 return
         for _, _, node in heapq.nsmallest(MOST_RESCUES, self._queue):
-            p = self._likeliest(node.layout) if isinstance(node, LayoutNode) else node.p
+            if isinstance(node, OpenNode):
+                p = min(self._ways_of(node), key=self.floors.likely_s, default=None)
+            else:
+                p = node.p
             if p is not None:
                 self.outcome.offer(p, self.planner.solve(p))
             if self.outcome.best is not None:
                 return
 
-    def _likeliest(self, layout: Layout) -> Parallelism | None:
-        """The way of a layout that takes least, as far as is known before its program is."""
-        return min(self.candidates.of(layout), key=self.floors.likely_s, default=None)
+    def _ways_of(self, node: OpenNode) -> Iterator[Parallelism]:
+        if isinstance(node, ScheduledNode):
+            yield from self.candidates.of(node.scheduled)
+        else:
+            for scheduled in self.candidates.schedules(node.layout, overlapping=node.overlapping):
+                yield from self.candidates.of(scheduled)
 
     def _price_more(self, number: int) -> None:
         """Price more meshes until there are so many beside the best: as they come out of the queue, while
@@ -283,7 +300,12 @@ class BranchAndBound:
                     self.likely.add(layout, close_s, overlapping=overlapping)
                     yield close_s, LayoutNode(layout, overlapping)
             case LayoutNode(layout, overlapping):
-                yield from self._open(floor_s, layout, overlapping=overlapping)
+                for scheduled in self.candidates.schedules(layout, overlapping=overlapping):
+                    yield from self._bounded(
+                        floor_s, ScheduledNode(scheduled), self.floors.scheduled_s(scheduled)
+                    )
+            case ScheduledNode():
+                yield from self._closer(floor_s, node)
             case WayNode(p, None, False) if not self.planner.programs.has_fastest(p):
                 close_s = self.floors.close_s(p)
                 if close_s < float("inf"):
@@ -294,10 +316,8 @@ class BranchAndBound:
                 self._num_programs += not self.planner.programs.has_fastest(p)
                 program = self.planner.programs.program(p)
                 yield max(floor_s, self.floors.way_s(p, program)), WayNode(p, program)
-            case WayNode(p, program, False):
-                # Memory may drive the way to other programs: what is closed here is closed for all.
-                least = program if p.tp == 1 else self.planner.programs.least.relaxed(p, trades=False)
-                close_s = self.planner.layer.floor_s(least, p)
+            case WayNode(p, Program() as program, False):
+                close_s = self.floors.stages_s(p, program)
                 if close_s < float("inf"):
                     yield max(floor_s, close_s), node._replace(is_close=True)
                 else:
@@ -316,12 +336,35 @@ class BranchAndBound:
             case MixedNode():
                 self._solve_mixed(node)
 
-    def _open(self, floor_s: float, layout: Layout, *, overlapping: bool) -> Iterator[tuple[float, Node]]:
-        """The ways to run a layout for which memory may suffice."""
-        number = self.candidates.number(layout, overlapping=overlapping)
-        for way in self.candidates.fitting(layout, overlapping=overlapping):
+    def _closer(self, floor_s: float, node: ScheduledNode) -> Iterator[tuple[float, Node]]:
+        """A closer look at a schedule; or its ways, once there is no other."""
+        scheduled, program, is_close = node
+        p = self.floors.freest(scheduled)
+        if program is None and self.planner.programs.has_fastest(p):
+            program = self.planner.programs.program(p)
+            step_s = self.floors.scheduled_s(scheduled, program)
+            yield from self._bounded(floor_s, ScheduledNode(scheduled, program), step_s)
+        elif is_close:
+            yield from self._open(floor_s, scheduled, program)
+        else:
+            step_s = self.floors.stages_s(scheduled, program) if program else self.floors.close_s(scheduled)
+            yield from self._bounded(floor_s, node._replace(is_close=True), step_s)
+
+    def _bounded(self, floor_s: float, node: ScheduledNode, step_s: float) -> Iterator[tuple[float, Node]]:
+        """A schedule that takes `step_s` at least, unless memory allows no way at all."""
+        if step_s < float("inf"):
+            yield max(floor_s, step_s), node
+        else:
+            self.outcome.prune("memory floor", self.candidates.num_shardings(node.scheduled))
+
+    def _open(
+        self, floor_s: float, scheduled: Scheduled, program: Program | None
+    ) -> Iterator[tuple[float, Node]]:
+        """The ways to run a layout with a schedule for which memory may suffice."""
+        number = self.candidates.num_shardings(scheduled)
+        for way in self.candidates.fitting(scheduled):
             number -= 1
-            yield max(floor_s, self.floors.way_s(way)), WayNode(way)
+            yield max(floor_s, self.floors.way_s(way, program)), WayNode(way, program)
         self.outcome.prune("memory floor", number)
 
     def _draft(self, floor_s: float, node: WayNode) -> Iterator[tuple[float, Node]]:
@@ -390,12 +433,8 @@ class BranchAndBound:
                 self.outcome.offer(p, solved)
 
     def _count_left(self) -> None:
-        """What is still in the queue; a way that was decided may have another program there."""
-        nodes = [node for _, _, node in self._queue]
-        left = {n.p for n in nodes if not isinstance(n, LayoutNode)} - self.outcome.decided.keys()
-        layouts = (n for n in nodes if isinstance(n, LayoutNode))
-        unopened = sum(self.candidates.number(n.layout, overlapping=n.overlapping) for n in layouts)
-        self.outcome.prune(self.stopped or "time floor", len(left) + unopened)
+        """What is still in the queue, or in what there is not opened yet."""
+        self.outcome.prune(self.stopped or "time floor", self.num_candidates - self.outcome.num_decided)
 
     def _report(self, looking_at: str, *, always: bool) -> None:
         if not always and self._arrivals - self._reported < REPORT_EVERY:

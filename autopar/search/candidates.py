@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from autopar.plan import Parallelism
-from autopar.search.space import Layout, ways
+from autopar.search.space import Layout, Scheduled, schedules, shardings
 from costmodel.orders import OVERLAPPING_SCHEDULES
 
 if TYPE_CHECKING:
@@ -20,23 +20,42 @@ class Candidates:
     def __init__(self, planner: Planner, layouts: tuple[Layout, ...]) -> None:
         self.planner = planner
         self.layouts = layouts
+        self._num_shardings: dict[object, int] = {}
         self._numbers: dict[object, int] = {}
 
-    def of(self, layout: Layout, *, overlapping: bool | None = None) -> Iterator[Parallelism]:
-        """The ways to run a layout, or those whose schedule hides communication, or the others."""
-        for p in ways(layout, self.planner.cluster, self.planner.degrees, self.planner.pins):
-            if overlapping is None or overlapping is (p.schedule in OVERLAPPING_SCHEDULES):
-                yield p
+    def schedules(self, layout: Layout, *, overlapping: bool | None = None) -> Iterator[Scheduled]:
+        """A layout with each of its schedules, or with those that hide communication, or the others."""
+        for scheduled in schedules(layout, self.planner.degrees, self.planner.pins):
+            if overlapping is None or overlapping is (scheduled.schedule in OVERLAPPING_SCHEDULES):
+                yield scheduled
 
-    def fitting(self, layout: Layout, *, overlapping: bool) -> Iterator[Parallelism]:
+    def of(self, scheduled: Scheduled) -> Iterator[Parallelism]:
+        """The ways to run a layout with a schedule."""
+        planner = self.planner
+        return shardings(scheduled, planner.cluster, planner.degrees, planner.pins)
+
+    def fitting(self, scheduled: Scheduled) -> Iterator[Parallelism]:
         """Those for which memory may suffice."""
-        return filter(self.planner.way_floors.way_may_fit, self.of(layout, overlapping=overlapping))
+        return filter(self.planner.way_floors.way_may_fit, self.of(scheduled))
+
+    def of_layout(self, layout: Layout) -> Iterator[Parallelism]:
+        """The ways to run a layout."""
+        for scheduled in self.schedules(layout):
+            yield from self.of(scheduled)
+
+    def num_shardings(self, scheduled: Scheduled) -> int:
+        """How many `of` are: as many for every microbatch size and schedule."""
+        key = scheduled.layout[1:]
+        if key not in self._num_shardings:
+            self._num_shardings[key] = sum(1 for _ in self.of(scheduled))
+        return self._num_shardings[key]
 
     def number(self, layout: Layout, *, overlapping: bool | None = None) -> int:
-        """How many `of` are."""
+        """How many `of_layout` are, or those whose schedule hides communication, or the others."""
         key = (*layout[1:], overlapping)  # as many for every microbatch size
         if key not in self._numbers:
-            self._numbers[key] = sum(1 for _ in self.of(layout, overlapping=overlapping))
+            found = self.schedules(layout, overlapping=overlapping)
+            self._numbers[key] = sum(map(self.num_shardings, found))
         return self._numbers[key]
 
     @cached_property

@@ -10,7 +10,6 @@ bounds the step. One stage for the whole model is the same with nothing to cut.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from costmodel.orders import (
     OVERLAPPING_SCHEDULES,
     SPLIT_BACKWARD_SCHEDULES,
     in_flight_when_fullest,
+    rank_stages,
     stage_ranks,
 )
 
@@ -37,6 +37,7 @@ class EvenStages:
         self._cuts: dict[int, tuple[int, ...] | None] = {}
         self._schedule_floors_s: dict[tuple[object, ...], float] = {}
         self._orders_s: dict[tuple[object, ...], float] = {}
+        self._known_fullest: dict[tuple[object, ...], tuple[Array, tuple[int, ...]]] = {}
 
     def cuts(self, num_stages: int, where: Where = None) -> tuple[int, ...] | None:
         """The cuts whose longest stage is shortest; None for fewer units than stages."""
@@ -52,21 +53,21 @@ class EvenStages:
         """What each rank at least keeps too much with these cuts, or has left, everywhere with the fastest
         variant."""
         room = room_bytes(self.table, self.table.sums(cuts, _ranks(p)), p, machine)
-        peaks = peak_activation_bytes(
-            p.schedule, p.pp, p.num_microbatches, self._saved_bytes(cuts), p.num_virtual_stages
-        )
-        excess: Array = np.array(peaks) - room
+        excess: Array = self._fullest(p, cuts)[0] - room
         return excess
 
     def in_flight(self, p: Parallelism, cuts: tuple[int, ...]) -> tuple[int, ...]:
         """How many microbatches each stage keeps when its rank keeps most, as `excess_bytes`."""
-        return in_flight_when_fullest(
-            p.schedule, p.pp, p.num_microbatches, self._saved_bytes(cuts), p.num_virtual_stages
-        )
+        return self._fullest(p, cuts)[1]
 
-    def _saved_bytes(self, cuts: tuple[int, ...]) -> list[float]:
-        found: list[float] = self.table.sums(cuts).saved_bytes.tolist()
-        return found
+    def _fullest(self, p: Parallelism, cuts: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
+        """What each rank keeps when it keeps most, and how many microbatches of each stage that is."""
+        key = (p.schedule, p.pp, p.num_microbatches, cuts)
+        if key not in self._known_fullest:
+            saved_bytes = self.table.sums(cuts).saved_bytes.tolist()
+            shape = p.schedule, p.pp, p.num_microbatches, saved_bytes, p.num_virtual_stages
+            self._known_fullest[key] = np.array(peak_activation_bytes(*shape)), in_flight_when_fullest(*shape)
+        return self._known_fullest[key]
 
     def relief_s(
         self,
@@ -76,28 +77,20 @@ class EvenStages:
         weights: Sequence[float] | None = None,
     ) -> Array:
         """E of ranks, whose bytes are counted at the moment when a rank holds most: what a unit frees counts
-        as often as microbatches of its stage are in flight then, and seconds of a stage by its weight."""
+        as often as microbatches of its stage are in flight then, and seconds of a stage by its weight.
+        Infinite where they are too few."""
         segments = self.table.sums(cuts).segments
-        columns = [*zip(*(number.tolist() for _, _, number in segments), strict=True)] or [()] * len(cuts)
-        stages = [*zip(columns, self.in_flight(p, cuts), weights or repeat(1.0), strict=False)]
-        own: list[list[int]] = [[] for _ in range(p.pp)]
-        for stage, rank in enumerate(_ranks(p)):
-            own[rank].append(stage)
-        known: dict[object, float] = {}  # most ranks are alike
-        seconds = np.zeros_like(excess_bytes)
-        for rank in np.flatnonzero(excess_bytes > 0).tolist():
-            excess = float(excess_bytes[rank])
-            mine = tuple(stages[stage] for stage in own[rank])
-            if (mine, excess) not in known:
-                steps = sorted(
-                    (rate * weight / flight, flight * freed * number)
-                    for numbers, flight, weight in mine
-                    if flight
-                    for (rate, freed, _), number in zip(segments, numbers, strict=True)
-                )
-                known[mine, excess] = _least_s(steps, excess)
-            seconds[rank] = known[mine, excess]
-        return seconds
+        excess_bytes = np.maximum(0.0, excess_bytes)
+        if not segments:
+            return np.where(excess_bytes > 0, np.inf, 0.0)
+        flights = np.array(self.in_flight(p, cuts), dtype=np.float64)
+        rates = np.array([rate for rate, _, _ in segments])
+        sizes = np.array([freed * number for _, freed, number in segments]).T * flights[:, None]
+        slow = np.ones_like(flights) if weights is None else np.array(weights)
+        # What is never in flight frees nothing, whatever it takes.
+        seconds = rates * (slow / np.maximum(flights, 1.0))[:, None]
+        own = [rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages) for rank in range(p.pp)]
+        return _least_s(seconds[own].reshape(p.pp, -1), sizes[own].reshape(p.pp, -1), excess_bytes)
 
     def most_relief_s(self, cuts: tuple[int, ...]) -> list[float]:
         """What each stage can compute again at most of one microbatch."""
@@ -165,14 +158,16 @@ class EvenStages:
         return found
 
 
-def _least_s(steps: Sequence[tuple[float, float]], excess_bytes: float) -> float:
-    """The least time for so many bytes, of steps with seconds a byte and bytes, the quickest first; infinite
-    where they are too few."""
-    seconds, left = 0.0, excess_bytes
-    for rate, size in steps:
-        seconds += rate * min(left, size)
-        left -= min(left, size)
-    return seconds if left <= 1e-6 * max(1.0, excess_bytes) else float("inf")
+def _least_s(rates: Array, sizes: Array, excess_bytes: Array) -> Array:
+    """The least time in which each rank frees so many bytes; it may free as many as `sizes`, at so many
+    seconds a byte, both [rank, way]. Infinite where all together are too few."""
+    order = rates.argsort(axis=1, kind="stable")
+    rates, sizes = np.take_along_axis(rates, order, 1), np.take_along_axis(sizes, order, 1)
+    before = sizes.cumsum(axis=1) - sizes
+    seconds = (rates * np.clip(excess_bytes[:, None] - before, 0.0, sizes)).sum(axis=1)
+    enough = sizes.sum(axis=1) >= excess_bytes - 1e-6 * np.maximum(1.0, excess_bytes)
+    found: Array = np.where(enough, seconds, np.inf)
+    return found
 
 
 def _savings_s(sums: RunSums) -> list[float]:

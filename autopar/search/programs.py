@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 from autopar.data_parallel import data_parallel
@@ -239,6 +239,7 @@ class Programs:
         return Pricer(self.cluster, groups, self.era, low_precision=self.low_precision, blocks=blocks)
 
 
+@cache
 def on_device(microbatch_size: int, ep: int) -> Parallelism:
     """One device that has memory enough, its experts shared with `ep` others."""
     return parallelism(microbatch_size=microbatch_size, ep=ep, dp_replicate=ep)

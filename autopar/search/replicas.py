@@ -86,11 +86,11 @@ def context_parallel(graph: OpGraph, size: int) -> Assignment:
     A rank is given its samples whole and takes its positions of them, so that what needs all of them (labels,
     to be shifted) moves nothing. Raises InvalidParallelismError where no input has a sequence that divides.
     """
-    lengths = {_length(graph, name) for name in graph.inputs}
-    if not any(length % size == 0 for length in lengths):
+    if not any(_length(graph, name) % size == 0 for name in graph.inputs):
+        lengths = (f"{name} has {_length(graph, name)} ({_reader(graph, name)})" for name in graph.inputs)
         raise InvalidParallelismError(
-            f"cp={size} divides the sequence of no input of {graph.name}; "
-            f"their lengths are {', '.join(map(str, sorted(lengths)))}"
+            f"cp={size} divides the sequence of no input of {graph.name}; of positions {', '.join(lengths)}. "
+            "Use a cp that divides one of them, or divide samples (dp) or channels (tp)"
         )
     free = replace(graph, ops=tuple(without_order(op) for op in graph.ops))
     split = {name: sharded(SEQUENCE) for name in graph.inputs if _length(graph, name) % size == 0}
@@ -137,6 +137,14 @@ class Samples:
         if not isinstance(samples, Shard) or not isinstance(split, Shard) or samples.dim != split.dim:
             return False
         return samples == split or split.sections is None or len(split.sections) % self.batch != 0
+
+
+def _reader(graph: OpGraph, name: str) -> str:
+    """Who reads an input first."""
+    if not graph.consumers[name]:
+        return "read by nothing"
+    op = graph.ops[graph.consumers[name][0]]
+    return f"read by {op.name}, {op.target}, in {op.module or 'the root'}"
 
 
 def _length(graph: OpGraph, name: str) -> int:

@@ -19,6 +19,9 @@ from ortools.math_opt.core.python import solver as mathopt
 
 Term = tuple[int, float]
 
+Row = tuple[float, float, tuple[Term, ...]]
+"""Limits, and the terms whose sum they are for."""
+
 Rounding = Callable[[Sequence[float]], Sequence[float] | None]
 """Makes an answer from the values of the relaxation, or gives up with None."""
 
@@ -44,7 +47,7 @@ class LinearModel:
     costs: list[float] = field(default_factory=list)
     bounds: list[tuple[float, float]] = field(default_factory=list)
     integer: list[bool] = field(default_factory=list)
-    rows: list[tuple[float, float, tuple[Term, ...]]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     _constraints: list[model_pb2.ModelProto] = field(default_factory=list, repr=False, compare=False)
 
     def priced(self, costs: Sequence[float], *, relaxed: bool = False) -> LinearModel:
@@ -52,6 +55,13 @@ class LinearModel:
         none to either model."""
         integer = [False] * len(costs) if relaxed else self.integer
         return replace(self, costs=list(costs), integer=integer)
+
+    def with_rows(self, rows: Sequence[Row]) -> LinearModel:
+        """The same with more rows."""
+        constraints = model_pb2.ModelProto()
+        constraints.CopyFrom(self.constraints())
+        constraints.MergeFrom(_constraints_proto(rows, len(self.rows)))
+        return replace(self, rows=[*self.rows, *rows], _constraints=[constraints])
 
     def constraints(self) -> model_pb2.ModelProto:
         """The rows as the solver takes them, made once for all models that share them."""
@@ -259,13 +269,14 @@ def _model_proto(
     return proto
 
 
-def _constraints_proto(given: Sequence[tuple[float, float, tuple[Term, ...]]]) -> model_pb2.ModelProto:
+def _constraints_proto(given: Sequence[Row], first: int = 0) -> model_pb2.ModelProto:
+    """The rows, numbered from `first` on."""
     proto = model_pb2.ModelProto()
     rows = proto.linear_constraints
-    rows.ids.extend(range(len(given)))
+    rows.ids.extend(range(first, first + len(given)))
     rows.lower_bounds.extend(lower for lower, _, _ in given)
     rows.upper_bounds.extend(upper for _, upper, _ in given)
-    entries = [(row, *term) for row, (_, _, terms) in enumerate(given) for term in _in_order(terms)]
+    entries = [(row, *term) for row, (_, _, terms) in enumerate(given, first) for term in _in_order(terms)]
     matrix = proto.linear_constraint_matrix
     matrix.row_ids.extend(row for row, _, _ in entries)
     matrix.column_ids.extend(column for _, column, _ in entries)
@@ -281,7 +292,7 @@ def _in_order(terms: tuple[Term, ...]) -> list[Term]:
     return sorted(sums.items())
 
 
-def _is_within(row: tuple[float, float, tuple[Term, ...]], values: Sequence[float]) -> bool:
+def _is_within(row: Row, values: Sequence[float]) -> bool:
     lower, upper, terms = row
     parts = [coefficient * values[index] for index, coefficient in terms]
     slack = _TOLERANCE * max((1.0, *map(abs, parts)))

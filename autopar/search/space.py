@@ -57,6 +57,20 @@ class Layout(NamedTuple):
         return {name: getattr(self, name) for name in names}
 
 
+class Scheduled(NamedTuple):
+    """A layout with the order of its pipeline; the ways to run it differ in what the data axes shard."""
+
+    layout: Layout
+    schedule: ScheduleName
+    num_virtual_stages: int
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The settings of a parallelism that are decided."""
+        virtual = self.num_virtual_stages
+        return {**self.layout.degrees, "schedule": self.schedule, "num_virtual_stages": virtual}
+
+
 class Degrees(NamedTuple):
     """What suits a model: degrees of tensor, context and expert parallelism, most and fewest stages; its
     repeated blocks, which virtual stages share evenly; and whether a program must run the schedule."""
@@ -95,16 +109,27 @@ def _expert_degrees(tp: int, degrees: Degrees, pins: Pins) -> tuple[int, ...]:
 
 def ways(layout: Layout, cluster: Cluster, degrees: Degrees, pins: Pins) -> Iterator[Parallelism]:
     """Every way to run a layout, in a fixed order; what is computed again is left open."""
+    for scheduled in schedules(layout, degrees, pins):
+        yield from shardings(scheduled, cluster, degrees, pins)
+
+
+def schedules(layout: Layout, degrees: Degrees, pins: Pins) -> Iterator[Scheduled]:
+    """The orders in which the pipeline of a layout may run."""
     for schedule, virtual in _schedules(layout.pp, layout.num_microbatches, degrees, pins):
-        for replicate, shard, zero_stage in _shardings(cluster, layout, pins):
-            p = parallelism(
-                **layout.degrees, dp_replicate=replicate, dp_shard=shard, zero_stage=zero_stage,
-                schedule=schedule, num_virtual_stages=virtual,
-                sequence_parallel=pins.sequence_parallel if layout.tp > 1 else None,
-                recompute=pins.recompute or "none", offload=pins.offload or "none",
-            )  # fmt: skip
-            if pins.admits(p) and (not degrees.programs_only or p.expert_axis is not None):
-                yield p
+        yield Scheduled(layout, schedule, virtual)
+
+
+def shardings(scheduled: Scheduled, cluster: Cluster, degrees: Degrees, pins: Pins) -> Iterator[Parallelism]:
+    """Every way to run a layout in an order; as many for every order."""
+    layout = scheduled.layout
+    for replicate, shard, zero_stage in _shardings(cluster, layout, pins):
+        p = parallelism(
+            **scheduled.settings, dp_replicate=replicate, dp_shard=shard, zero_stage=zero_stage,
+            sequence_parallel=pins.sequence_parallel if layout.tp > 1 else None,
+            recompute=pins.recompute or "none", offload=pins.offload or "none",
+        )  # fmt: skip
+        if pins.admits(p) and (not degrees.programs_only or p.expert_axis is not None):
+            yield p
 
 
 def parallelism(**settings: object) -> Parallelism:

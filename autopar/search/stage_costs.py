@@ -9,6 +9,7 @@ import numpy as np
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer
 from autopar.search.data_axes import (
+    DataTraffic,
     data_groups,
     data_traffic,
     device_policy,
@@ -25,12 +26,13 @@ from costmodel import OptimizerPolicy, Overlap, model_state_ledger
 
 class Machine(NamedTuple):
     """What stages run on: prices on the mesh, the optimizer's policy, what overlaps, and the memory that
-    there is for them."""
+    there is for them; and whether anything `moves` on the data axes, or is gathered for that."""
 
     pricer: Pricer
     policy: OptimizerPolicy
     overlap: Overlap
     memory_bytes: float
+    moves: bool = True
 
 
 class Once(NamedTuple):
@@ -60,17 +62,17 @@ def moved_once(table: StageTable, p: Parallelism, machine: Machine) -> Once:
     return Once(*np.array(columns).T)
 
 
-def held_bytes(table: StageTable, sums: RunSums, p: Parallelism, policy: OptimizerPolicy) -> Array:
+def held_bytes(table: StageTable, sums: RunSums, p: Parallelism, machine: Machine) -> Array:
     """R: model states, what the last unit works on, and what ZeRO gathers for a moment, as
     `autopar.search.ledger` counts it."""
-    held = np.zeros_like(sums.forward_s)
+    policy, held = machine.policy, np.zeros_like(sums.forward_s)
     for is_expert, elements in zip((False, True), sums.elements, strict=True):
         degree = data_groups(p, experts=is_expert)[0].size
         held += state_bytes(p, policy, degree) * elements
     moving = sums.working_bytes
     if table.chain.era.cached_weight_gradients:
         moving = moving + policy.gathered_bytes * sums.largest_weights
-    if data_groups(p)[0].size > 1 and p.zero_stage >= 2:
+    if machine.moves and data_groups(p)[0].size > 1 and p.zero_stage >= 2:
         is_block = sums.block_elements > 0
         largest = np.where(is_block, sums.block_elements, sums.root_elements)
         moving = moving + (policy.gathered_bytes + policy.gradient_bytes) * largest
@@ -82,7 +84,7 @@ def held_bytes(table: StageTable, sums: RunSums, p: Parallelism, policy: Optimiz
 
 def room_bytes(table: StageTable, sums: RunSums, p: Parallelism, machine: Machine) -> Array:
     """What is left of the memory for what all microbatches in flight keep."""
-    room: Array = (machine.memory_bytes - held_bytes(table, sums, p, machine.policy)) / table.held_per_byte
+    room: Array = (machine.memory_bytes - held_bytes(table, sums, p, machine)) / table.held_per_byte
     return room
 
 
@@ -111,6 +113,8 @@ def _unit_once(
         for number, is_expert in ((dense, False), (experts, True))
         if number
     }
-    traffic = data_traffic(buckets, p, machine.pricer, machine.policy)
+    traffic = DataTraffic()
+    if machine.moves:
+        traffic = data_traffic(buckets, p, machine.pricer, machine.policy)
     updated = updated_elements({False: int(dense), True: int(experts)}, p)
     return traffic.forward_s, traffic.backward_s, traffic.step_s, update_s * updated

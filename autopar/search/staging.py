@@ -124,10 +124,10 @@ class StageLayer:
         return self._alone[key]
 
     @clocked("stages")
-    def floor_s(self, program: Program, p: Parallelism) -> float:
-        """No step takes less; infinite where memory, or the number of units, allows no stages at all. Quick
-        where `draft` is exact."""
-        busiest_s = self.busiest_s(program, p)
+    def floor_s(self, program: Program, p: Parallelism, *, moves: bool = True) -> float:
+        """No step takes less, though nothing moves on the data axes unless it `moves`; infinite where memory,
+        or the number of units, allows no stages at all. Quick where `draft` is exact."""
+        busiest_s = self.busiest_s(program, p, moves=moves)
         if not 0 < busiest_s < float("inf"):
             return busiest_s
         cuts = self._even(p)
@@ -136,7 +136,7 @@ class StageLayer:
         order_s = self.even(program).order_s(p, cuts, self._accumulation_s(p), sends_s)
         return max(busiest_s, order_s + self.evaluator.era.step_overhead_s)
 
-    def busiest_s(self, program: Program, p: Parallelism) -> float:
+    def busiest_s(self, program: Program, p: Parallelism, *, moves: bool = True) -> float:
         """The same of the rank that has most to do, which asks no more of a program's passes than that
         forward and input gradients take no less."""
         if p.pp > 1 and p.num_virtual_stages == 1:
@@ -144,7 +144,7 @@ class StageLayer:
         cuts = self._even(p)
         if cuts is None:
             return float("inf")
-        stages, machine = self.even(program), self.machine(p)
+        stages, machine = self.even(program), self.machine(p)._replace(moves=moves)
         bound_s = stages.bound_s(p, machine, cuts, stages.excess_bytes(p, machine, cuts))
         return bound_s + self.evaluator.era.step_overhead_s
 

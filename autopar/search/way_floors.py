@@ -13,7 +13,7 @@ from autopar.search.bounds import Bounds, DeviceSums
 from autopar.search.floors import Floors
 from autopar.search.local_programs import Program
 from autopar.search.pins import Pins
-from autopar.search.space import Layout, parallelism
+from autopar.search.space import Layout, Scheduled, parallelism
 from autopar.search.staging import StageLayer
 from costmodel.closed_forms import uniform_finish_s
 from costmodel.orders import OVERLAPPING_SCHEDULES, least_alone
@@ -27,11 +27,11 @@ class WayFloors:
         self.bounds = bounds
         self.layer = layer
         self.pins = pins
-        self._close_s: dict[Parallelism, float] = {}
+        self._close_s: dict[Scheduled | Parallelism, float] = {}
 
     def may_fit(self, layout: Layout) -> bool:
         """Whether memory may suffice for some way to run a layout."""
-        return self._fits(self._lightest(layout))
+        return self._fits(self.freest(layout))
 
     def way_may_fit(self, p: Parallelism) -> bool:
         """Whether memory may suffice for a way, whatever it computes again."""
@@ -44,19 +44,29 @@ class WayFloors:
         """No way to run a layout takes less: the arithmetic of one device, divided over all."""
         device = self.floors.share(layout.microbatch_size, layout.ep)
         computed_s = device.computed_s / (layout.tp * layout.cp)
-        return self.bounds.layout_s(_freest(layout), computed_s, device)
+        return self.bounds.layout_s(self.freest(layout), computed_s, device)
 
     def layout_s(self, layout: Layout, *, overlapping: bool) -> float:
         """No way to run a layout takes less whose schedule hides communication, or none of the others: the
         strategies of its axes."""
         device = self.floors.known(layout.microbatch_size, layout.ep)
         microbatch_s = self._microbatch_s(*layout[:4])
-        p = _freest(layout)
+        p = self.freest(layout)
         if overlapping:
             computed_s = self.floors.computed_s(layout.microbatch_size, layout.tp, layout.ep) / layout.cp
             alone = least_alone(layout.pp, layout.num_microbatches)
             microbatch_s = self._hiding_s(p, device, microbatch_s, computed_s, alone)
         return self.bounds.layout_s(p, microbatch_s, device)
+
+    def scheduled_s(self, scheduled: Scheduled, program: Program | None = None) -> float:
+        """No way to run a layout with a schedule takes less, whatever the program, or with this one: nothing
+        moves on the data axes. Infinite where memory allows none."""
+        p = self.freest(scheduled)
+        if not self._fits(p):
+            return float("inf")
+        device = self.floors.known(p.microbatch_size, p.ep)
+        step_s = self.bounds.pipeline_s(p, self._rank_s(p, device, program), device)
+        return max(step_s, self.layer.schedule_floor_s(p, program))
 
     def way_s(self, p: Parallelism, program: Program | None = None) -> float:
         """No step takes less, whatever the program, or with this one."""
@@ -64,26 +74,40 @@ class WayFloors:
         step_s = self.bounds.step_s(p, self._rank_s(p, device, program), device)
         return max(step_s, self.layer.schedule_floor_s(p, program))
 
-    def close_s(self, p: Parallelism) -> float:
+    def close_s(self, kind: Scheduled | Parallelism) -> float:
         """The same with even cuts and memory, from one device's work divided over all ranks, and the least
-        that these communicate; infinite where memory allows no program."""
+        that these communicate; infinite where memory allows no program. With nothing but a schedule, nothing
+        moves on the data axes."""
+        is_open = isinstance(kind, Scheduled)
+        p = self.freest(kind) if isinstance(kind, Scheduled) else kind
         if p.pp > 1 and p.num_virtual_stages == 1:
             return 0.0  # drafts are exact there, and say more
-        if p not in self._close_s:
-            divided = self.floors.divided(p)
-            self._close_s[p] = max(self.layer.busiest_s(divided, p), self.layer.divided_order_s(p))
-        return self._close_s[p]
+        if kind not in self._close_s:
+            busiest_s = self.layer.busiest_s(self.floors.divided(p), p, moves=not is_open)
+            self._close_s[kind] = max(busiest_s, self.layer.divided_order_s(p))
+        return self._close_s[kind]
 
-    def likely_s(self, p: Parallelism) -> float:
-        """About what a way takes, as far as is known without its program: were all its stages alike, and
-        nothing hidden."""
+    def stages_s(self, kind: Scheduled | Parallelism, program: Program) -> float:
+        """The same with what any program of the layout takes at least; its fastest `program` was made."""
+        is_open = isinstance(kind, Scheduled)
+        p = self.freest(kind) if isinstance(kind, Scheduled) else kind
+        # Memory may drive the way to other programs: what is closed here is closed for all.
+        least = program if p.tp == 1 else self.floors.programs.least.relaxed(p, trades=False)
+        return self.layer.floor_s(least, p, moves=not is_open)
+
+    def likely_s(self, kind: Scheduled | Parallelism) -> float:
+        """About what a way takes, or the best of a schedule, as far as is known without its program: were all
+        its stages alike, and nothing hidden."""
+        if isinstance(kind, Scheduled):
+            p, floor_s = self.freest(kind), self.bounds.pipeline_s
+        else:
+            p, floor_s = kind, self.bounds.step_s
         device = self.floors.known(p.microbatch_size, p.ep)
         microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
-        floor_s = self.bounds.step_s(p, microbatch_s, device)
         stage_s = (microbatch_s + self.bounds.more_s(p, device)) / (p.pp * p.num_virtual_stages)
         passes_s = stage_s / 3, 2 * stage_s / 3, device.weight_s / device.computed_s * stage_s
         ends_s = uniform_finish_s(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages, *passes_s)
-        return floor_s if ends_s is None else max(floor_s, *ends_s)
+        return max([floor_s(p, microbatch_s, device), *(ends_s or ())])
 
     def _rank_s(self, p: Parallelism, device: DeviceSums, program: Program | None) -> float:
         """A microbatch on all stages of one rank, less what the schedule hides of it."""
@@ -109,22 +133,20 @@ class WayFloors:
         """A microbatch on all stages of one rank."""
         return self.floors.tensor_s(size, tp, ep) / cp + self.floors.context_s(size, tp, cp)
 
-    def _lightest(self, layout: Layout) -> Parallelism:
-        """The way that holds least, or less."""
-        sharded = {"zero_stage": 3, "dp_shard": layout.dp, "dp_replicate": 1}
-        if layout.dp * layout.cp == 1:
-            sharded = {"zero_stage": 0, "dp_shard": 1, "dp_replicate": 1}
-        offload = self.pins.offload or "none"
-        return parallelism(**layout.degrees, **sharded, recompute=self._recompute, offload=offload)
+    def freest(self, kind: Layout | Scheduled) -> Parallelism:
+        """A way to run a layout, with its schedule if it has one, that keeps no more beside what is saved of
+        microbatches than any other."""
+        layout, settings = (kind, kind.degrees) if isinstance(kind, Layout) else (kind.layout, kind.settings)
+        stages = self.pins.values("zero_stage", (0, 1, 2, 3)) if layout.dp * layout.cp > 1 else ()
+        zero_stage = max(stages, default=0)
+        replicate, shard = (1, layout.dp) if zero_stage else (layout.dp, 1)
+        return parallelism(
+            **settings, dp_replicate=replicate, dp_shard=shard, zero_stage=zero_stage,
+            recompute=self._recompute, offload=self.pins.offload or "none",
+        )  # fmt: skip
 
     @property
     def _recompute(self) -> Recompute:
         """What keeps the least that pins leave."""
         pins = self.pins
         return pins.recompute if pins.recompute and not pins.recompute_modules else "mixed"
-
-
-def _freest(layout: Layout) -> Parallelism:
-    """The way that keeps least beside activations."""
-    shard = {"dp_replicate": 1, "dp_shard": layout.dp, "zero_stage": 3}
-    return parallelism(**layout.degrees, **shard, schedule="1F1B", offload="optimizer")

@@ -16,7 +16,7 @@ from autopar.request import training_policy
 from autopar.search.local_programs import Program
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
-from autopar.search.space import VIRTUAL_STAGES, Layout
+from autopar.search.space import VIRTUAL_STAGES, Layout, Scheduled
 from costmodel import software
 from costmodel.orders import OVERLAPPING_SCHEDULES
 from hardware_db import Cluster
@@ -30,7 +30,7 @@ STATE_BYTES = 16
 ERAS = ("te-2024", "te-2026", "compiled-2024")
 """Software that hides a little, half and none of what tensor axes move."""
 
-CLOSER = ("layout, quickly", "layout", "way", "way with its program")
+CLOSER = ("layout, quickly", "layout", "schedule", "way", "way with its program")
 """What the search looks at one after the other."""
 
 SEED = 0
@@ -92,7 +92,14 @@ def claims_s(planner: Planner, way: Priced) -> dict[str, float]:
     }
     hides = p.schedule in OVERLAPPING_SCHEDULES
     found["layout"] = floors.layout_s(layout_of(p), overlapping=hides)
-    found["way, closer"] = floors.close_s(p)
+    scheduled = Scheduled(layout_of(p), p.schedule, p.num_virtual_stages)
+    found |= {
+        "schedule": floors.scheduled_s(scheduled),
+        "schedule with its program": floors.scheduled_s(scheduled, program),
+        "schedule, closer": floors.close_s(scheduled),
+        "way, closer": floors.close_s(p),
+        "stages of its schedule": floors.stages_s(scheduled, program),
+    }
     chains = {"program": program}
     if p.tp > 1:
         least = planner.programs.least
