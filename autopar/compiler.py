@@ -12,10 +12,9 @@ import graphs
 from autopar import api
 from autopar.errors import RewriteError
 from autopar.plan import Plan
-from autopar.rewrite.initial import initial_values
+from autopar.rewrite.initial import NOTHING_KNOWN, Initial, initial_values
 from autopar.rewrite.parity import NUM_STEPS, reference
 from autopar.rewrite.program import Program, rewrite
-from autopar.runtime.initial import Recipe
 from autopar.search.summaries import fingerprint
 from costmodel import OptimizerPolicy
 from graphs import Capture
@@ -57,7 +56,7 @@ def compile(  # the name users expect, as in torch.compile
             raise RewriteError("without a plan, compile needs cluster= and global_batch= to search for one")
         plan = api.plan(capture, cluster, global_batch=global_batch, policy=policy)
     _check(plan, capture)
-    return rewrite(capture, plan, _recipes(model))
+    return rewrite(capture, plan, _initial(model))
 
 
 def _check_alone(others: Mapping[str, object]) -> None:
@@ -87,10 +86,10 @@ def _check(plan: Plan, capture: Capture) -> None:
         )
 
 
-def _recipes(model: api.Model) -> dict[str, Recipe]:
+def _initial(model: api.Model) -> Initial:
     """How the model initialises its parameters, as far as it tells."""
     if isinstance(model, Capture):
-        return {}
+        return NOTHING_KNOWN
     return initial_values(model if isinstance(model, nn.Module) else model.build_without_memory())
 
 

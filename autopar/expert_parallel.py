@@ -103,9 +103,10 @@ def _layer(graph: OpGraph, counts: str, products: Sequence[int]) -> Layer:
             if order == "own" and name not in made
         )
     leaving = [name for name in made if not set(graph.consumers[name]) <= set(inside)]
-    weights = dict.fromkeys(name for index in products for name in _weights(graph, graph.ops[index]))
     (num_experts,) = graph.tensors[counts].shape
-    assert all(graph.tensors[name].shape[0] == num_experts for name in weights), "an end for every matrix"
+    weights = dict.fromkeys(
+        name for index in products for name in _weights(graph, graph.ops[index], num_experts)
+    )
     return Layer(counts, inside, tuple(entering), tuple(sorted(leaving)), tuple(weights))
 
 
@@ -147,10 +148,10 @@ def _check_rows(op: Op) -> None:
 _BY_COLUMNS = {"aten.split.Tensor", "aten.split_with_sizes.default", "aten.slice.Tensor"}
 
 
-def _weights(graph: OpGraph, product: Op) -> Iterator[str]:
+def _weights(graph: OpGraph, product: Op, num_experts: int) -> Iterator[str]:
     """The parameter of a product, and what is made of it on the way there, expert by expert."""
     name = product.inputs[1]
-    while len(graph.consumers[name]) == 1:
+    while len(graph.consumers[name]) == 1 and graph.tensors[name].shape[0] == num_experts:
         yield name
         if name in graph.parameter_tensors:
             return
@@ -161,7 +162,8 @@ def _weights(graph: OpGraph, product: Op) -> Iterator[str]:
         name = op.inputs[0]
     raise RewriteError(
         f"the matrices of {product.name} (module {product.module or 'root'}) are not those of a parameter "
-        "with the experts along its first dimension, so they cannot be dealt out; use ep=1"
+        f"with all {num_experts} experts along its first dimension, so they cannot be dealt out; use ep=1, "
+        "or split another dimension of it on the other axes"
     )
 
 

@@ -3,6 +3,7 @@
     .venv/bin/python -m benchmarks.emitted                     both tables
     .venv/bin/python -m benchmarks.emitted overhead gpt2 t5    one rank, these models
     .venv/bin/python -m benchmarks.emitted handwritten tp2     ranks, these forms
+    .venv/bin/python -m benchmarks.emitted lines bert          how long the programs are
 
 `overhead`: training steps (forward, backward, AdamW) of the one-rank program and of the original, turn
 about in one process of one thread. `handwritten`: the same with the program of a plan for several ranks and
@@ -41,6 +42,7 @@ from autopar import models
 from autopar.models import ModelSpec
 from autopar.plan import Parallelism
 from benchmarks.by_hand import FORMS, parallelized
+from benchmarks.emitted_lines import table
 
 ROUNDS = 15
 WARM_UP = 3
@@ -78,6 +80,30 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "resnet": ("ResNetForImageClassification", {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512],
                                                 "layer_type": "basic", "num_labels": 100}),
     "mixtral": ("MixtralForCausalLM", {**_DECODER, "num_local_experts": 8, "intermediate_size": 704}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            **_DECODER, "head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 704,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            **_DECODER, "num_key_value_heads": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+            "n_group": 2, "topk_group": 1, "moe_intermediate_size": 704, "first_k_dense_replace": 1,
+            "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+        },
+    ),
+    "vit": (
+        "ViTForImageClassification",
+        {
+            "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048,
+            "image_size": 176, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0, "num_labels": 100,
+        },
+    ),
+    "mamba": ("MambaForCausalLM", {**_TEXT, "hidden_size": 256, "num_hidden_layers": 2}),
 }  # fmt: skip
 """Class and configuration of the models: a step takes 0.2 to 1 s on one thread."""
 
@@ -273,7 +299,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="*", help="overhead or handwritten, then names of rows")
+    parser.add_argument("what", nargs="*", help="overhead, handwritten or lines, then names of rows")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     match options.what:
@@ -281,6 +307,8 @@ def main() -> None:
             return rank_of_handwritten(Path(directory), name, options.rounds)
         case ["row", kind, name]:
             return print(KINDS[kind][0](name, options.rounds).row())
+        case ["lines", *names]:
+            return print(table(names))
         case [kind, *names] if kind in KINDS:
             wanted = {kind: names or list(KINDS[kind][1])}
         case []:

@@ -6,6 +6,9 @@ A case is a model, a form and everything else drawn at random (`tests.autopar.ra
 one step on gloo ranks, and loss, every gradient and the parameters after the step are compared with those of
 the original in one process. Cases go round all models and forms. Printed are a table of them, and for each
 case that is not equal what happened with the command that runs it alone. Ctrl-C ends it with the table.
+
+With `--shrink` a case that fails is run again with less and less of it split, and what is left is printed:
+some dozens of runs, for mostly one or two ops that matter.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ from itertools import count, islice
 from random import Random
 
 from autopar.report.table import table
-from tests.autopar.case_runner import CaseRunner, Result
-from tests.autopar.random_cases import FORMS, RandomCase, forms_of, random_case
+from autopar.rewrite.program import rewrite
+from tests.autopar.case_runner import CaseRunner, Result, original
+from tests.autopar.random_cases import FORMS, RandomCase, forms_of, plan_for, random_case
+from tests.autopar.shrinking import shrunk, splits
 from tests.models import ALL
 
 MODELS = tuple(each.name for each in ALL)
@@ -55,7 +60,20 @@ def cases(models: Sequence[str], forms: Sequence[str], first_seed: int) -> Itera
         yield from (random_case(model, form, seed) for model, form in Random(seed).sample(pairs, len(pairs)))
 
 
-def fuzz(drawn: Iterator[RandomCase]) -> bool:
+def shrink(case: RandomCase, runner: CaseRunner) -> str:
+    """What a case that fails needs for that: splits and recomputed blocks, a line for each."""
+    given = original(case.model, case.dtype)
+    small = shrunk(
+        plan_for(case, given.capture),
+        lambda plan: runner.check(given, lambda: rewrite(given.capture, plan)).kind == "failed",
+    )
+    modules = {op.name: op.module or "root" for op in given.capture.graph.ops}
+    lines = [f"{axis}: {op} by {small.strategies[axis][op]}, in {modules[op]}" for axis, op in splits(small)]
+    lines += [f"{each.mode} recomputation of {', '.join(each.blocks)}" for each in small.recomputation]
+    return "\n".join(lines) or "nothing of it: it fails with every op whole on every rank of cp and tp"
+
+
+def fuzz(drawn: Iterator[RandomCase], *, shrinks: bool = False) -> bool:
     """Run cases, print what they come to, and return whether all are equal to their originals or refused."""
     by_form: dict[str, Tally] = {}
     by_model: dict[str, Tally] = {}
@@ -67,6 +85,8 @@ def fuzz(drawn: Iterator[RandomCase]) -> bool:
             by_model.setdefault(case.model, Tally()).add(case, result)
             if result.kind != "equal":
                 print(f"{result.kind}: {case}\n  {case.recipe}\n{_indented(result.text)}", flush=True)
+            if result.kind == "failed" and shrinks:
+                print(f"  fails with this alone:\n{_indented(shrink(case, runner))}", flush=True)
     for what, tallies in (("form", by_form), ("model", by_model)):
         head = (what, "cases", "refused", "failed", "worst fp64", "fp32", "half")
         print("\n" + "\n".join(table([head, *((name, *each.row()) for name, each in tallies.items())])))
@@ -87,6 +107,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=tuple(FORMS), metavar="FORM")
     parser.add_argument("--only", type=int, metavar="SEED", help="run the one case of a model, form and seed")
+    parser.add_argument("--shrink", action="store_true", help="find out what a failing case needs for that")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if options.only is not None:
@@ -96,7 +117,7 @@ def main() -> int:
         drawn = cases(options.models, options.forms, options.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return 0 if fuzz(islice(drawn, options.cases)) else 1
+        return 0 if fuzz(islice(drawn, options.cases), shrinks=options.shrink) else 1
 
 
 if __name__ == "__main__":

@@ -15,18 +15,16 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import autopar
 from autopar.rewrite.program import Program
-from tests.autopar.case_runner import CaseRunner, Original, Result, original
+from tests.autopar.case_runner import CaseRunner, Original, Result, is_rounding, original, own_rounding
 from tests.autopar.random_cases import EXPERTS
 from tests.models import ALL
 
@@ -129,44 +127,6 @@ def compiled(given: Original, column: Column) -> Program:
     return autopar.compile(given.capture, plan)
 
 
-def rounded(result: Result, model: str) -> Result:
-    """The result in bf16; with a note where it differs, and by no more than the roundings of both sides."""
-    if result.kind != "failed" or not isfinite(result.difference):
-        return result
-    off = own_rounding(model)
-    return (
-        replace(result, kind="equal", text=ROUNDING_NOTE.format(off))
-        if result.difference <= 2 * off
-        else result
-    )
-
-
-def own_rounding(model: str) -> float:
-    """How far the gradients of a model in bf16 are from those in double precision, both in one process: the
-    largest relative norm of the difference of any parameter that has a gradient."""
-    given = original(model, torch.bfloat16)
-    gradients = []
-    for dtype in (torch.bfloat16, torch.float64):
-        module = deepcopy(given.model).to(dtype).train()
-        batch = original(model, dtype).inputs(MICROBATCH_SIZE * 2)
-        loss_of(module(**batch)).backward()
-        gradients.append([each.grad.double() for each in module.parameters() if each.grad is not None])
-    largest = max(float(each.abs().max()) for each in gradients[1])
-    felt = [
-        (narrow, wide)
-        for narrow, wide in zip(*gradients, strict=True)
-        if float(wide.abs().max()) > largest * torch.finfo(torch.bfloat16).eps
-    ]
-    return max(float((narrow - wide).norm() / wide.norm()) for narrow, wide in felt)
-
-
-def loss_of(output: Any) -> torch.Tensor:
-    """The loss in what a model of the tests returns."""
-    loss = output if isinstance(output, torch.Tensor) else output["loss"]
-    assert isinstance(loss, torch.Tensor)
-    return loss
-
-
 def measure(model: str, runner: CaseRunner) -> dict[str, Result]:
     """The cells of a row, by column."""
     found = {}
@@ -174,7 +134,10 @@ def measure(model: str, runner: CaseRunner) -> dict[str, Result]:
         if column.applies_to(model):
             given = original(model, dtype_of(model, column))
             result = runner.check(given, partial(compiled, given, column))
-            found[label] = rounded(result, model) if column.policy else result
+            if column.policy and is_rounding(result, model, given):
+                note = ROUNDING_NOTE.format(own_rounding(model, torch.bfloat16))
+                result = replace(result, kind="equal", text=note)
+            found[label] = result
     return found
 
 

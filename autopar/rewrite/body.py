@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from autopar.localize import CAUSAL_ROWS
 from autopar.op_kinds import EXCHANGES, has_dropout, short_name
-from autopar.placements import Shard
+from autopar.placements import Replicate, Shard
 from autopar.rewrite.batch_norm import SPLIT, call_of, keeps_statistics
 from autopar.rewrite.context import ProgramContext, access, below
 from autopar.rewrite.deferral import NAMESPACE
@@ -19,13 +22,19 @@ from autopar.rewrite.naming import Names
 from autopar.rewrite.op_expressions import expression_of
 from autopar.rewrite.scope import Render, Scope, Statement
 from autopar.rewrite.tree import CALL, Node
+from graphs.interpret import resolve
 from graphs.ir import Op, Ref, Tensor
 
 AXIS_ARGUMENTS = ("axis", "vocab_axis", "row_axis", "row_axes", "class_axis")
 """Keyword arguments of the ops of a localized graph that name a mesh axis, or several."""
 
-TENSOR_AXIS = "tp"
-RANDOM = frozenset({"dropout", "feature_dropout", "alpha_dropout", "bernoulli", "rand_like", "randn_like"})
+DRAWS = {
+    ("tp", Shard): "drawn_apart",
+    ("dp", Replicate): "drawn_together",
+    ("cp", Replicate): "drawn_together",
+}
+"""Functions of the runtime by mesh axis and by how what is drawn lies on it. The ranks of a tensor axis have
+the same random numbers otherwise, those of the others have their own."""
 
 _EXCHANGED = {
     "exchange_counts": "how many rows each rank sends to each expert",
@@ -76,7 +85,7 @@ class Body:
         """The mesh axes whose groups the body uses, in the order of first use."""
         ops = [item for item in self.node.items if isinstance(item, Op)]
         named = [op.kwargs[key] for op in ops for key in AXIS_ARGUMENTS if _is_ours(op) and key in op.kwargs]
-        named += [TENSOR_AXIS for op in ops if self._is_drawn_apart(op)]
+        named += [axis for op in ops for axis, _ in self._draws(op)]
         return tuple(dict.fromkeys(axis for axes in named for axis in _each(axes)))
 
     def looped(self) -> tuple[str, ...]:
@@ -87,19 +96,19 @@ class Body:
 
     # --- ops
 
-    def _is_drawn_apart(self, op: Op) -> bool:
-        """Whether the ranks of the tensor axis draw for different parts of a tensor; those of the other axes
-        have random numbers of their own anyway."""
+    def _draws(self, op: Op) -> list[tuple[str, str]]:
+        """The mesh axes along which an op draws by a function of the runtime, with that function."""
         if not is_random(op):
-            return False
-        state = self.context.states.get(op.output, {}).get(TENSOR_AXIS)
-        return state is not None and isinstance(state.value, Shard)
+            return []
+        states = self.context.states.get(op.outputs[0], {}).items()
+        draws = ((axis, DRAWS.get((axis, type(state.value)))) for axis, state in states)
+        return [(axis, draw) for axis, draw in draws if draw is not None]
 
     def _drawn(self, op: Op, render: Render) -> Render:
-        """The expression of an op, where ranks draw apart by a function of the runtime."""
-        if not self._is_drawn_apart(op):
-            return render
-        return lambda values: Expression(f"drawn_apart(self.{TENSOR_AXIS}, lambda: {render(values).text})")
+        """The expression of an op, with the functions of the runtime by which it draws around it."""
+        for axis, draw in self._draws(op):
+            render = partial(_drawn_by, draw, axis, render)
+        return render
 
     def _op(self, op: Op) -> Statement:
         names = tuple(self.names.of(name) for name in op.outputs)
@@ -221,16 +230,15 @@ class Body:
         return tuple(self.names.of(name) for name in call.outputs)
 
     def _calling(self, module: str, item: Node, container: str | None = None) -> Render:
-        """The call of a child, under `checkpoint` where it is a block that computes something again; in a
-        loop over a `container` of blocks that differ, as the table says."""
+        """The call of a child, told what to keep where it is a block that computes something again; in a loop
+        over a `container` of blocks that differ, as the table says."""
         call = self.calls[item.path]
 
         def render(values: Values) -> Expression:
             arguments = ", ".join(values[name].text for name in call.inputs)
             if container is not None and self._is_looked_up(item):
-                kept = f'KEPT.get(f"{container}.{{number}}")'
-                return Expression(f"checkpointed({module}, {kept}, {arguments})")
-            return Expression(self.context.recomputing.call(module, item.path, arguments))
+                return Expression(f'{module}({arguments}, keep=KEPT.get(f"{container}.{{number}}"))')
+            return Expression(f"{module}({arguments}{self.context.recomputing.kept(item.path)})")
 
         return render
 
@@ -239,7 +247,11 @@ def is_random(op: Op) -> bool:
     """Whether an op draws random numbers."""
     if short_name(op) == "scaled_dot_product_attention":
         return has_dropout(op)
-    return short_name(op) in RANDOM
+    return op.target.startswith("aten.") and torch.Tag.nondeterministic_seeded in resolve(op.target).tags
+
+
+def _drawn_by(draw: str, axis: str, render: Render, values: Values) -> Expression:
+    return Expression(f"{draw}(self.{axis}, lambda: {render(values).text})")
 
 
 def _is_ours(op: Op) -> bool:
@@ -252,7 +264,9 @@ def _each(axes: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _deferred(op: Op, values: Values) -> Expression:
     """The call of a product or a convolution that leaves its weight's gradient."""
-    options = zip(("stride", "padding", "dilation", "groups"), op.args[3:], strict=False)
+    is_grouped = op.target == f"{NAMESPACE}grouped_mm"
+    names = ("transposed",) if is_grouped else ("stride", "padding", "dilation", "groups")
+    options = zip(names, op.args[3:], strict=False)
     texts = [literal(arg, values) for arg in op.args[:3] if arg is not None]
     texts += [f"{name}={literal(value, values)}" for name, value in options]
     return Expression(f"{op.target.replace('.', '_')}({', '.join(texts)})")

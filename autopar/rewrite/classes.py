@@ -141,6 +141,8 @@ class _StagePrinter:
         inputs, outputs = self._inputs(node), self._outputs(node)
         arguments = self._argument_names(inputs)
         head = [_signature(arguments.values(), _returns(outputs))]
+        if node.path in self.context.block_paths and self.context.recomputing.policies:
+            head.insert(0, "@recomputable")
         return self._print(node, self.graph.modules[node.path].type_name, arguments, outputs, head, node.path)
 
     def _print(

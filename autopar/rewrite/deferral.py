@@ -7,14 +7,17 @@ the runtime that leave the second part; all other ops compute both at once.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from autopar.rewrite.stages import Stage
-from graphs.ir import Op, OpGraph
+from graphs.ir import Op, OpGraph, Ref
 
 NAMESPACE = "deferred."
 """Before the name of a product that leaves its weight's gradient."""
 
+_GROUPED = frozenset({"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"})
 _NAMES = {
     "aten.linear.default": "linear",
     "aten.matmul.default": "matmul",
@@ -35,7 +38,29 @@ def defer_weights(stage: Stage, graph: OpGraph) -> Stage:
     ops = (
         replace(op, target=NAMESPACE + _NAMES[op.target]) if op.name in deferred else op for op in stage.ops
     )
-    return replace(stage, ops=tuple(ops))
+    return replace(stage, ops=tuple(_with_grouped(tuple(ops), graph)))
+
+
+def _with_grouped(ops: Sequence[Op], graph: OpGraph) -> Iterator[Op]:
+    """The ops with grouped products by the parameter itself, where they alone read it or its transpose, that
+    leave its gradient."""
+    readers = Counter(name for op in ops for name in op.inputs)
+    views = {op.output: op for op in ops if op.target == "aten.transpose.int" and readers[op.output] == 1}
+    found: dict[str, Op] = {}
+    absorbed: set[str] = set()
+    for op in ops:
+        if op.target not in _GROUPED or not isinstance(op.args[1], Ref):
+            continue
+        view = views.get(op.args[1].name)
+        weight = view.inputs[0] if view else op.args[1].name
+        turns = view is None or {dim % 3 for dim in view.args[1:]} == {1, 2}
+        is_trained = weight in graph.parameter_tensors and graph.tensors[weight].requires_grad
+        if is_trained and turns and readers[weight] == 1 and len(graph.tensors[weight].shape) == 3:
+            ends = op.kwargs.get("offs") or op.args[2]
+            args = (op.args[0], Ref(weight), ends, *((True,) if view else ()))
+            found[op.name] = replace(op, target=f"{NAMESPACE}grouped_mm", args=args, kwargs={})
+            absorbed |= {view.name} if view else set()
+    return (found.get(op.name, op) for op in ops if op.name not in absorbed)
 
 
 def _is_weight_product(op: Op, graph: OpGraph) -> bool:

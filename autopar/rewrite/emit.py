@@ -23,7 +23,6 @@ TORCH_IMPORTS = {
     "torch": "import torch",
     "F": "import torch.nn.functional as F",
     "DeviceMesh": "from torch.distributed.device_mesh import DeviceMesh",
-    "checkpoint": "from torch.utils.checkpoint import checkpoint",
 }
 """Imports of torch by the name that needs them."""
 
@@ -153,7 +152,7 @@ def parameter_tables(
         states = context.states.get(parameter.tensor, {}) if parameter.tensor in read else {}
         for path in (parameter.name, *parameter.aliases):
             splits[path] = {axis: state for axis, state in states.items() if isinstance(state.value, Shard)}
-            partial[path] = _partial_over(states, context.mesh.expert_gradients)
+            partial[path] = _partial_over(states)
     for op in (op for stage in stages for op in stage.ops if keeps_statistics(op)):
         channels = {}
         for axis, state in context.states.get(op.output, {}).items():
@@ -166,11 +165,10 @@ def parameter_tables(
     return {path: found for path, found in by_pattern(splits, context.block_paths).items() if found}, patterns
 
 
-def _partial_over(states: Mapping[str, State], expert_gradients: str | None) -> tuple[str, ...]:
+def _partial_over(states: Mapping[str, State]) -> tuple[str, ...]:
     """The mesh axes over which gradients of a parameter are summed by themselves: not those of all parameters
     together."""
-    found = tuple(axis for axis, state in states.items() if state == RP and axis not in {"dp", "cp"})
-    return (*found, expert_gradients) if expert_gradients is not None and "ep" in states else found
+    return tuple(axis for axis, state in states.items() if state == RP and axis not in {"dp", "cp"})
 
 
 def by_pattern(table: Mapping[str, Value], block_paths: Iterable[str]) -> dict[str, Value]:

@@ -3,19 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from autopar.placements import Partial
-from autopar.plan import Plan
+from autopar.plan import Parallelism, Plan
 from autopar.rewrite.context import ProgramContext
 from autopar.rewrite.emit import block_patterns, by_pattern
 from autopar.rewrite.precision import Precision
 from autopar.rewrite.stages import Stage
-from autopar.rewrite.training import TrainingFacts
 from autopar.runtime.initial import Recipe
 from autopar.runtime.log import Expected
 from graphs.ir import OpGraph
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What `train.py` is written from.
+
+    `policy` is the name of the plan's optimizer policy, and `precision` what it means for the dtypes;
+    `inputs` are shape (of one sample) and dtype of every model input, with the number of values of integer
+    ones; `mesh` are the axes with their sizes, `data_axis` is the mesh axis over which data parallelism sums
+    (None without it), `expert_axis` the one over which it sums gradients of experts (None where they are not
+    apart), `loss_axes` are the mesh axes on which each rank has only a term of the loss;
+    `partial_gradients` says whether `model.py` has such a table; `ties` are the paths and stages of
+    parameters tied across stages; `block_patterns` the repeated blocks, on which `fully_shard` works;
+    `has_whole_parameters` says whether it must leave some whole; `aliases` are the further names of tied
+    parameters, each with the first; `tokens` are the inputs that tokens and labels go to (None where the
+    model reads none); `expected` is what the plan says of a step; `initial` are the patterns of parameters by
+    how they are initialised.
+    """
+
+    name: str
+    parallelism: Parallelism
+    policy: str
+    inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype, int]]
+    mesh: Mapping[str, int]
+    data_axis: str | None
+    expert_axis: str | None
+    loss_axes: tuple[str, ...]
+    partial_gradients: bool
+    ties: tuple[tuple[tuple[str, int], ...], ...]
+    block_patterns: Sequence[str]
+    loss_dtype: torch.dtype
+    has_whole_parameters: bool
+    precision: Precision
+    aliases: Mapping[str, str]
+    tokens: tuple[str, str] | None
+    expected: Expected
+    initial: Mapping[Recipe, Sequence[str]]
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether whole gradients are summed over replicas; under ZeRO `fully_shard` does it."""
+        return self.data_axis is not None and not self.parallelism.zero_stage
+
+    @property
+    def has_master_shards(self) -> bool:
+        """Whether the shards of ZeRO are the master copies; a host keeps its own."""
+        parallelism = self.parallelism
+        on_device = parallelism.offload == "none"
+        return self.precision.has_master and parallelism.zero_stage > 0 and on_device
 
 
 def training_facts(
@@ -47,6 +96,7 @@ def training_facts(
         },
         mesh=context.mesh.axes,
         data_axis=context.mesh.joint("dp_cp"),
+        expert_axis=context.mesh.expert_gradients,
         loss_axes=loss_axes,
         partial_gradients=partial_gradients,
         ties=tied_across(graph, stages),

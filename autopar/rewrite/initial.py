@@ -2,13 +2,15 @@
 
 Modules of torch say it in `reset_parameters`, models of Hugging Face and many others in
 `_init_weights(module)`, which has the last word. Both are run under a mode that notes what they would do to
-parameters and leaves it at that. What they compute in other ways (a copy of some tensor) is not known.
+parameters and leaves it at that. What they copy (the decay rates of a Mamba layer) goes with the program, and
+so do parameters that have a value and of which no module tells more (the temperature of CLIP).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -24,19 +26,41 @@ FRESH = {"normal_", "trunc_normal_", "uniform_", "fill_", "zero_"}
 CHANGES = {"mul_", "div_", "add_", "clamp_"}
 """Ops with numbers that may follow."""
 
+SAVED: Recipe = (("saved",),)
+"""Of parameters whose value goes with the program."""
+
 DEFAULTS: Mapping[str, tuple[float, ...]] = {"normal_": (0.0, 1.0), "uniform_": (0.0, 1.0)}
 
 
-def initial_values(model: nn.Module) -> dict[str, Recipe]:
-    """The recipe of every parameter of which the model tells it, by all names; the model stays as it is."""
+@dataclass(frozen=True)
+class Initial:
+    """How the parameters of a model begin, as far as it tells: recipes by all their names, and the values
+    that they copy."""
+
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+NOTHING_KNOWN = Initial()
+
+
+def initial_values(model: nn.Module) -> Initial:
+    """How every parameter begins; the model stays as it is. Parameters on the meta device are left out where
+    no module tells."""
     named = dict(model.named_parameters(remove_duplicate=False))
     recipes: dict[int, Recipe | None] = {}
-    with torch.no_grad(), _as_if_new(named.values()):
+    copied: dict[int, Tensor] = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _as_if_new(named.values()):
+        torch.manual_seed(0)
         for further, function, arguments in _questions(model):
-            said = _asked(named.values(), function, *arguments)
-            recipes |= {each: recipe for each, recipe in said.items() if each not in further}
-    found = {name: recipes.get(id(each)) for name, each in named.items()}
-    return {name: recipe for name, recipe in found.items() if recipe}
+            notes = _asked(named.values(), function, *arguments)
+            recipes |= {each: recipe for each, recipe in notes.recipes.items() if each not in further}
+            copied |= {each: value for each, value in notes.copied.items() if each not in further}
+    for parameter in named.values():
+        if recipes.get(id(parameter)) is None and not parameter.is_meta:
+            recipes[id(parameter)], copied[id(parameter)] = SAVED, parameter.detach().cpu().clone()
+    found = {name: recipe for name, each in named.items() if (recipe := recipes.get(id(each)))}
+    return Initial(found, {name: copied[id(named[name])] for name in found if found[name][:1] == SAVED})
 
 
 def _questions(model: nn.Module) -> Iterator[tuple[set[int], Any, tuple[object, ...]]]:
@@ -58,12 +82,12 @@ def _questions(model: nn.Module) -> Iterator[tuple[set[int], Any, tuple[object, 
         yield further(module), owner._init_weights, (module,)
 
 
-def _asked(parameters: Iterable[Tensor], function: Any, *arguments: object) -> dict[int, Recipe | None]:
-    """What a function does to parameters, by their ids; nothing where it cannot be run so."""
+def _asked(parameters: Iterable[Tensor], function: Any, *arguments: object) -> _Notes:
+    """What a function does to parameters; nothing where it cannot be run so."""
     notes = _Notes(parameters)
     with notes, patch.object(nn.init, "_no_grad_trunc_normal_", notes.note_truncated), suppress(Exception):
         function(*arguments)  # a stranger's code, on tensors that do not change under it
-    return notes.recipes
+    return notes
 
 
 _METHOD = type(nn.Module().modules)
@@ -92,8 +116,12 @@ def _as_if_new(parameters: Iterable[Any]) -> Iterator[None]:
             parameter._is_hf_initialized = True
 
 
+_META = torch.device("meta")
+
+
 class _Notes(TorchDispatchMode):
-    """Notes what is done to some tensors in place, and does not do it."""
+    """Notes what is done to some tensors in place, and does not do it: recipes, and what was copied, by the
+    ids of the tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
@@ -101,6 +129,7 @@ class _Notes(TorchDispatchMode):
         for each in tensors:
             self.whole.setdefault(each.untyped_storage()._cdata, []).append(each)
         self.recipes: dict[int, Recipe | None] = {}
+        self.copied: dict[int, Tensor] = {}
 
     def note_truncated(
         self, target: Tensor, mean: float, std: float, a: float, b: float, generator: object = None
@@ -112,7 +141,10 @@ class _Notes(TorchDispatchMode):
         name = op.overloadpacket.__name__
         target = args[0] if args and isinstance(args[0], Tensor) else None
         if target is None or not name.endswith("_") or target.untyped_storage()._cdata not in self.whole:
-            return op(*args, **(kwargs or {}))
+            kwargs = kwargs or {}
+            if kwargs.get("device") == _META:  # as the parameter that it is for
+                kwargs = {**kwargs, "device": "cpu"}
+            return op(*args, **kwargs)
         return self._note(name, target, args[1:])
 
     def _note(self, op: str, target: Tensor, numbers: Any) -> Tensor:
@@ -124,6 +156,9 @@ class _Notes(TorchDispatchMode):
         self, recipe: Recipe | None, whole: Tensor, target: Tensor, op: str, numbers: Any
     ) -> Recipe | None:
         """The recipe with one more op; None where it cannot be told."""
+        if op == "copy_" and target.shape == whole.shape and not numbers[0].is_meta:
+            self.copied[id(whole)] = numbers[0].detach().cpu().expand(whole.shape).clone()
+            return SAVED
         if not all(isinstance(number, int | float) for number in numbers):
             return None
         step = ("fill_", 0.0) if op == "zero_" else (op, *map(_rounded, numbers or DEFAULTS.get(op, ())))

@@ -155,7 +155,7 @@ class Members:
         if 0 < len(numbers) <= LITERAL_LENGTH:
             return f'torch.tensor({numbers}, dtype={meta.dtype}, device="cpu")'
         self.large_buffers[buffer.name] = value
-        return f'saved_buffer("{buffer.name}")'
+        return f'saved_tensor("{buffer.name}")'
 
 
 def _tree(constructors: Mapping[str, str]) -> Tree:

@@ -12,16 +12,16 @@ from graphs.ir import Op, OpGraph
 
 _RUNTIME_NAMES = """
 BatchNorm Border Container Parameters Placements Split StageMaker all_gather all_gather_replicated
-all_reduce all_reduce_partial all_to_all batch_norm causal_attention checkpointed copy cross_entropy
-deferred_convolution deferred_linear deferred_matmul drawn_apart embedding exchange_counts first_grad
-first_only from_experts grouped_mm keep keep_matmuls keep_nothing reduce_scatter saved_buffer shard
-shard_partial sharded_cross_entropy to_experts
+all_reduce all_reduce_partial all_to_all batch_norm causal_attention copy cross_entropy
+deferred_convolution deferred_grouped_mm deferred_linear deferred_matmul drawn_apart drawn_together embedding
+exchange_counts first_grad first_only from_experts grouped_mm keep keep_matmuls keep_nothing recomputable
+reduce_scatter saved_tensor shard shard_partial sharded_cross_entropy to_experts
 """
 RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
 """What `model.py` may need of the runtime, in the order of its import."""
 
 _OTHERS = """
-self mesh torch nn F layer layers number batch checkpoint functools KEPT Tensor DeviceMesh BATCH TP DP CP EP
+self mesh torch nn F layer layers number batch functools KEPT Tensor DeviceMesh BATCH TP DP CP EP
 """
 RESERVED = frozenset(_OTHERS.split()) | frozenset(RUNTIME_NAMES)
 """Names that the source of a `forward` may need for what they stand for."""
@@ -45,6 +45,7 @@ _SPOKEN = {
     "constant_pad_nd": "padded",
     "arange": "positions",
     "_grouped_mm": "grouped",
+    "grouped_mm": "grouped",
     "grouped_mm_fallback": "grouped",
     "argsort": "order",
     "index": "rows",

@@ -57,12 +57,12 @@ _RENAMED = {"aten.min.other": "torch.minimum", "aten.max.other": "torch.maximum"
 """ATen overloads whose function in `torch` has another name."""
 
 _NAMES = """
-    abs addcmul addmm all amax amin any arange argmax argsort baddbmm bmm cat ceil clamp complex cos cumsum
-    diff div einsum erf exp expm1 eye flip floor full full_like gather histc index_add index_select isinf
-    isnan linspace log log1p log2 logical_and logical_not logical_or logsumexp masked_fill maximum minimum
-    narrow ones ones_like outer polar reciprocal relu roll round rsqrt scatter scatter_add select_scatter
-    sigmoid sign sin slice_scatter sort sqrt square stack tanh tile topk tril triu unbind where zeros
-    zeros_like
+    abs addcmul addmm all amax amin any arange argmax argsort baddbmm bmm cat ceil clamp complex cos
+    cumsum diff div einsum empty_like erf exp expm1 eye flip floor full full_like gather histc index_add
+    index_put index_select isinf isnan linspace log log1p log2 logical_and logical_not logical_or
+    logsumexp masked_fill maximum minimum narrow ones ones_like outer polar reciprocal relu roll round
+    rsqrt scatter scatter_add select_scatter sigmoid sign sin slice_scatter sort sqrt square stack tanh
+    tile topk tril triu unbind where zeros zeros_like
 """
 _TORCH_FUNCTIONS = frozenset(_NAMES.split())
 """ATen ops whose function of the same name in `torch` takes the same arguments."""

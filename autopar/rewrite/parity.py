@@ -8,10 +8,12 @@ and compares.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.rewrite.precision import Precision
 from autopar.runtime.loss_scale import LossScale
@@ -49,12 +51,14 @@ def reference(
     optimizer = (MasterAdamW if has_master else AdamW)(model.parameters(), lr=LEARNING_RATE, eps=EPSILON)
     scale = LossScale() if precision is not None and precision.needs_loss_scale else None
     losses = []
+    narrowest = _Narrowest()
     gradients: dict[str, Tensor] = {}
     for step in range(num_steps):
         total = 0.0
         _set_gradient_dtype(model, precision)
         for rows in _microbatches(tensors, num_microbatches, num_replicas):
-            loss = _loss(model(**{**batch, **rows}), loss_name) / num_microbatches
+            with narrowest:
+                loss = _loss(model(**{**batch, **rows}), loss_name) / num_microbatches
             (loss if scale is None else scale.scale(loss)).backward()
             total += loss.item()
         if scale is not None:
@@ -83,7 +87,26 @@ def reference(
         "buffers": buffers,
         "tied": _tied(model),
         "optimizer": {"lr": LEARNING_RATE, "eps": EPSILON},
+        "narrowest": narrowest.dtype,
     }
+
+
+class _Narrowest(TorchDispatchMode):
+    """The narrowest floating dtype that a forward computes in: models cast to single precision inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
+        self.dtype = torch.float64
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = op(*args, **(kwargs or {}))
+        if (
+            isinstance(made, Tensor)
+            and made.is_floating_point()
+            and made.dtype.itemsize < self.dtype.itemsize
+        ):
+            self.dtype = made.dtype
+        return made
 
 
 def _set_gradient_dtype(model: nn.Module, precision: Precision | None) -> None:
@@ -124,7 +147,8 @@ def _loss(output: object, name: str) -> Tensor:
     return found
 
 
-PARITY = '''"""Compare this program with the original model: loss, every gradient, and parameters after AdamW.
+PARITY = '''\
+"""Compare this program with the original model: loss, every gradient, and parameters after AdamW.
 
     torchrun --nproc-per-node N parity.py
 
@@ -135,32 +159,15 @@ program does something else.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from autopar_runtime import gather, replica_part, start, updated
+from autopar_runtime import Parity, replica_part, start, updated
 from model import PLACEMENTS
 from train import OPTIMIZER, build, forward_backward
-
-# Relative, by the least precise dtype of the parameters. Models cast to single precision inside, so that even
-# in double precision sums in another order differ; AdamW divides small gradients by themselves and enlarges
-# that. In half precision both sides are off: the original's own gradients by up to 1.7 % (a norm's bias of
-# dinov2 in fp16, against double), so that two of them differ by more than that.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-PARAMETERS_FACTOR = 10
-
-
-def difference(found: Tensor, wanted: Tensor, floor: float, order: float) -> float:
-    """The norm of the difference, relative to the one of `wanted` with elements of at least `floor`; infinite
-    where something is not a number."""
-    largest: float = max(float(wanted.norm(order)), floor * wanted.numel() ** (1 / order), sys.float_info.min)
-    relative = float((found - wanted).norm(order)) / largest
-    return relative if math.isfinite(relative) else math.inf
 
 
 def main() -> None:
@@ -168,80 +175,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reference", type=Path, default=Path(__file__).with_name("reference.pt"))
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     device = start()
-    reference = torch.load(arguments.reference, weights_only=True)
+    reference = torch.load(options.reference, weights_only=True)
     rank = build(device, reference["weights"])
     named = rank.parameters()
     optimizer = OPTIMIZER(dict.fromkeys(named.values()), **reference["optimizer"])
     batch = replica_part(reference["batch"], rank.mesh, device)
-    dtypes = {each.dtype for each in reference["weights"].values()}
-    dtype = max(dtypes, key=lambda each: TOLERANCE.get(each, 0.0))
-    # In half precision rounding turns the sign of single elements, where a ReLU or AdamW goes by the sign.
-    is_half, order = (True, 2.0) if dtype.itemsize == 2 else (False, math.inf)
-    largest = max(float(each.abs().max()) for each in reference["gradients"].values())
-    rounding = largest * (torch.finfo(dtype).eps if is_half else 1e-4)  # of gradients that should be zero
-    worst: dict[str, tuple[float, str]] = {"loss": (0.0, "")}
-    for step, wanted in enumerate(reference["losses"]):
-        loss = forward_backward(rank, batch).cpu().double()
-        off = difference(loss, torch.tensor(wanted, dtype=torch.float64), 1e-12, math.inf)
-        worst["loss"] = max(worst["loss"], (off, f"step {step + 1}"))
-        if dist.get_rank() == 0:
-            print(f"step {step + 1}  loss {loss.item():.8f}  original {wanted:.8f}", flush=True)
-        if step == 0:
-            gradients = {name: each.grad for name, each in named.items() if each.grad is not None}
-            found = gather(gradients, rank.mesh, PLACEMENTS)
-            worst["gradients"] = compare(found, reference["gradients"], rounding, order)
-            missing = untied(reference["gradients"], reference["tied"]) - untied(found, reference["tied"])
-            if missing:
-                worst["gradients"] = (float("inf"), f"no gradient for {', '.join(sorted(missing))}")
+    parity = Parity(reference, named, rank.mesh, PLACEMENTS)
+    for step in range(len(reference["losses"])):
+        loss = forward_backward(rank, batch)
+        parity.after_backward(step, loss)
         optimizer.step()
         optimizer.zero_grad()
-    found = gather(updated(named, optimizer), rank.mesh, PLACEMENTS, named)
-    farthest = reference["optimizer"]["lr"] * len(reference["losses"])  # that AdamW moves any parameter
-    wanted = reference["parameters"]
-    if any(each.dtype != reference["weights"][name].dtype for name, each in wanted.items()):
-        # Master copies: they tell more exactly how far AdamW went.
-        found, wanted = moved(found, reference["weights"]), moved(wanted, reference["weights"])
-        farthest /= 10
-    if is_half:  # AdamW takes full steps also by gradients that should be zero
-        felt = {name: each.abs() > rounding for name, each in reference["gradients"].items()}
-        found = {name: each.cpu() * felt[name] for name, each in found.items() if name in felt}
-        wanted = {name: wanted[name] * felt[name] for name in found}
-    worst["parameters"] = compare(found, wanted, farthest, order)
-    stages = rank.stages.values()
-    buffers = {name: each for stage in stages for name, each in stage.named_buffers()}
-    known = {name: each for name, each in buffers.items() if name in reference["buffers"]}
-    if found := gather(known, rank.mesh, PLACEMENTS):  # running statistics
-        worst["buffers"] = compare(found, reference["buffers"], 1e-3)
-    limits = {what: TOLERANCE[dtype] * (PARAMETERS_FACTOR if what == "parameters" else 1) for what in worst}
-    equal = all(value <= limits[what] for what, (value, _) in worst.items())
-    if dist.get_rank() == 0:
-        for what, (value, where) in worst.items():
-            print(f"{what}: largest relative difference {value:.2e} of {limits[what]:.0e} allowed ({where})")
-        print(f"{'equal' if equal else 'NOT EQUAL'} to the original", flush=True)
+    parity.after_training(updated(named, optimizer), rank.stages.values())
+    equal = parity.is_equal()
     dist.destroy_process_group()
     sys.exit(0 if equal else 1)
-
-
-def compare(
-    found: dict[str, Tensor], wanted: dict[str, Tensor], floor: float, order: float = math.inf
-) -> tuple[float, str]:
-    """The largest difference and where it is. What the program does not use, it does not hold."""
-    wide = {name: each.cpu().double() for name, each in found.items()}
-    return max((difference(each, wanted[name].double(), floor, order), name) for name, each in wide.items())
-
-
-def moved(found: dict[str, Tensor], began: dict[str, Tensor]) -> dict[str, Tensor]:
-    """How far parameters are from where they began."""
-    return {name: each.cpu().double() - began[name].double() for name, each in found.items()}
-
-
-def untied(tensors: dict[str, Tensor], tied: dict[str, str]) -> set[str]:
-    """The names of tensors, a tied parameter under its first one: a stage holds the paths that it uses."""
-    return {tied.get(name, name) for name in tensors}
 
 
 if __name__ == "__main__":
     main()
 '''
+"""`parity.py`, which is the same for every program."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
@@ -20,6 +19,7 @@ from autopar.rewrite.context import ProgramContext, prefix
 from autopar.rewrite.deferral import defer_weights
 from autopar.rewrite.emit import emit_model, parameter_tables
 from autopar.rewrite.facts import tied_across, training_facts
+from autopar.rewrite.initial import NOTHING_KNOWN, Initial
 from autopar.rewrite.local import local_program
 from autopar.rewrite.mesh import ProgramMesh
 from autopar.rewrite.parity import PARITY
@@ -29,7 +29,6 @@ from autopar.rewrite.source_format import format_source
 from autopar.rewrite.stages import Stage, cut
 from autopar.rewrite.training import emit_training
 from autopar.rewrite.tree import is_leaf
-from autopar.runtime.initial import Recipe
 from autopar.search.summaries import main_dtype
 from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, stage_ranks
 from graphs import Capture, CaptureError
@@ -43,14 +42,15 @@ class Program:
     Attributes:
         plan: what it carries out.
         files: name -> text of `model.py`, `train.py`, `parity.py`, `plan.json` and the runtime.
-        buffers: buffers of the model too large to stand in the source.
+        tensors: what lies beside the source: buffers too large to stand in it, and values that parameters
+        begin with.
         loss_name: under which key, or at which place, the original model returns its loss.
         precision: in which it trains.
     """
 
     plan: Plan
     files: Mapping[str, str]
-    buffers: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     loss_name: str
     precision: Precision
 
@@ -74,18 +74,17 @@ class Program:
         target.mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
             (target / name).write_text(text, encoding="utf-8")
-        if self.buffers:
-            torch.save(dict(self.buffers), target / "buffers.pt")
+        if self.tensors:
+            torch.save(dict(self.tensors), target / "tensors.pt")
         return target
 
 
 def rewrite(
     capture: Capture,
     plan: Plan,
-    recipes: Mapping[str, Recipe] = MappingProxyType({}),
+    initial: Initial = NOTHING_KNOWN,
 ) -> Program:
-    """The program that trains the captured model as `plan` says; `recipes` tell how parameters are
-    initialised.
+    """The program that trains the captured model as `plan` says; `initial` tells how parameters begin.
 
     Raises `RewriteError` where the plan asks for something that cannot be emitted, and names it.
     """
@@ -107,13 +106,14 @@ def rewrite(
     precision = precision_of(plan.policy, main_dtype(capture.graph))
     _check_offloading(plan, precision)
     facts = training_facts(
-        context, plan, stages, partial_gradients=bool(partial), precision=precision, recipes=recipes
+        context, plan, stages, partial_gradients=bool(partial), precision=precision, recipes=initial.recipes
     )
     training = emit_training(facts)
     sources = {"model.py": model.text, "train.py": format_source(training), "parity.py": PARITY}
     files = {**sources, f"{RUNTIME}.py": bundle(sources), "plan.json": plan.to_json()}
     loss_name = capture.graph.output_names[capture.graph.outputs.index(capture.graph.loss or "")]
-    return Program(plan, files, model.buffers, loss_name, precision)
+    tensors = {**model.buffers, **initial.values}
+    return Program(plan, files, tensors, loss_name, precision)
 
 
 def _check(graph: OpGraph, plan: Plan) -> None:

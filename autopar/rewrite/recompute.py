@@ -21,8 +21,7 @@ from autopar.plan import Recomputation
 from autopar.runtime.experts import has_grouped_kernel
 from graphs.ir import Op, OpGraph
 
-KEEP_NOTHING = "keep_nothing"
-POLICIES = {"full": KEEP_NOTHING, "selective": "keep_matmuls"}
+POLICIES = {"full": "keep_nothing", "selective": "keep_matmuls"}
 """What the runtime calls that which a block keeps, by recompute mode."""
 
 _WHY_NOT = {
@@ -49,13 +48,10 @@ class Recomputing:
     table: tuple[str, ...] = ()
     is_mixed: bool = False
 
-    def call(self, module: str, path: str, arguments: str) -> str:
-        """The call of one block, or of blocks that all keep the same."""
+    def kept(self, path: str) -> str:
+        """The further argument of the call of one block, or of blocks that all keep the same."""
         policy = self.policies.get(path)
-        if policy is None:
-            return f"{module}({arguments})"
-        options = "use_reentrant=False" + (f", context_fn={policy}" if policy != KEEP_NOTHING else "")
-        return f"checkpoint({module}, {arguments}, {options})"
+        return "" if policy is None else f", keep={policy}"
 
 
 def check_recomputation(plan: Iterable[Recomputation]) -> None:

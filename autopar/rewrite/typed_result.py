@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 from autopar.rewrite.naming import RESERVED, fresh
 
-_CALLABLES = {"layer", "checkpoint", "checkpointed"}
+_CALLABLES = {"layer"}
 """Variables and functions whose result has no type."""
 
 _FUNCTIONS = {"max_pool2d"}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.runtime.compiling import uncompiled
+from autopar.runtime.experts import gradient_by_group, grouped_mm, rows_by_group
 
 Leftovers = list[tuple[nn.Parameter, Callable[[], Tensor]]]
 """Weights, and what computes the gradient of each."""
@@ -69,6 +70,40 @@ def _now_or_later(ctx: Any, of_weight: Callable[[], Tensor]) -> Tensor | None:
         return of_weight()
     ctx.left.append((ctx.weight, of_weight))
     return None
+
+
+@uncompiled
+def deferred_grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
+    """`grouped_mm` with the matrices in `weight`, or with them `transposed`, of which a schedule that splits
+    backwards computes the weight's gradient later."""
+    if weight.grad_fn is None:
+        return _grouped_product(x, weight, ends, transposed)
+    return grouped_mm(x, weight.transpose(1, 2) if transposed else weight, ends)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """As `_Product`, by group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, ends: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x, ends)
+        ctx.weight, ctx.transposed, ctx.left = weight, transposed, _LEFT.get()
+        return rows_by_group(x, weight.transpose(1, 2) if transposed else weight, ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, ends), gradient = ctx.saved_tensors, gradient.contiguous()
+        matrices = ctx.weight.transpose(1, 2) if ctx.transposed else ctx.weight
+
+        def of_weight() -> Tensor:
+            found = gradient_by_group(x, gradient, matrices, ends)
+            return found.transpose(1, 2) if ctx.transposed else found
+
+        of_x = rows_by_group(gradient, matrices.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+        return of_x, _now_or_later(ctx, of_weight), None, None
+
+
+_grouped_product: Callable[[Tensor, Tensor, Tensor, bool], Tensor] = _GroupedProduct.apply
 
 
 @uncompiled

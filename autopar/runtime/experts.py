@@ -1,11 +1,13 @@
 """Rows to their experts and back, and their products with them.
 
-How many rows an expert gets is known only when they are there, so nothing of it is compiled.
+How many rows an expert gets is known only when they are there, so an exchange is not compiled; products are
+where torch can, in bf16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -76,23 +78,64 @@ def from_experts(x: Tensor, routes: Tensor, experts: ProcessGroup) -> Tensor:
     return _sent_from_experts(x, experts, routes)
 
 
-@uncompiled
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of `x` `[t, k]`, sorted by expert, times the matrix of their expert in `weight` `[e, k, n]`.
 
     Expert e has the rows up to `ends[e]`; there are none past the last end.
     """
+    if weight.dtype == torch.bfloat16 and has_grouped_kernel(weight.dtype, weight.shape):
+        return _grouped(x, weight, ends)
+    return _uncompiled_grouped(x, weight, ends)
+
+
+class _Grouped(torch.autograd.Function):
+    """torch's own derivative takes no expanded gradients, and there is none without a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return rows_by_group(x, weight, ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, ends = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_x = rows_by_group(gradient, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+        return of_x, gradient_by_group(x, gradient, weight, ends) if ctx.needs_input_grad[1] else None, None
+
+
+_grouped: Callable[[Tensor, Tensor, Tensor], Tensor] = _Grouped.apply
+_uncompiled_grouped = uncompiled(_grouped)
+
+
+def rows_by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm`, without a derivative of its own."""
     if has_grouped_kernel(weight.dtype, weight.shape):
-        made = F.grouped_mm(x, weight, offs=ends)
-        if made.requires_grad:
-            made.register_hook(Tensor.contiguous)  # the backward takes no expanded gradient
-        return made
-    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([rows @ own for rows, own in zip(x.split(counts), weight.unbind(), strict=True)])
+        return F.grouped_mm(x, weight, offs=ends)
+    return torch.cat([rows @ own for rows, own in zip(_groups(x, ends), weight.unbind(), strict=True)])
+
+
+def gradient_by_group(x: Tensor, gradient: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The gradient of `weight` in `grouped_mm`, which lies in memory as the weight does."""
+    if weight.stride(1) == 1:
+        return _outer_by_group(gradient, x, ends).transpose(1, 2)
+    return _outer_by_group(x, gradient, ends)
+
+
+def _outer_by_group(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """Of each group the product of its columns in `x` with its rows in `y`: `[e, k, n]`."""
+    if has_grouped_kernel(x.dtype, (0, x.shape[1], y.shape[1])):
+        return F.grouped_mm(x.T, y, offs=ends)
+    return torch.stack([a.T @ b for a, b in zip(_groups(x, ends), _groups(y, ends), strict=True)])
+
+
+def _groups(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+    return parts
 
 
 def has_grouped_kernel(dtype: torch.dtype, shape: Sequence[int]) -> bool:
-    """Whether torch multiplies all groups with matrices `[e, k, n]` in one kernel: it wants rows of whole 16
+    """Whether torch multiplies all groups with matrices `[e, k, n]` in one op: it wants rows of whole 16
     bytes."""
     is_aligned = all(size * dtype.itemsize % 16 == 0 for size in shape[1:])
-    return dtype in (torch.bfloat16, torch.float16) and is_aligned
+    return dtype in (torch.float32, torch.bfloat16, torch.float16) and is_aligned

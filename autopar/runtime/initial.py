@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.runtime.hashing import hashed
 from autopar.runtime.layout import Layout, Placements, fill, matches
+from autopar.runtime.modules import saved_tensor
 
 Recipe = tuple[tuple[Any, ...], ...]
 """How a parameter is initialised: names of in-place ops with their numbers, one after the other;
-`("zero_row", i)` makes row i zero."""
+`("zero_row", i)` makes row i zero, `("saved",)` is the value that lies beside the program."""
 
 
 def initialize(
@@ -75,6 +76,8 @@ class _Drawn:
                 nn.init.trunc_normal_(rows, mean, deviation, low, high, generator)
             elif op in ("normal_", "uniform_"):
                 getattr(rows, op)(*numbers, generator=generator)
+            elif op == "saved":
+                rows.copy_(saved_tensor(self.name).reshape(self.shape or 1)[first:last])
             elif op != "zero_row":
                 getattr(rows, op)(*numbers)
             elif first <= numbers[0] < last:

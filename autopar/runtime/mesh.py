@@ -64,7 +64,7 @@ def joined_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
 def seed_step(step: int, mesh: DeviceMesh, options: argparse.Namespace) -> None:
     """Random numbers of a step, of dropout above all: after a restart the same again, and the same on the
     ranks of a tensor axis, which are at the same layers and samples (`drawn_apart` where they have different
-    parts)."""
+    parts; `drawn_together` where ranks of other axes have the same)."""
     number, count = _place(mesh, ("pp", *JOINT["dp_cp"]))
     torch.manual_seed(((options.seed * 2**32 + step) * count + number) % 2**63)
 

@@ -32,8 +32,9 @@ class Container(nn.ModuleDict):
         def __getitem__(self, key: str) -> Any: ...
 
 
-def saved_buffer(name: str) -> Tensor:
-    """A buffer of the original model that is too large to be written into the source."""
-    path = Path(__file__).with_name("buffers.pt")
-    buffers: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return buffers[name]
+def saved_tensor(name: str) -> Tensor:
+    """A buffer of the original model that is too large to be written into the source, or what a parameter
+    begins with."""
+    path = Path(__file__).with_name("tensors.pt")
+    tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return tensors[name]

@@ -6,11 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Result = TypeVar("Result")
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 """Around a forward under `checkpoint`, and around the one that computes it again."""
@@ -26,14 +28,26 @@ KINDS = {
 """The ops whose results may be kept; the first pattern that fits counts."""
 
 
-def checkpointed(block: nn.Module, contexts: Callable[[], Contexts] | None, *args: Tensor) -> Any:
-    """What a block makes of `args`; with `contexts` it computes again in the backward what these do not
-    keep."""
-    if contexts is None:
-        return block(*args)
-    if contexts is keep_nothing:  # torch.compile takes no contexts that do nothing
-        return checkpoint(block, *args, use_reentrant=False)
-    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+def recomputable(forward: Callable[..., Result]) -> Callable[..., Result]:
+    """The `forward` of a block that may be told what to `keep`: the rest it computes again in the backward.
+
+    It does so inside of the block's hooks, so that `fully_shard` gathers parameters before, not while
+    something is computed again, and what `torch.compile` makes of a block has its recomputation in it.
+    """
+
+    @wraps(forward)
+    def again(self: nn.Module, *args: Tensor, keep: Callable[[], Contexts] | None = None) -> Any:
+        if keep is None:
+            return forward(self, *args)
+
+        def run(*given: Tensor) -> Result:
+            return forward(self, *given)
+
+        if keep is keep_nothing:  # torch.compile takes no contexts that do nothing
+            return checkpoint(run, *args, use_reentrant=False)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=keep)
+
+    return again
 
 
 def keep_nothing() -> Contexts:

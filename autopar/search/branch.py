@@ -347,7 +347,7 @@ class BranchAndBound:
         elif is_close:
             yield from self._open(floor_s, scheduled, program)
         else:
-            step_s = self.floors.stages_s(scheduled, program) if program else self.floors.close_s(scheduled)
+            step_s = self.floors.busiest_s(scheduled, program)
             yield from self._bounded(floor_s, node._replace(is_close=True), step_s)
 
     def _bounded(self, floor_s: float, node: ScheduledNode, step_s: float) -> Iterator[tuple[float, Node]]:

@@ -10,8 +10,10 @@ bounds the step. One stage for the whole model is the same with nothing to cut.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.plan import Parallelism
 from autopar.search.runs import Array
@@ -29,6 +31,10 @@ from costmodel.orders import (
 )
 
 
+ROUNDING = 1e-9
+"""By which part what is freed may fall short of what must be."""
+
+
 class EvenStages:
     """The stages of one chain in schedules whose cuts memory has no say in."""
 
@@ -37,6 +43,7 @@ class EvenStages:
         self._cuts: dict[int, tuple[int, ...] | None] = {}
         self._schedule_floors_s: dict[tuple[object, ...], float] = {}
         self._orders_s: dict[tuple[object, ...], float] = {}
+        self._known_freed: dict[tuple[int, ...], tuple[Array, Array]] = {}
         self._known_fullest: dict[tuple[object, ...], tuple[Array, tuple[int, ...]]] = {}
 
     def cuts(self, num_stages: int, where: Where = None) -> tuple[int, ...] | None:
@@ -52,9 +59,69 @@ class EvenStages:
     def excess_bytes(self, p: Parallelism, machine: Machine, cuts: tuple[int, ...]) -> Array:
         """What each rank at least keeps too much with these cuts, or has left, everywhere with the fastest
         variant."""
-        room = room_bytes(self.table, self.table.sums(cuts, _ranks(p)), p, machine)
-        excess: Array = self._fullest(p, cuts)[0] - room
-        return excess
+        sums = self.table.sums(cuts, _ranks(p))
+        excess_bytes: Array = self._fullest(p, cuts)[0] - room_bytes(self.table, sums, p, machine)
+        return self._with_work(p, cuts, excess_bytes, sums.working_bytes)
+
+    def least_excess_bytes(self, p: Parallelism, cuts: tuple[int, ...], excess_bytes: Array) -> Array:
+        """What each rank has to keep less at least, that exceeds its memory by so much with the fastest
+        variants."""
+        working = self.table.unit_working_bytes
+        ends = (*cuts, self.table.num_units)
+        each = np.array([max(working[start:stop]) for start, stop in pairwise(ends)])
+        return self._with_work(p, cuts, excess_bytes, each[_own(p)].max(axis=1))
+
+    def _with_work(
+        self, p: Parallelism, cuts: tuple[int, ...], excess_bytes: Array, working_bytes: Array
+    ) -> Array:
+        """What ranks keep too much, and what units work on beyond these bytes once they compute so much again
+        that it may fit: W is the least with
+
+            excess + max(0, W - working) ≤ Σ k_u max of freed_uv over variants v that work on W at most
+
+        over the units u of a rank. Infinite where there is none."""
+        sizes, freed = self._freed_within(cuts)
+        flights = np.array(self.in_flight(p, cuts), dtype=np.float64)
+        most = (freed * flights[:, None])[_own(p)].sum(axis=1)
+        needed = excess_bytes[:, None] + np.maximum(0.0, sizes - working_bytes[:, None])
+        suffices = most >= needed * (1 - ROUNDING)
+        least = np.where(suffices.any(axis=1), needed[range(p.pp), suffices.argmax(axis=1)], np.inf)
+        found: Array = np.where(excess_bytes > 0, least, excess_bytes)
+        return found
+
+    def _freed_within(self, cuts: tuple[int, ...]) -> tuple[Array, Array]:
+        """All sizes of what units work on, and how much of a microbatch each stage can keep less if none of
+        its units works on more: [stage, size].
+
+        A unit works while all of the stage is kept but what comes after it, which is no more than with the
+        fastest variants."""
+        if cuts not in self._known_freed:
+            units, options = self.table.chain.units, self.table.options
+            ends = (*cuts, len(units))
+            found: list[list[tuple[float, float, int]]] = []  # work, freed, unit
+            for start, stop in pairwise(ends):
+                later_bytes, mine = 0.0, []
+                for index in reversed(range(start, stop)):
+                    base = units[index].saved[options[index][0]]
+                    for name in options[index]:
+                        kept = units[index].saved[name]
+                        freed = float(base.num_bytes - kept.num_bytes)
+                        mine.append((kept.working_bytes - later_bytes, freed, index))
+                    later_bytes += base.num_bytes
+                found.append(sorted(mine))
+            sizes = sorted({work for mine in found for work, _, _ in mine})
+            table = np.zeros((len(found), len(sizes)))
+            for stage, mine in enumerate(found):
+                best: dict[int, float] = {}
+                place = 0
+                for column, size in enumerate(sizes):
+                    while place < len(mine) and mine[place][0] <= size:
+                        _, freed, index = mine[place]
+                        best[index] = max(freed, best.get(index, 0.0))
+                        place += 1
+                    table[stage, column] = sum(best.values())
+            self._known_freed[cuts] = np.array(sizes), table
+        return self._known_freed[cuts]
 
     def in_flight(self, p: Parallelism, cuts: tuple[int, ...]) -> tuple[int, ...]:
         """How many microbatches each stage keeps when its rank keeps most, as `excess_bytes`."""
@@ -89,7 +156,7 @@ class EvenStages:
         slow = np.ones_like(flights) if weights is None else np.array(weights)
         # What is never in flight frees nothing, whatever it takes.
         seconds = rates * (slow / np.maximum(flights, 1.0))[:, None]
-        own = [rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages) for rank in range(p.pp)]
+        own = _own(p)
         return _least_s(seconds[own].reshape(p.pp, -1), sizes[own].reshape(p.pp, -1), excess_bytes)
 
     def most_relief_s(self, cuts: tuple[int, ...]) -> list[float]:
@@ -176,6 +243,12 @@ def _savings_s(sums: RunSums) -> list[float]:
     forward = zip((sums.forward_s - there_s).tolist()[::-1], there_s.tolist()[::-1], strict=True)
     backward = zip((sums.backward_s - back_s).tolist(), back_s.tolist(), strict=True)
     return [overlap_saving_s(*other, *one) for other, one in zip(forward, backward, strict=True)]
+
+
+def _own(p: Parallelism) -> NDArray[np.intp]:
+    """The stages of each rank: [rank, stage]."""
+    ranks = range(p.pp)
+    return np.array([rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages) for rank in ranks])
 
 
 def _ranks(p: Parallelism) -> tuple[int, ...]:

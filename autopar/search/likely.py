@@ -10,17 +10,18 @@ before:
     close ways    even cuts and memory, of one device's work divided    `WayFloors.close_s`
     drafts        stages of a program                                   `StageLayer.draft`
 
-What has no program yet is expected to take as many times longer as the drafts of its degrees turned out to
-take, seen from the same queue; degrees without a draft are thought to be like those next to them. What is
-expected to take least is looked at more closely, until that leads nowhere. The drafts are what to price.
+What has no program yet is expected to take as many times longer as the best draft of its degrees turned out
+to take, seen from the same queue; degrees without a draft are taken at their word, which puts them first.
+What is expected to take least is looked at more closely, until that leads nowhere. The drafts are what to
+price.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import count
-from math import log2
 from typing import TYPE_CHECKING, NamedTuple
 
 from autopar.plan import Parallelism
@@ -83,57 +84,37 @@ class Open(NamedTuple):
 
 
 class Expected:
-    """Queues by what is likely, for every degrees and number of looks, and how many times longer drafts of
-    the same turned out to take."""
+    """Queues by what is likely, one for each number of looks, of what has the same degrees; `slower` tells
+    how many times longer than was likely the best draft of these takes, seen from each queue."""
 
     def __init__(self) -> None:
-        self._heaps: dict[Seen, list[tuple[float, int, Open]]] = {}
-        self._slower: dict[Seen, float] = {}
-        self._nearest: dict[Seen, float] = {}
-        self._ties = count()
+        self.queues: list[list[tuple[float, int, Open]]] = [[] for _ in range(NUM_LOOKS)]
+        self.slower: list[float] = []
 
-    def push(self, item: Open) -> None:
-        seen = len(item.likely_s), item.degrees
-        heapq.heappush(self._heaps.setdefault(seen, []), (item.likely_s[-1], next(self._ties), item))
+    def push(self, item: Open, tie: int) -> None:
+        heapq.heappush(self.queues[len(item.likely_s) - 1], (item.likely_s[-1], tie, item))
 
-    def pop(self, below_s: float) -> Open | None:
-        """What is expected to take least, if that is less than `below_s`; before anything was learnt, of what
-        was looked at most closely."""
-        filled = [(seen, heap) for seen, heap in self._heaps.items() if heap]
-        if not self._slower:
-            most = max((looks for (looks, _), _ in filled), default=0)
-            filled = [(seen, heap) for seen, heap in filled if seen[0] == most]
-        expected = ((heap[0][0] * self._factor(seen), seen) for seen, heap in filled)
-        least_s, seen = min(expected, default=(below_s, None))
-        if seen is None or least_s >= below_s:
-            return None
-        return heapq.heappop(self._heaps[seen])[2]
+    def first(self) -> tuple[float, int]:
+        """What is expected to take least, and its number of looks: before anything was learnt, of those that
+        were looked at most closely, and at their word."""
+        if self.slower:
+            filled = zip(self.queues, self.slower, count(1), strict=False)
+            return min(
+                ((queue[0][0] * slower, looks) for queue, slower, looks in filled if queue),
+                default=(float("inf"), 0),
+            )
+        deepest = (looks for looks in range(NUM_LOOKS, 0, -1) if self.queues[looks - 1])
+        looks = next(deepest, 0)
+        return (self.queues[looks - 1][0][0] if looks else float("inf")), looks
+
+    def pop(self, looks: int) -> Open:
+        """The likeliest that was looked at so often."""
+        return heapq.heappop(self.queues[looks - 1])[2]
 
     def learn(self, item: Open, draft_s: float) -> None:
         """A way turned out to take so long."""
-        for looks, likely_s in enumerate(item.likely_s, start=1):
-            seen, slower = (looks, item.degrees), draft_s / likely_s
-            self._slower[seen] = min(slower, self._slower.get(seen, slower))
-        self._nearest.clear()
-
-    def _factor(self, seen: Seen) -> float:
-        if seen in self._slower:
-            return self._slower[seen]
-        if seen not in self._nearest:
-            looks, degrees = seen
-            known = [other for other in self._slower if other[0] == looks]
-            nearest = min(known, key=lambda other: (_apart(degrees, other[1]), other[1]), default=seen)
-            self._nearest[seen] = self._slower.get(nearest, 1.0)
-        return self._nearest[seen]
-
-
-Seen = tuple[int, tuple[int, int, int]]
-"""A number of looks, and degrees."""
-
-
-def _apart(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    """How far degrees are from each other."""
-    return sum(abs(log2(a / b)) for a, b in zip(one, other, strict=True))
+        found = [draft_s / likely_s for likely_s in item.likely_s]
+        self.slower = list(map(min, (x**0.5 for x in found), self.slower or found))
 
 
 class LikelyWays:
@@ -143,7 +124,7 @@ class LikelyWays:
         self.planner = planner
         self.candidates = candidates
         self.outcome = outcome
-        self._open = Expected()
+        self._open: defaultdict[tuple[int, int, int], Expected] = defaultdict(Expected)
         self._drafted: list[tuple[float, int, Drafted]] = []
         self._best_draft_s = float("inf")
         self._ties = count()
@@ -151,7 +132,7 @@ class LikelyWays:
     def add(self, layout: Layout, floor_s: float, *, overlapping: bool) -> None:
         """Ways to run a layout, which take `floor_s` at least: those whose schedules hide communication, or
         the others."""
-        self._open.push(Open(Schedules(layout, overlapping), (floor_s,)))
+        self._add(Open(Schedules(layout, overlapping), (floor_s,)))
 
     def add_draft(self, p: Parallelism, program: Program, draft: Draft) -> None:
         """A way that was cut into stages."""
@@ -161,15 +142,24 @@ class LikelyWays:
     def look_ahead(self) -> None:
         """Look at what is likely, cutting the likeliest ways into stages."""
         idle = 0.0
-        while idle < PATIENCE and (item := self._open.pop(self.outcome.best_s)) is not None:
+        while idle < PATIENCE and (item := self._pop()) is not None:
             if len(item.likely_s) < NUM_LOOKS:
                 idle += 1 / LOOKS_EACH
                 for closer in self._closer(item):
-                    self._open.push(closer)
+                    self._add(closer)
             else:
                 before_s = min(self._best_draft_s, self.outcome.best_s)
                 self._draft(item)
                 idle = 0.0 if self._best_draft_s < before_s else idle + 1
+
+    def _add(self, item: Open) -> None:
+        self._open[item.degrees].push(item, next(self._ties))
+
+    def _pop(self) -> Open | None:
+        """What is expected to take least, if that is less than the best."""
+        firsts = ((*expected.first(), degrees) for degrees, expected in self._open.items())
+        least_s, looks, degrees = min(firsts, default=(float("inf"), 0, (1, 1, 1)))
+        return self._open[degrees].pop(looks) if least_s < self.outcome.best_s else None
 
     def _closer(self, item: Open) -> Iterator[Open]:
         floors, kind = self.planner.way_floors, item.kind
@@ -189,9 +179,9 @@ class LikelyWays:
         program = self.planner.programs.program(item.kind)
         draft = self.planner.layer.draft(program, item.kind)
         if draft is None:
-            self._open.learn(item, MISFIT * item.likely_s[-1])
+            self._open[item.degrees].learn(item, MISFIT * item.likely_s[-1])
         else:
-            self._open.learn(item, draft.bound_s)
+            self._open[item.degrees].learn(item, draft.bound_s)
             self.add_draft(item.kind, program, draft)
 
     def price(self, below_s: float = float("inf")) -> Solved | None:

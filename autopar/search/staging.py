@@ -124,10 +124,10 @@ class StageLayer:
         return self._alone[key]
 
     @clocked("stages")
-    def floor_s(self, program: Program, p: Parallelism, *, moves: bool = True) -> float:
-        """No step takes less, though nothing moves on the data axes unless it `moves`; infinite where memory,
-        or the number of units, allows no stages at all. Quick where `draft` is exact."""
-        busiest_s = self.busiest_s(program, p, moves=moves)
+    def floor_s(self, program: Program, p: Parallelism) -> float:
+        """No step takes less; infinite where memory, or the number of units, allows no stages at all. Quick
+        where `draft` is exact."""
+        busiest_s = self.busiest_s(program, p)
         if not 0 < busiest_s < float("inf"):
             return busiest_s
         cuts = self._even(p)
@@ -138,7 +138,7 @@ class StageLayer:
 
     def busiest_s(self, program: Program, p: Parallelism, *, moves: bool = True) -> float:
         """The same of the rank that has most to do, which asks no more of a program's passes than that
-        forward and input gradients take no less."""
+        forward and input gradients take no less; unless it `moves`, nothing does so on the data axes."""
         if p.pp > 1 and p.num_virtual_stages == 1:
             return 0.0
         cuts = self._even(p)
@@ -182,7 +182,8 @@ class StageLayer:
 
     def _again_bound_s(self, stages: EvenStages, evaluated: Evaluated) -> float:
         """The least for what must be computed again; infinite where that frees too little."""
-        p, cuts, excess_bytes = evaluated.parallelism, evaluated.cuts, self._excess_bytes(evaluated)
+        p, cuts = evaluated.parallelism, evaluated.cuts
+        excess_bytes = stages.least_excess_bytes(p, cuts, self._excess_bytes(evaluated))
         bound_s = stages.bound_s(p, self.machine(p), cuts, excess_bytes)
         if bound_s < float("inf") and p.num_virtual_stages > 1:
             bound_s = max(bound_s, self._again_bound(stages, evaluated, excess_bytes).bound_s())
@@ -214,7 +215,8 @@ class StageLayer:
             return draft
         self.effort.solved("stages")
         overhead_s = self.evaluator.era.step_overhead_s
-        bound = self._again_bound(stages, evaluated, self._excess_bytes(evaluated))
+        excess_bytes = stages.least_excess_bytes(p, draft.cuts, self._excess_bytes(evaluated))
+        bound = self._again_bound(stages, evaluated, excess_bytes)
         bound_s = bound.tightened(draft.bound_s - overhead_s, enough_s - overhead_s, num_rounds)
         return draft._replace(bound_s=bound_s + overhead_s)
 

@@ -27,7 +27,7 @@ class WayFloors:
         self.bounds = bounds
         self.layer = layer
         self.pins = pins
-        self._close_s: dict[Scheduled | Parallelism, float] = {}
+        self._close_s: dict[Parallelism, float] = {}
 
     def may_fit(self, layout: Layout) -> bool:
         """Whether memory may suffice for some way to run a layout."""
@@ -74,26 +74,30 @@ class WayFloors:
         step_s = self.bounds.step_s(p, self._rank_s(p, device, program), device)
         return max(step_s, self.layer.schedule_floor_s(p, program))
 
-    def close_s(self, kind: Scheduled | Parallelism) -> float:
+    def close_s(self, p: Parallelism) -> float:
         """The same with even cuts and memory, from one device's work divided over all ranks, and the least
-        that these communicate; infinite where memory allows no program. With nothing but a schedule, nothing
-        moves on the data axes."""
-        is_open = isinstance(kind, Scheduled)
-        p = self.freest(kind) if isinstance(kind, Scheduled) else kind
+        that these communicate; infinite where memory allows no program."""
         if p.pp > 1 and p.num_virtual_stages == 1:
             return 0.0  # drafts are exact there, and say more
-        if kind not in self._close_s:
-            busiest_s = self.layer.busiest_s(self.floors.divided(p), p, moves=not is_open)
-            self._close_s[kind] = max(busiest_s, self.layer.divided_order_s(p))
-        return self._close_s[kind]
+        if p not in self._close_s:
+            divided = self.floors.divided(p)
+            self._close_s[p] = max(self.layer.busiest_s(divided, p), self.layer.divided_order_s(p))
+        return self._close_s[p]
 
-    def stages_s(self, kind: Scheduled | Parallelism, program: Program) -> float:
+    def stages_s(self, p: Parallelism, program: Program) -> float:
         """The same with what any program of the layout takes at least; its fastest `program` was made."""
-        is_open = isinstance(kind, Scheduled)
-        p = self.freest(kind) if isinstance(kind, Scheduled) else kind
-        # Memory may drive the way to other programs: what is closed here is closed for all.
-        least = program if p.tp == 1 else self.floors.programs.least.relaxed(p, trades=False)
-        return self.layer.floor_s(least, p, moves=not is_open)
+        return self.layer.floor_s(self._least(p, program), p)
+
+    def busiest_s(self, scheduled: Scheduled, program: Program | None) -> float:
+        """What the busiest rank takes at least, with what any program takes if the fastest was made; nothing
+        moves on the data axes. Infinite where memory allows no program."""
+        p = self.freest(scheduled)
+        least = self.floors.divided(p) if program is None else self._least(p, program)
+        return self.layer.busiest_s(least, p, moves=False)
+
+    def _least(self, p: Parallelism, program: Program) -> Program:
+        # Memory may drive a way to other programs: what is closed by this is closed for all.
+        return program if p.tp == 1 else self.floors.programs.least.relaxed(p, trades=False)
 
     def likely_s(self, kind: Scheduled | Parallelism) -> float:
         """About what a way takes, or the best of a schedule, as far as is known without its program: were all

@@ -1,9 +1,9 @@
 """Run one step of a program with dropout, and compare what its two ranks draw.
 
-torchrun --nproc-per-node 2 draws_on_ranks.py DIRECTORY AXIS
+torchrun --nproc-per-node 2 draws_on_ranks.py DIRECTORY AXIS [SHAPE ...]
 
-Exits with 1 where the ranks along AXIS drop out different numbers of a tensor that both hold, or the same of
-different parts, samples or layers, and tells which.
+Exits with 1 where the ranks along AXIS drop out different numbers of a tensor that both hold whole, which are
+those of each SHAPE (`2x16x64`), or the same of different parts, samples or layers, and tells which.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-WHOLE = (2, 16, 64)
-"""Samples, positions and channels of an activation that is whole on every rank of a tensor axis."""
+from tests.autopar.rank_script import end
 
 
 def drawn(directory: str) -> list[tuple[tuple[int, ...], Tensor]]:
@@ -53,25 +52,22 @@ def drawn(directory: str) -> list[tuple[tuple[int, ...], Tensor]]:
     return found
 
 
-def run(directory: str, over: str) -> str | None:
+def run(directory: str, over: str, *whole: str) -> str | None:
     """None where the ranks, which lie along the axis `over`, draw as they should, else what is wrong."""
+    shapes = {tuple(map(int, each.split("x"))) for each in whole}
     mine = drawn(directory)
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     if not mine or any(torch.equal(one, other) for (_, one), (_, other) in combinations(mine, 2)):
         return "a rank draws nothing, or the same twice"
-    if over != "tp":
+    if over == "pp":
         same = [shape for shape, one in ranks[0] for _, other in ranks[1] if torch.equal(one, other)]
         return f"both ranks draw the same for {same}" if same else None
     for number, ((shape, one), (_, other)) in enumerate(zip(*ranks, strict=True)):
-        if torch.equal(one, other) != (shape == WHOLE):
-            return f"draw {number}, for {shape}: {'not ' if shape == WHOLE else ''}the same on both ranks"
+        if torch.equal(one, other) != (shape in shapes):
+            return f"draw {number}, for {shape}: {'not ' if shape in shapes else ''}the same on both ranks"
     return None
 
 
 if __name__ == "__main__":
-    wrong = run(*sys.argv[1:])
-    dist.destroy_process_group()
-    if wrong is not None:
-        print(wrong)
-        sys.exit(1)
+    end(run(*sys.argv[1:]))

@@ -11,7 +11,8 @@ import importlib
 import sys
 
 import torch
-import torch.distributed as dist
+
+from tests.autopar.rank_script import end
 
 LARGEST_NORM = 0.01
 
@@ -41,8 +42,4 @@ def run(directory: str) -> str | None:
 
 
 if __name__ == "__main__":
-    wrong = run(sys.argv[1])
-    dist.destroy_process_group()
-    if wrong is not None:
-        print(wrong)
-        sys.exit(1)
+    end(run(sys.argv[1]))

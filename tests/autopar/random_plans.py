@@ -25,12 +25,15 @@ from autopar.request import training_policy
 from autopar.rewrite.local import context_split
 from autopar.search.context import is_attention
 from autopar.search.programs import Programs
-from autopar.strategies import Strategy, conversion, natural_sections, strategies
+from autopar.strategies import REPLICATE, Strategy, conversion, natural_sections, strategies
 from graphs import Capture, OpGraph
 from graphs.ir import Op
 
 SPLIT_SHARE = 0.8
 """How often an op that can be split is, so that few ops just stay whole."""
+WHOLE_EXPERTS_SHARE = 0.8
+"""How often experts that are dealt out run whole on the tensor axis: most splits move their rows about there,
+which the rewriter refuses."""
 
 
 def random_plan(capture: Capture, parallelism: Parallelism, seed: int) -> Plan:
@@ -44,8 +47,19 @@ def random_plan(capture: Capture, parallelism: Parallelism, seed: int) -> Plan:
         keys["cp"] = random_context(local.graph, parallelism.cp, seed)
         local = localize(local, context_split(local.graph, parallelism.cp, keys["cp"]))
     if parallelism.tp > 1:
-        keys["tp"] = random_strategies(local.graph, parallelism.tp, seed)
+        whole = _experts(local.graph) if parallelism.ep > 1 and _has_whole_experts(seed) else frozenset()
+        keys["tp"] = random_strategies(local.graph, parallelism.tp, seed, unsplit=whole)
     return plan_of(capture.graph, parallelism, keys)
+
+
+def _has_whole_experts(seed: int) -> bool:
+    return random.Random(f"experts {seed}").random() < WHOLE_EXPERTS_SHARE
+
+
+def _experts(graph: OpGraph) -> frozenset[str]:
+    """What experts do with their rows, and what is made of parameters alone."""
+    parameters = graph.parameter_tensors.keys()
+    return frozenset(op.name for op in graph.ops if op.rows is not None or set(op.inputs) <= parameters)
 
 
 def random_context(graph: OpGraph, axis_size: int, seed: int) -> dict[str, str]:
@@ -56,19 +70,23 @@ def random_context(graph: OpGraph, axis_size: int, seed: int) -> dict[str, str]:
 
 
 def random_strategies(
-    graph: OpGraph, axis_size: int, seed: int, whole: frozenset[str] = frozenset()
+    graph: OpGraph,
+    axis_size: int,
+    seed: int,
+    whole: frozenset[str] = frozenset(),
+    unsplit: frozenset[str] = frozenset(),
 ) -> dict[str, str]:
     """A strategy key for every op, such that a conversion leads to everything it needs; the tensors in
-    `whole` are not split."""
+    `whole` and the work of the ops in `unsplit` are not split."""
     rng = random.Random(seed)
     while True:  # until no choice leaves a later op without one
-        keys = _random_walk(graph, axis_size, rng, whole)
+        keys = _random_walk(graph, axis_size, rng, whole, unsplit)
         if keys is not None:
             return keys
 
 
 def _random_walk(
-    graph: OpGraph, axis_size: int, rng: random.Random, whole: frozenset[str]
+    graph: OpGraph, axis_size: int, rng: random.Random, whole: frozenset[str], unsplit: frozenset[str]
 ) -> dict[str, str] | None:
     sections = natural_sections(graph, axis_size)
     made: dict[str, State] = {}
@@ -77,7 +95,9 @@ def _random_walk(
         offered = [
             strategy
             for strategy in strategies(op, graph, axis_size, sections)
-            if _reachable(graph, op.inputs, strategy, made) and not _splits(op, strategy, whole)
+            if _reachable(graph, op.inputs, strategy, made)
+            and not _splits(op, strategy, whole)
+            and (strategy.key == REPLICATE or op.name not in unsplit)
         ]
         if not offered:
             return None

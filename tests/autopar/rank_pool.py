@@ -86,7 +86,8 @@ def shared_pool() -> RankPool:
 def _outcome(task: Task) -> tuple[str, str]:
     """The longest verdict of all ranks, so that `NOT EQUAL` goes before `equal`; and rank 0's output."""
     ranks = [_forked(rank, task) for rank in range(task[2])]
-    # Where they meet: a thread of this process, which is why it begins after the forks.
+    # Where they meet: a thread of this process, so it begins after the forks. A lock that it held in that
+    # moment, such as that of the resolver of host names, would stay locked in a rank.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     try:
         for _, pipe in ranks:

@@ -10,8 +10,16 @@ from torch.utils.checkpoint import checkpoint
 
 from autopar.rewrite.deferral import defer_weights
 from autopar.rewrite.stages import cut
-from autopar.runtime.deferral import deferred_convolution, deferred_linear, deferred_matmul, leave_weights
+from autopar.runtime.deferral import (
+    deferred_convolution,
+    deferred_grouped_mm,
+    deferred_linear,
+    deferred_matmul,
+    leave_weights,
+)
+from graphs import capture
 from tests.autopar.graph_builder import GraphBuilder
+from tests.models import case
 
 
 class Twice(nn.Module):
@@ -43,6 +51,27 @@ class Convolved(nn.Module):
         return self.convolve(x, self.second, padding=(1,), dilation=[2], groups=2)
 
 
+class Grouped(nn.Module):
+    """Rows times the matrices of their groups, one of which has no rows."""
+
+    def __init__(self, deferred: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(3, 8, 6)), nn.Parameter(torch.randn(3, 8, 4))
+        self.scale = nn.Parameter(torch.ones(8))
+        self.deferred = deferred
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.tensor([7, 7, 15], dtype=torch.int32)
+        product = deferred_grouped_mm if self.deferred else plain_grouped_mm
+        x = torch.tanh(product(x.flatten(0, 1), self.first, ends, transposed=True)) * self.scale
+        return product(x, self.second, ends)
+
+
+def plain_grouped_mm(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
+    matrices = weight.transpose(1, 2) if transposed else weight
+    return torch.cat([x[:7] @ matrices[0], x[7:] @ matrices[2]])
+
+
 class Again(Twice):
     """The same, computed again in the backward."""
 
@@ -51,8 +80,8 @@ class Again(Twice):
         return again
 
 
-@pytest.mark.parametrize("kind", [Twice, Again, Convolved])
-def test_a_backward_in_two_parts_is_a_backward(kind: type[Twice | Convolved]) -> None:
+@pytest.mark.parametrize("kind", [Twice, Again, Convolved, Grouped])
+def test_a_backward_in_two_parts_is_a_backward(kind: type[Twice | Convolved | Grouped]) -> None:
     plain, split = kind(deferred=False), kind(deferred=True)
     split.load_state_dict(plain.state_dict())
     take = leave_weights(split)
@@ -112,3 +141,13 @@ def test_a_matrix_that_is_read_otherwise_too_gets_its_gradient_at_once() -> None
     (stage,) = cut(graph, [graph.ops[0].name], (graph.loss or "",))
     targets = [op.target for op in defer_weights(stage, graph).ops]
     assert targets[:2] == ["deferred.linear", "aten.linear.default"]
+
+
+def test_products_of_experts_leave_the_gradients_of_all_their_matrices() -> None:
+    mixtral = case("mixtral")
+    captured = capture(mixtral.build(), mixtral.inputs, name="mixtral")
+    graph = captured.graph
+    (stage,) = cut(graph, [graph.ops[0].name], (graph.loss or "",))
+    deferred = [op for op in defer_weights(stage, graph).ops if op.target == "deferred.grouped_mm"]
+    read = {op.inputs[1] for op in deferred}
+    assert read == {each.tensor for each in graph.parameters if "experts" in each.name}

@@ -10,8 +10,10 @@ import torch
 import autopar
 from autopar.data_parallel import data_parallel
 from autopar.errors import RewriteError
+from autopar.expert_parallel import expert_parallel
 from autopar.localize import Localized, localize
 from autopar.op_kinds import without_order
+from autopar.rewrite.local import chosen
 from autopar.rewrite.precision import precision_of
 from autopar.rewrite.stages import cut
 from autopar.search.context import is_attention
@@ -87,3 +89,16 @@ def test_a_value_gathered_before_a_block_is_held_in_it() -> None:
 def test_fp16_needs_master_copies() -> None:
     with pytest.raises(RewriteError, match="adamw-bf16, which keeps no master copies"):
         precision_of(optimizer_policy("adamw-bf16"), torch.float16)
+
+
+def test_experts_whose_matrices_a_tensor_axis_gathers_are_not_dealt_out() -> None:
+    """Each tensor rank stores those of some experts: other ones than it would have to pass on."""
+    graph = original("mixtral", torch.float32).capture.at(4)
+    parameters = graph.parameter_tensors
+    keys = {
+        op.name: "d0" if "transpose" in op.target and op.inputs[0] in parameters else "replicate"
+        for op in graph.ops
+    }
+    local = localize(Localized.of(graph), chosen(graph, "tp", 2, keys))
+    with pytest.raises(RewriteError, match="all 4 experts along its first dimension"):
+        expert_parallel(local, 2)

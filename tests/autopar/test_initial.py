@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import autopar
-from autopar.rewrite.initial import initial_values
+from autopar.rewrite.initial import SAVED, initial_values
 from autopar.runtime.initial import Recipe, initialize
 from autopar.runtime.layout import Split
+from graphs.memoryless import build_without_memory
 from tests.autopar.test_checkpoints_on_ranks import meshes
-from tests.models import case
+from tests.models import ALL, Case, case
 
 NO_MESH = cast(DeviceMesh, None)
 
@@ -26,13 +27,24 @@ def made(recipe: Recipe, *shape: int) -> Tensor:
     return holder.weight.detach()
 
 
+@pytest.mark.parametrize("known", ALL, ids=lambda known: known.name)
+def test_every_parameter_of_every_model_has_a_recipe(known: Case) -> None:
+    model = build_without_memory(known.build)
+    missing = {name for name, _ in model.named_parameters()} - initial_values(model).recipes.keys()
+    assert missing == ({"logit_scale"} if known.name == "clip" else set()), "a number, but on meta it is none"
+    assert (
+        not {name for name, _ in known.build().named_parameters()}
+        - initial_values(known.build()).recipes.keys()
+    )
+
+
 @pytest.mark.parametrize("name", ["mlp", "resnet", "gpt2", "llama", "bert", "t5", "vit", "mixtral"])
 def test_recipes_make_what_the_model_makes(name: str) -> None:
     """Mean and deviation of every parameter, those of padding included."""
     torch.manual_seed(0)
     model = case(name).build()
     before = {key: each.detach().clone() for key, each in model.named_parameters()}
-    recipes = initial_values(model)
+    recipes = initial_values(model).recipes
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter, before[key]), "the model stays as it is"
         found = made(recipes[key], *parameter.shape)
@@ -45,7 +57,7 @@ def test_recipes_make_what_the_model_makes(name: str) -> None:
 
 
 class Unusual(nn.Module):
-    """Initialised in several ways, one of which cannot be told."""
+    """Initialised in several ways, one of which is a copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,12 +78,30 @@ class Unusual(nn.Module):
 
 
 def test_what_follows_a_draw_belongs_to_the_recipe() -> None:
-    recipes = initial_values(Unusual())
+    initial = initial_values(Unusual())
+    recipes = initial.recipes
     truncated = made(recipes["truncated.weight"], 64, 64)
     assert truncated.abs().max() <= 0.7
     assert 0.3 < truncated.std() < 0.5
     assert made(recipes["scaled.weight"], 8, 8).unique().tolist() == [3.0]
-    assert "copied.weight" not in recipes
+    assert recipes["copied.weight"] == SAVED
+    assert initial.values["copied.weight"].flatten().tolist() == [*range(16)]
+
+
+@pytest.mark.parametrize("name", ["mamba", "whisper", "clip"])
+def test_values_that_a_model_computes_go_with_the_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = case(name).build()
+    initial = initial_values(model)
+    assert initial.values
+    named = dict(model.named_parameters())
+    for key, value in initial.values.items():
+        monkeypatch.setattr("autopar.runtime.initial.saved_tensor", lambda _, value=value: value)
+        found = made(SAVED, *named[key].shape)
+        if "dt_proj" in key:  # drawn, each time anew
+            assert found.std().item() == pytest.approx(named[key].std().item(), rel=0.5)
+        else:
+            assert torch.equal(found, named[key])
 
 
 def test_what_is_not_known_is_asked_for() -> None:

@@ -65,7 +65,7 @@ def test_equal_layers_are_one_class_that_says_where_it_stands() -> None:
     assert source.count("class LlamaDecoderLayer") == 1
     assert '"""`model.layers.*`, 2 times a `LlamaDecoderLayer`."""' in source
     assert "for layer in self.model.layers.values():" in source
-    assert "checkpoint(layer, x, cos, sin, use_reentrant=False)" in source
+    assert "layer(x, cos, sin, keep=keep_nothing)" in source
 
 
 def test_a_program_is_no_longer_than_a_person_would_write() -> None:

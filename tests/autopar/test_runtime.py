@@ -40,7 +40,7 @@ def test_conversions_are_what_they_are_defined_to_be(num_ranks: int) -> None:
     assert int(found[1]) == len(pairs) + 13
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_grouped_mm_multiplies_each_row_by_the_matrix_of_its_expert(dtype: torch.dtype) -> None:
     """With torch's kernel and without, an expert without rows included."""
     x = torch.randn(6, 8, dtype=dtype, requires_grad=True)

@@ -15,9 +15,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
 FORMS = [
     trial("gpt2", dtype=FP32, dp_replicate=2, num_microbatches=2),
     trial("llama", dtype=FP32, dp_shard=2, zero_stage=1, num_microbatches=2),
-    trial("llama", dtype=FP32, dp_shard=2, zero_stage=2),
+    trial("llama", dtype=FP32, dp_shard=2, zero_stage=2, recompute="mixed"),
     trial("llama", dtype=FP32, dp_shard=2, zero_stage=3, recompute="selective"),
-    trial("llama", dtype=BF16, dp_shard=2, zero_stage=3),
+    trial("llama", dtype=BF16, dp_shard=2, zero_stage=3, recompute="full"),
     trial("llama", dtype=BF16, dp_replicate=2),
     trial("bert", dtype=FP32, dp_replicate=2, recompute="selective"),
     trial("gpt2", dtype=FP32, tp=2, sequence_parallel=False),

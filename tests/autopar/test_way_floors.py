@@ -96,9 +96,9 @@ def claims_s(planner: Planner, way: Priced) -> dict[str, float]:
     found |= {
         "schedule": floors.scheduled_s(scheduled),
         "schedule with its program": floors.scheduled_s(scheduled, program),
-        "schedule, closer": floors.close_s(scheduled),
+        "schedule, closer": floors.busiest_s(scheduled, None),
         "way, closer": floors.close_s(p),
-        "stages of its schedule": floors.stages_s(scheduled, program),
+        "stages of its schedule": floors.busiest_s(scheduled, program),
     }
     chains = {"program": program}
     if p.tp > 1:

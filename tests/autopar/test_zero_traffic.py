@@ -51,17 +51,23 @@ def two_ranks() -> Iterator[None]:
     [
         (1, NUM_BLOCKS + 1, NUM_BLOCKS + 1),
         (2, NUM_BLOCKS + 1, NUM_MICROBATCHES * (NUM_BLOCKS + 1)),
-        # Blocks for the forward and for the backward; what is left once for both.
+        # Blocks for the forward and for the backward, recomputation included; what is left once for both.
         (3, NUM_MICROBATCHES * (2 * NUM_BLOCKS + 1), NUM_MICROBATCHES * (NUM_BLOCKS + 1)),
     ],
 )
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_parameters_are_gathered_as_often_as_priced(
-    zero_stage: int, gathers: int, scatters: int, two_ranks: None, tmp_path: Path
+    zero_stage: int, gathers: int, scatters: int, recompute: str, two_ranks: None, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = case("llama").build()
     captured = capture(model, case("llama").inputs, name="llama")
-    degrees = {"dp_shard": 2, "zero_stage": zero_stage, "num_microbatches": NUM_MICROBATCHES}
+    degrees = {
+        "dp_shard": 2,
+        "zero_stage": zero_stage,
+        "num_microbatches": NUM_MICROBATCHES,
+        "recompute": recompute,
+    }
     plan = autopar.evaluate(captured, "local-cpu*2", parallelism=Parallelism.model_validate(degrees))
     autopar.compile(captured, plan).save(tmp_path)
     sys.path.insert(0, str(tmp_path))
