@@ -151,30 +151,35 @@ def peak_activation_bytes(
     return tuple((flights * sizes[:, None, :]).sum(axis=2).max(axis=1).tolist())
 
 
-def in_flight_when_fullest(
-    schedule_name: str,
-    num_stages: int,
-    num_microbatches: int,
-    saved_bytes: Sequence[float],
-    num_virtual: int = 1,
-) -> tuple[int, ...]:
-    """How many microbatches each virtual stage keeps at the moment when its rank keeps most. Arguments and
-    errors as `peak_activation_bytes`."""
+@cache
+def moments_in_flight(
+    schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int = 1
+) -> NDArray[np.int64]:
+    """The moments at which a rank may keep most, whatever its stages save: [rank, moment, stage of the rank].
+
+    Each counts the microbatches that a rank keeps of each of its virtual stages, in the order of
+    `rank_stages`. Ranks with fewer moments repeat their last. Raises as `check_schedule`.
+    """
     check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
+    if schedule_name in ("GPipe", "LoopedBFS"):
+        return np.full((num_stages, 1, num_virtual), num_microbatches)
     if num_virtual == 1:
-        return peak_in_flight(schedule_name, num_stages, num_microbatches)
-    if schedule_name == "LoopedBFS":
-        return (num_microbatches,) * (num_stages * num_virtual)
-    if schedule_name in V_SCHEDULES or num_microbatches % num_stages == 0:
-        num_microbatches = min(num_microbatches, 5 * num_stages)  # as for the peak
-    found = [0] * (num_stages * num_virtual)
-    flights = _fullest(schedule_name, num_stages, num_microbatches, num_virtual)
-    for rank, moments in enumerate(flights[:, :, :num_virtual] + flights[:, :, num_virtual:]):
-        mine = rank_stages(schedule_name, rank, num_stages, num_virtual)
-        fullest = moments[(moments @ [saved_bytes[stage] for stage in mine]).argmax()]
-        for stage, number in zip(mine, fullest.tolist(), strict=True):
-            found[stage] = number
-    return tuple(found)
+        peaks = peak_in_flight(schedule_name, num_stages, num_microbatches)
+        return np.array(peaks)[:, None, None]
+    whole_rounds = schedule_name in V_SCHEDULES or num_microbatches % num_stages == 0
+    made_for = min(num_microbatches, 5 * num_stages) if whole_rounds else num_microbatches  # as for the peak
+    flights = _fullest(schedule_name, num_stages, made_for, num_virtual)
+    found = [_undominated(counts) for counts in flights[:, :, :num_virtual] + flights[:, :, num_virtual:]]
+    most = max(map(len, found))
+    return np.array([np.pad(counts, ((0, most - len(counts)), (0, 0)), "edge") for counts in found])
+
+
+def _undominated(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows than which no other is at least as large everywhere."""
+    rows = np.unique(counts, axis=0)
+    covers = (rows[:, None, :] >= rows[None, :, :]).all(axis=2)
+    found: NDArray[np.int64] = rows[covers.sum(axis=0) == 1]
+    return found
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ work runs side by side.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.search.evaluate import Evaluated
-from autopar.search.even_stages import EvenStages
+from autopar.search.even_stages import EvenStages, moments
 from autopar.search.runs import Array
 from autopar.search.solver import LinearModel, Row, solve
 from costmodel import Overlap, StageWork, simulate
@@ -166,21 +166,34 @@ class AgainBound:
             parts[part.stage].append((model.variable(), part))
         for seconds, own in zip(again, parts, strict=True):
             model.row(0.0, 0.0, [(seconds, -1.0), *((x, part.seconds) for x, part in own)])
-        for mine, excess_bytes in zip(self.mine, self.excess_bytes.tolist(), strict=True):
-            if excess_bytes > 0:
-                freed = [(x, part.freed_bytes / excess_bytes) for stage in mine for x, part in parts[stage]]
-                # What all that can be computed again just frees, rounding may put out of reach.
-                model.row(min(1.0, sum(size for _, size in freed)), float("inf"), freed)
+        for mine, flights, needed_bytes in self._needs:
+            freed = [
+                (x, flight * part.freed_bytes / needed_bytes)
+                for stage, flight in zip(mine, flights, strict=True)
+                for x, part in parts[stage]
+                if flight
+            ]
+            # What all that can be computed again just frees, rounding may put out of reach.
+            model.row(min(1.0, sum(size for _, size in freed)), float("inf"), freed)
         return model, step, again
+
+    @property
+    def _needs(self) -> Iterator[tuple[tuple[int, ...], list[int], float]]:
+        """The stages of a rank, the microbatches that it keeps of them at a moment, and how much it keeps
+        too much then."""
+        kept_bytes = self.even.kept_bytes(self.p, self.cuts)
+        allowed_bytes = kept_bytes.max(axis=1) - self.excess_bytes
+        needed_bytes = kept_bytes - allowed_bytes[:, None]
+        for rank, moment in zip(*np.nonzero(needed_bytes > 0), strict=True):
+            yield self.mine[rank], moments(self.p)[rank, moment].tolist(), float(needed_bytes[rank, moment])
 
     @cached_property
     def _parts(self) -> list[_Part]:
-        flights = self.even.in_flight(self.p, self.cuts)
         return [
-            _Part(stage, rate * freed * number, flight * freed * number)
+            _Part(stage, rate * freed * number, freed * number)
             for rate, freed, numbers in self.even.table.sums(self.cuts).segments
-            for stage, (number, flight) in enumerate(zip(numbers.tolist(), flights, strict=True))
-            if number and flight
+            for stage, number in enumerate(numbers.tolist())
+            if number
         ]
 
     def _chains(self, again_s: Array, number: int) -> tuple[float, list[Again]]:
@@ -239,8 +252,7 @@ class AgainBound:
 
 
 class _Part(NamedTuple):
-    """Something that a stage may compute again, or a part of it: seconds of a microbatch, and bytes that its
-    rank then keeps less when it keeps most."""
+    """Something that a stage may compute again, or a part of it: seconds and bytes of a microbatch."""
 
     stage: int
     seconds: float

@@ -27,17 +27,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from autopar.plan import Parallelism
 from autopar.search.candidates import Candidates
 from autopar.search.likely import LikelyWays
 from autopar.search.local_programs import Program
-from autopar.search.mixed import Blend
+from autopar.search.nodes import (
+    LayoutNode,
+    MixedNode,
+    Node,
+    OpenNode,
+    ScheduledNode,
+    SmallerNode,
+    WayNode,
+)
 from autopar.search.outcome import Outcome, Solved
 from autopar.search.programs import MEMORY_PRICES
 from autopar.search.space import Layout, Scheduled
-from autopar.search.staging import Draft
 
 if TYPE_CHECKING:
     from autopar.search.planner import Planner
@@ -76,57 +83,6 @@ MOST_RESCUES = 32
 
 REPORT_EVERY = 256
 """Arrivals in the queue between two reports of progress."""
-
-
-class LayoutNode(NamedTuple):
-    """A layout whose floor is that of one device; or, of the strategies of its axes, that of the schedules
-    that hide what these communicate, which are `overlapping`, or of the others."""
-
-    layout: Layout
-    overlapping: bool | None = None
-
-
-class ScheduledNode(NamedTuple):
-    """A layout with a schedule, and its program if there was one already. Its floor `is_close` as that of a
-    way."""
-
-    scheduled: Scheduled
-    program: Program | None = None
-    is_close: bool = False
-
-
-class WayNode(NamedTuple):
-    """A way to run a layout: its program once there is one, and its stages once they were cut. Its floor
-    `is_close` once even cuts and memory had their say, first without a program and then again with it, and
-    `is_tight` once many chains of work bound its stages."""
-
-    p: Parallelism
-    program: Program | None = None
-    is_close: bool = False
-    draft: Draft | None = None
-    is_tight: bool = False
-
-
-class SmallerNode(NamedTuple):
-    """The same way with the program of the next price of memory, still to be made. The fastest program takes
-    `fastest_s`; no program at all can beat the queue's floor, which `rigour` relaxations have raised."""
-
-    p: Parallelism
-    price: int
-    fastest_s: float
-    rigour: int = 0
-
-
-class MixedNode(NamedTuple):
-    """A way whose blocks may run different programs, and the stages of their blend."""
-
-    p: Parallelism
-    blend: Blend
-    draft: Draft
-
-
-OpenNode = LayoutNode | ScheduledNode
-Node = OpenNode | WayNode | SmallerNode | MixedNode
 
 
 @dataclass(frozen=True)
@@ -214,6 +170,7 @@ class BranchAndBound:
         for layout in self.candidates.layouts:
             if self.floors.may_fit(layout):
                 self._push(self.floors.quick_layout_s(layout), LayoutNode(layout))
+                self.likely.add(layout)
             else:
                 self.outcome.prune("memory floor", self.candidates.number(layout))
         while self._queue and self.floor_s < self._enough_s:
@@ -297,7 +254,6 @@ class BranchAndBound:
             case LayoutNode(layout, None):
                 for overlapping in (False, True):
                     close_s = max(floor_s, self.floors.layout_s(layout, overlapping=overlapping))
-                    self.likely.add(layout, close_s, overlapping=overlapping)
                     yield close_s, LayoutNode(layout, overlapping)
             case LayoutNode(layout, overlapping):
                 for scheduled in self.candidates.schedules(layout, overlapping=overlapping):

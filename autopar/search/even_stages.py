@@ -20,16 +20,15 @@ from autopar.search.runs import Array
 from autopar.search.stage_costs import Machine, accumulating, moved_once, room_bytes, run_times
 from autopar.search.stage_table import RunSums, StageTable
 from autopar.search.stages import Where, cheapest, legal
-from costmodel import peak_activation_bytes, pipeline_lower_bound_s, rank_finish_s
+from costmodel import pipeline_lower_bound_s, rank_finish_s
 from costmodel.events import overlap_saving_s
 from costmodel.orders import (
     OVERLAPPING_SCHEDULES,
     SPLIT_BACKWARD_SCHEDULES,
-    in_flight_when_fullest,
+    moments_in_flight,
     rank_stages,
     stage_ranks,
 )
-
 
 ROUNDING = 1e-9
 """By which part what is freed may fall short of what must be."""
@@ -44,7 +43,8 @@ class EvenStages:
         self._schedule_floors_s: dict[tuple[object, ...], float] = {}
         self._orders_s: dict[tuple[object, ...], float] = {}
         self._known_freed: dict[tuple[int, ...], tuple[Array, Array]] = {}
-        self._known_fullest: dict[tuple[object, ...], tuple[Array, tuple[int, ...]]] = {}
+        self._kept_bytes: dict[tuple[object, ...], Array] = {}
+        self._known_steps: dict[tuple[object, ...], tuple[Array, Array]] = {}
 
     def cuts(self, num_stages: int, where: Where = None) -> tuple[int, ...] | None:
         """The cuts whose longest stage is shortest; None for fewer units than stages."""
@@ -60,7 +60,8 @@ class EvenStages:
         """What each rank at least keeps too much with these cuts, or has left, everywhere with the fastest
         variant."""
         sums = self.table.sums(cuts, _ranks(p))
-        excess_bytes: Array = self._fullest(p, cuts)[0] - room_bytes(self.table, sums, p, machine)
+        kept_bytes = self.kept_bytes(p, cuts).max(axis=1)
+        excess_bytes: Array = kept_bytes - room_bytes(self.table, sums, p, machine)
         return self._with_work(p, cuts, excess_bytes, sums.working_bytes)
 
     def least_excess_bytes(self, p: Parallelism, cuts: tuple[int, ...], excess_bytes: Array) -> Array:
@@ -69,7 +70,7 @@ class EvenStages:
         working = self.table.unit_working_bytes
         ends = (*cuts, self.table.num_units)
         each = np.array([max(working[start:stop]) for start, stop in pairwise(ends)])
-        return self._with_work(p, cuts, excess_bytes, each[_own(p)].max(axis=1))
+        return self._with_work(p, cuts, excess_bytes, each[own_stages(p)].max(axis=1))
 
     def _with_work(
         self, p: Parallelism, cuts: tuple[int, ...], excess_bytes: Array, working_bytes: Array
@@ -81,8 +82,9 @@ class EvenStages:
 
         over the units u of a rank. Infinite where there is none."""
         sizes, freed = self._freed_within(cuts)
-        flights = np.array(self.in_flight(p, cuts), dtype=np.float64)
-        most = (freed * flights[:, None])[_own(p)].sum(axis=1)
+        fullest = self.kept_bytes(p, cuts).argmax(axis=1)
+        flights = moments(p)[range(p.pp), fullest]
+        most = (freed[own_stages(p)] * flights[:, :, None]).sum(axis=1)
         needed = excess_bytes[:, None] + np.maximum(0.0, sizes - working_bytes[:, None])
         suffices = most >= needed * (1 - ROUNDING)
         least = np.where(suffices.any(axis=1), needed[range(p.pp), suffices.argmax(axis=1)], np.inf)
@@ -123,18 +125,13 @@ class EvenStages:
             self._known_freed[cuts] = np.array(sizes), table
         return self._known_freed[cuts]
 
-    def in_flight(self, p: Parallelism, cuts: tuple[int, ...]) -> tuple[int, ...]:
-        """How many microbatches each stage keeps when its rank keeps most, as `excess_bytes`."""
-        return self._fullest(p, cuts)[1]
-
-    def _fullest(self, p: Parallelism, cuts: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
-        """What each rank keeps when it keeps most, and how many microbatches of each stage that is."""
+    def kept_bytes(self, p: Parallelism, cuts: tuple[int, ...]) -> Array:
+        """What ranks keep with the fastest variants when they may keep most: [rank, moment]."""
         key = (p.schedule, p.pp, p.num_microbatches, cuts)
-        if key not in self._known_fullest:
-            saved_bytes = self.table.sums(cuts).saved_bytes.tolist()
-            shape = p.schedule, p.pp, p.num_microbatches, saved_bytes, p.num_virtual_stages
-            self._known_fullest[key] = np.array(peak_activation_bytes(*shape)), in_flight_when_fullest(*shape)
-        return self._known_fullest[key]
+        if key not in self._kept_bytes:
+            saved_bytes = self.table.sums(cuts).saved_bytes[own_stages(p)]
+            self._kept_bytes[key] = (moments(p) * saved_bytes[:, None, :]).sum(axis=2)
+        return self._kept_bytes[key]
 
     def relief_s(
         self,
@@ -143,21 +140,43 @@ class EvenStages:
         excess_bytes: Array,
         weights: Sequence[float] | None = None,
     ) -> Array:
-        """E of ranks, whose bytes are counted at the moment when a rank holds most: what a unit frees counts
-        as often as microbatches of its stage are in flight then, and seconds of a stage by its weight.
-        Infinite where they are too few."""
+        """E of ranks, which keep so much too much when they keep most: the most of all moments, at each of
+        which what a unit frees counts as often as microbatches of its stage are in flight, and seconds of a
+        stage by its weight. Infinite where what can be freed is too little."""
+        kept_bytes = self.kept_bytes(p, cuts)
+        allowed_bytes = kept_bytes.max(axis=1) - excess_bytes
+        needed_bytes = np.maximum(0.0, kept_bytes - allowed_bytes[:, None])
+        if not needed_bytes.any():
+            return np.zeros(p.pp)
+        rates, sizes = self._steps(p, cuts, weights)
+        before = sizes.cumsum(axis=2) - sizes
+        seconds = (rates * np.clip(needed_bytes[:, :, None] - before, 0.0, sizes)).sum(axis=2)
+        enough = sizes.sum(axis=2) >= needed_bytes * (1 - 1e-6) - 1e-6
+        found: Array = np.where(enough, seconds, np.inf).max(axis=1)
+        return found
+
+    def _steps(
+        self, p: Parallelism, cuts: tuple[int, ...], weights: Sequence[float] | None
+    ) -> tuple[Array, Array]:
+        """The ways in which each rank may free memory, the quickest first: seconds a byte, and how many
+        bytes, both [rank, moment, way]."""
+        key = (p.schedule, p.pp, p.num_microbatches, cuts)
+        if weights is None and key in self._known_steps:
+            return self._known_steps[key]
         segments = self.table.sums(cuts).segments
-        excess_bytes = np.maximum(0.0, excess_bytes)
-        if not segments:
-            return np.where(excess_bytes > 0, np.inf, 0.0)
-        flights = np.array(self.in_flight(p, cuts), dtype=np.float64)
-        rates = np.array([rate for rate, _, _ in segments])
-        sizes = np.array([freed * number for _, freed, number in segments]).T * flights[:, None]
-        slow = np.ones_like(flights) if weights is None else np.array(weights)
+        own, flights = own_stages(p), moments(p)[:, :, :, None]
+        each = np.array([rate for rate, _, _ in segments])
+        freed = np.array([freed * number for _, freed, number in segments]).reshape(-1, len(cuts)).T
+        slow = np.ones(len(cuts)) if weights is None else np.array(weights)
+        sizes = (flights * freed[own][:, None]).reshape(p.pp, flights.shape[1], -1)
         # What is never in flight frees nothing, whatever it takes.
-        seconds = rates * (slow / np.maximum(flights, 1.0))[:, None]
-        own = _own(p)
-        return _least_s(seconds[own].reshape(p.pp, -1), sizes[own].reshape(p.pp, -1), excess_bytes)
+        seconds = slow[own][:, None, :, None] / np.maximum(flights, 1) * each
+        rates = seconds.reshape(sizes.shape)
+        order = rates.argsort(axis=2, kind="stable")
+        found = np.take_along_axis(rates, order, 2), np.take_along_axis(sizes, order, 2)
+        if weights is None:
+            self._known_steps[key] = found
+        return found
 
     def most_relief_s(self, cuts: tuple[int, ...]) -> list[float]:
         """What each stage can compute again at most of one microbatch."""
@@ -225,18 +244,6 @@ class EvenStages:
         return found
 
 
-def _least_s(rates: Array, sizes: Array, excess_bytes: Array) -> Array:
-    """The least time in which each rank frees so many bytes; it may free as many as `sizes`, at so many
-    seconds a byte, both [rank, way]. Infinite where all together are too few."""
-    order = rates.argsort(axis=1, kind="stable")
-    rates, sizes = np.take_along_axis(rates, order, 1), np.take_along_axis(sizes, order, 1)
-    before = sizes.cumsum(axis=1) - sizes
-    seconds = (rates * np.clip(excess_bytes[:, None] - before, 0.0, sizes)).sum(axis=1)
-    enough = sizes.sum(axis=1) >= excess_bytes - 1e-6 * np.maximum(1.0, excess_bytes)
-    found: Array = np.where(enough, seconds, np.inf)
-    return found
-
-
 def _savings_s(sums: RunSums) -> list[float]:
     """What a backward of each stage saves beside a forward of the other stage of its rank."""
     there_s, back_s = sums.communication_s
@@ -245,7 +252,12 @@ def _savings_s(sums: RunSums) -> list[float]:
     return [overlap_saving_s(*other, *one) for other, one in zip(forward, backward, strict=True)]
 
 
-def _own(p: Parallelism) -> NDArray[np.intp]:
+def moments(p: Parallelism) -> NDArray[np.int64]:
+    """The microbatches of each stage that a rank keeps when it may keep most: [rank, moment, stage]."""
+    return moments_in_flight(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
+
+
+def own_stages(p: Parallelism) -> NDArray[np.intp]:
     """The stages of each rank: [rank, stage]."""
     ranks = range(p.pp)
     return np.array([rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages) for rank in ranks])

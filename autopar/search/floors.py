@@ -88,6 +88,11 @@ class Floors:
         multiple = self._multiple(microbatch_size)
         return Share(self.device(multiple, ep), microbatch_size / multiple)
 
+    def smallest_more_s(self, ep: int) -> float:
+        """What the smallest microbatch takes on one device beyond its share of the largest: launches, and
+        kernels too small for the device. About what any takes, as time is nearly linear in samples."""
+        return self.device(1, ep).microbatch_s - self.share(1, ep).microbatch_s
+
     def divided(self, p: Parallelism) -> Program:
         """What no program of a candidate's layout can beat, made without one (`LeastPrograms.divided`)."""
         return self.programs.least.divided(p, self._multiple(p.microbatch_size) // p.microbatch_size)

@@ -4,14 +4,14 @@ What comes first in the queue of a search has the least floor, and floors say li
 kernels cost. So what looks likely is kept here in queues of its own, each a closer look at a part of the one
 before:
 
-    layouts       the strategies of their axes                          `WayFloors.layout_s`
-    schedules     what they would take were all their stages alike      `WayFloors.likely_s`
+    layouts       about what they would take were all stages alike      `WayFloors.likely_s`
+    schedules     the same with their bubble                            the same
     ways          the same with what their data axes move               the same
-    close ways    even cuts and memory, of one device's work divided    `WayFloors.close_s`
+    close ways    even cuts and memory, of one device's work divided    `WayFloors.likely_close_s`
     drafts        stages of a program                                   `StageLayer.draft`
 
 What has no program yet is expected to take as many times longer as the best draft of its degrees turned out
-to take, seen from the same queue; degrees without a draft are taken at their word, which puts them first.
+to take, seen from the same queue, or somewhat less; degrees without a draft are taken at their word.
 What is expected to take least is looked at more closely, until that leads nowhere. The drafts are what to
 price.
 """
@@ -38,7 +38,7 @@ PATIENCE = 12
 """How many drafts may follow each other that are no better than one before."""
 
 NUM_LOOKS = 4
-"""At layouts, schedules, ways, and ways more closely."""
+"""At layouts, at schedules, at ways, and at these more closely."""
 
 LOOKS_EACH = 64
 """How many closer looks count as much as a draft."""
@@ -46,8 +46,13 @@ LOOKS_EACH = 64
 FEW_ROUNDS = 3
 """How often chains are looked for before a draft is priced."""
 
-MISFIT = 2.0
-"""How many times longer than was likely a way is said to take that does not fit."""
+
+MISFIT = 1.2
+"""How many times longer ways of some degrees are expected to take after each that did not fit, as long as
+none does."""
+
+TRUST = 0.5
+"""How far what a draft took longer is believed of others: the power of it that counts."""
 
 
 class Drafted(NamedTuple):
@@ -59,23 +64,16 @@ class Drafted(NamedTuple):
     is_tight: bool = False
 
 
-class Schedules(NamedTuple):
-    """The ways to run a layout whose schedules hide communication, or the others."""
-
-    layout: Layout
-    overlapping: bool
-
-
 class Open(NamedTuple):
     """What has no program yet, and how long it was thought to take at every look."""
 
-    kind: Schedules | Scheduled | Parallelism
+    kind: Layout | Scheduled | Parallelism
     likely_s: tuple[float, ...]
 
     @property
     def degrees(self) -> tuple[int, int, int]:
         """Those by which programs differ most."""
-        layout = self.kind if isinstance(self.kind, Parallelism) else self.kind.layout
+        layout = self.kind.layout if isinstance(self.kind, Scheduled) else self.kind
         return layout.tp, layout.cp, layout.ep
 
     def closer(self, kind: Scheduled | Parallelism, likely_s: float) -> Open:
@@ -89,23 +87,17 @@ class Expected:
 
     def __init__(self) -> None:
         self.queues: list[list[tuple[float, int, Open]]] = [[] for _ in range(NUM_LOOKS)]
-        self.slower: list[float] = []
+        self.slower = [1.0] * NUM_LOOKS
+        self._has_learnt = False
 
     def push(self, item: Open, tie: int) -> None:
         heapq.heappush(self.queues[len(item.likely_s) - 1], (item.likely_s[-1], tie, item))
 
     def first(self) -> tuple[float, int]:
-        """What is expected to take least, and its number of looks: before anything was learnt, of those that
-        were looked at most closely, and at their word."""
-        if self.slower:
-            filled = zip(self.queues, self.slower, count(1), strict=False)
-            return min(
-                ((queue[0][0] * slower, looks) for queue, slower, looks in filled if queue),
-                default=(float("inf"), 0),
-            )
-        deepest = (looks for looks in range(NUM_LOOKS, 0, -1) if self.queues[looks - 1])
-        looks = next(deepest, 0)
-        return (self.queues[looks - 1][0][0] if looks else float("inf")), looks
+        """What is expected to take least, and its number of looks."""
+        filled = zip(self.queues, self.slower, count(1), strict=False)
+        firsts = ((queue[0][0] * slower, looks) for queue, slower, looks in filled if queue)
+        return min(firsts, default=(float("inf"), 0))
 
     def pop(self, looks: int) -> Open:
         """The likeliest that was looked at so often."""
@@ -113,8 +105,14 @@ class Expected:
 
     def learn(self, item: Open, draft_s: float) -> None:
         """A way turned out to take so long."""
-        found = [draft_s / likely_s for likely_s in item.likely_s]
-        self.slower = list(map(min, (x**0.5 for x in found), self.slower or found))
+        found = [(draft_s / likely_s) ** TRUST for likely_s in item.likely_s]
+        self.slower = list(map(min, found, self.slower)) if self._has_learnt else found
+        self._has_learnt = True
+
+    def learn_misfit(self) -> None:
+        """A way turned out not to fit."""
+        if not self._has_learnt:
+            self.slower = [MISFIT * slower for slower in self.slower]
 
 
 class LikelyWays:
@@ -129,10 +127,9 @@ class LikelyWays:
         self._best_draft_s = float("inf")
         self._ties = count()
 
-    def add(self, layout: Layout, floor_s: float, *, overlapping: bool) -> None:
-        """Ways to run a layout, which take `floor_s` at least: those whose schedules hide communication, or
-        the others."""
-        self._add(Open(Schedules(layout, overlapping), (floor_s,)))
+    def add(self, layout: Layout) -> None:
+        """All ways to run a layout."""
+        self._add(Open(layout, (self.planner.way_floors.likely_s(layout),)))
 
     def add_draft(self, p: Parallelism, program: Program, draft: Draft) -> None:
         """A way that was cut into stages."""
@@ -140,11 +137,12 @@ class LikelyWays:
         self._push(Drafted(p, program, draft))
 
     def look_ahead(self) -> None:
-        """Look at what is likely, cutting the likeliest ways into stages."""
+        """Look at what is likely, cutting the likeliest ways into stages, as long as it takes to find one
+        that fits."""
         idle = 0.0
         while idle < PATIENCE and (item := self._pop()) is not None:
             if len(item.likely_s) < NUM_LOOKS:
-                idle += 1 / LOOKS_EACH
+                idle += 1 / LOOKS_EACH if self.has_drafts else 0.0
                 for closer in self._closer(item):
                     self._add(closer)
             else:
@@ -164,14 +162,14 @@ class LikelyWays:
     def _closer(self, item: Open) -> Iterator[Open]:
         floors, kind = self.planner.way_floors, item.kind
         match kind:
-            case Schedules():
-                for scheduled in self.candidates.schedules(kind.layout, overlapping=kind.overlapping):
+            case Layout():
+                for scheduled in self.candidates.schedules(kind):
                     yield item.closer(scheduled, floors.likely_s(scheduled))
-            case Scheduled():
+            case Scheduled() if floors.busiest_s(kind, None) < float("inf"):
                 for p in self.candidates.fitting(kind):
                     yield item.closer(p, floors.likely_s(p))
-            case _:
-                yield item.closer(kind, floors.close_s(kind))
+            case Parallelism() if (close_s := floors.likely_close_s(kind)) < float("inf"):
+                yield item.closer(kind, close_s)
 
     def _draft(self, item: Open) -> None:
         """Cut a way into stages, and learn from it."""
@@ -179,7 +177,7 @@ class LikelyWays:
         program = self.planner.programs.program(item.kind)
         draft = self.planner.layer.draft(program, item.kind)
         if draft is None:
-            self._open[item.degrees].learn(item, MISFIT * item.likely_s[-1])
+            self._open[item.degrees].learn_misfit()
         else:
             self._open[item.degrees].learn(item, draft.bound_s)
             self.add_draft(item.kind, program, draft)

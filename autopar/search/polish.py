@@ -8,7 +8,7 @@ from itertools import pairwise
 from autopar.search.evaluate import Evaluated
 from autopar.search.stage_table import StageTable
 from autopar.search.stages import Where
-from autopar.search.variants import InFlight, Variants
+from autopar.search.variants import RankUnits, Variants
 
 NUM_TAKERS = 3
 """To so many of the stages with the smallest loads the one with the largest tries to hand a unit."""
@@ -42,7 +42,7 @@ def with_faster_units(
     plan: Evaluated,
     table: StageTable,
     variants: Variants,
-    ranks: Sequence[InFlight],
+    ranks: Sequence[RankUnits],
     price: Callable[[Sequence[str]], Evaluated],
 ) -> Evaluated:
     """The plan with faster variants where memory is left for them, those first that gain most; `ranks` are
@@ -50,7 +50,7 @@ def with_faster_units(
     failed: set[tuple[object, ...]] = set()
     for rank, unit, name in _faster(plan, table, ranks):
         now = plan.choices[unit]
-        kind = rank, ranks[rank][unit], variants.kinds[unit], now, name
+        kind = rank, ranks[rank].flights[unit], variants.kinds[unit], now, name
         is_faster = table.options[unit].index(name) < table.options[unit].index(now)
         if not is_faster or kind in failed:
             continue
@@ -64,11 +64,11 @@ def with_faster_units(
     return plan
 
 
-def _faster(plan: Evaluated, table: StageTable, ranks: Sequence[InFlight]) -> list[tuple[int, int, str]]:
+def _faster(plan: Evaluated, table: StageTable, ranks: Sequence[RankUnits]) -> list[tuple[int, int, str]]:
     """Rank, unit and variant, by what the unit then takes less."""
     found: list[tuple[float, int, int, str]] = []
     for rank, units in enumerate(ranks):
-        for unit in units:
+        for unit in units.flights:
             again_s, names = table.chain.units[unit].recompute_s, table.options[unit]
             now = plan.choices[unit]
             found += [(again_s[name] - again_s[now], rank, unit, name) for name in names[: names.index(now)]]

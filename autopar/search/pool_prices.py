@@ -19,6 +19,7 @@ from autopar.search.polish import handed_on
 from autopar.search.pool_cuts import RouteCut
 from autopar.search.pool_legs import Legs
 from autopar.search.pool_routes import SCHEDULE, Route
+from autopar.search.variants import RankUnits
 from costmodel import Ledger, StageWork, StepCost, peak_in_flight, step_cost
 
 NUM_REPAIRS = 6
@@ -199,7 +200,11 @@ class Prices:
         leg, first = priced.legs[number], priced.route.first_stage(number)
         flights = peak_in_flight(SCHEDULE, len(priced.cuts), priced.route.num_microbatches, 1)
         runs = pairwise((*priced.cuts, len(leg.choices)))
-        stages = [dict.fromkeys(range(*run), flight) for run, flight in zip(runs, flights, strict=True)]
+        # There is but one moment, and only differences count.
+        stages = [
+            RankUnits(dict.fromkeys(range(*run), (flight,)), (0.0,))
+            for run, flight in zip(runs, flights, strict=True)
+        ]
         layer = self.legs.planners[leg.pool].layer
         held_per_byte = layer.table(leg.program).held_per_byte
         excess = ((ledger.total_bytes - leg.memory_bytes) / held_per_byte for ledger in leg.ledgers)

@@ -22,7 +22,7 @@ from autopar.search.again_bound import MOST_ROUNDS, AgainBound, Path
 from autopar.search.data_axes import least_accumulation_s
 from autopar.search.effort import clocked, cut_size
 from autopar.search.evaluate import Evaluated, Evaluator
-from autopar.search.even_stages import EvenStages
+from autopar.search.even_stages import EvenStages, moments, own_stages
 from autopar.search.local_programs import Program
 from autopar.search.outcome import Solved, better
 from autopar.search.polish import handed_on, takers, with_faster_units
@@ -32,8 +32,8 @@ from autopar.search.stage_costs import Machine
 from autopar.search.stage_table import Options, StageTable
 from autopar.search.stages import Cut, Where, best_cut
 from autopar.search.units import Chain, Unit
-from autopar.search.variants import Variants
-from costmodel.orders import alone_parts, rank_stages
+from autopar.search.variants import RankUnits, Variants
+from costmodel.orders import alone_parts
 
 NUM_REPAIRS = 16
 """How often what does not fit yet is taken off again; the second time it mostly fits."""
@@ -141,6 +141,10 @@ class StageLayer:
         forward and input gradients take no less; unless it `moves`, nothing does so on the data axes."""
         if p.pp > 1 and p.num_virtual_stages == 1:
             return 0.0
+        return self.evenly_s(program, p, moves=moves)
+
+    def evenly_s(self, program: Program, p: Parallelism, *, moves: bool = True) -> float:
+        """The same with even cuts, also where others are allowed."""
         cuts = self._even(p)
         if cuts is None:
             return float("inf")
@@ -278,7 +282,7 @@ class StageLayer:
             return solved
         price = partial(self.evaluator.evaluate, program.chain, p, now.cuts)
         table, variants = self.table(program), self.variants(program)
-        faster = with_faster_units(now, table, variants, self._in_flight(program, now), price)
+        faster = with_faster_units(now, table, variants, self._ranks(program, now), price)
         return replace(solved, evaluated=faster, bound_s=min(solved.bound_s, faster.step_s))
 
     def _near(self, evaluated: Evaluated) -> Iterator[tuple[int, ...]]:
@@ -310,7 +314,7 @@ class StageLayer:
 
     def _fitting(self, program: Program, first: Evaluated) -> Evaluated:
         """The same cuts with variants that fit; the last tried where none do."""
-        ranks, choices = self._in_flight(program, first), self.table(program).base
+        ranks, choices = self._ranks(program, first), self.table(program).base
         evaluated = first
         for _ in range(NUM_REPAIRS):
             choices = self.variants(program).relieved(choices, ranks, self._excess_bytes(evaluated))
@@ -326,16 +330,17 @@ class StageLayer:
         excess: Array = (totals - evaluated.memory_bytes) / (1 + evaluated.chain.era.fragmentation)
         return excess
 
-    def _in_flight(self, program: Program, evaluated: Evaluated) -> list[dict[int, int]]:
-        """The units of each rank, and how many microbatches of each are in flight when it holds most."""
+    def _ranks(self, program: Program, evaluated: Evaluated) -> list[RankUnits]:
+        """The units of each rank, and how many microbatches of each are in flight when it may hold most."""
         p, cuts = evaluated.parallelism, evaluated.cuts
         ends = (*cuts, len(program.chain.units))
-        flights = self.even(program).in_flight(p, cuts)
-        return [
-            {
-                unit: flights[stage]
-                for stage in rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages)
+        kept_bytes = self.even(program).kept_bytes(p, cuts).tolist()
+        found = []
+        for kept, flights, stages in zip(kept_bytes, moments(p), own_stages(p).tolist(), strict=True):
+            units = {
+                unit: tuple(flight)
+                for stage, flight in zip(stages, flights.T.tolist(), strict=True)
                 for unit in range(ends[stage], ends[stage + 1])
             }
-            for rank in range(p.pp)
-        ]
+            found.append(RankUnits(units, tuple(kept)))
+        return found

@@ -1,9 +1,9 @@
 """What the blocks of one pipeline rank compute again: whole numbers for the stage layer's fractions.
 
-A rank that holds D bytes too many, and keeps k_c microbatches of each of its N_c units of class c then, takes
-n_cv of them in variant v:
+A rank that at moment t keeps k_tc microbatches of each of its N_c units of class c, and then D_t bytes too
+many, takes n_cv of them in variant v:
 
-    minimise  Σ e_cv n_cv      Σ_v n_cv = N_c,     Σ k_c (a_c0 - a_cv) n_cv ≥ D,     n_cv whole
+    minimise  Σ e_cv n_cv      Σ_v n_cv = N_c,     Σ k_tc (a_c0 - a_cv) n_cv ≥ D_t for all t,     n_cv whole
 
 a multiple-choice knapsack over kinds of unit, of which there are few, so OR-Tools proves it in milliseconds.
 Within a class, and between like ones, the units that come first keep least: when the last of a stage runs,
@@ -14,11 +14,19 @@ needed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from math import ceil
+from typing import NamedTuple
 
 from autopar.search.effort import Effort, clocked
 from autopar.search.solver import LinearModel, solve
 from autopar.search.stage_table import StageTable
+
+MOST_NODES = 32
+"""How many branches are looked at for the best numbers; mostly a few will do."""
+
+ENOUGH = 1e-3
+"""By which part of its time a choice may be above the best one."""
 
 _ROUNDING_BYTES = 1024.0
 """Bytes are counted in these, so that the solver sees sizes it can tell apart."""
@@ -26,14 +34,21 @@ _ROUNDING_BYTES = 1024.0
 _LATER = 1e-3
 """By which part the last unit is counted slower than the first, where nothing else tells them apart."""
 
-InFlight = Mapping[int, int]
-"""Units of a rank, and how many microbatches of each are in flight when the rank holds most."""
+Flights = tuple[int, ...]
+"""How many microbatches of a unit are in flight at each moment when its rank may keep most."""
 
-Kind = tuple[int, int]
+Kind = tuple[int, Flights]
 """The first unit that some are like, and how many microbatches of them are in flight."""
 
 Numbers = Mapping[Kind, tuple[int, ...]]
 """How many units of each kind use each of their variants."""
+
+
+class RankUnits(NamedTuple):
+    """The units of a rank, and what it keeps at each moment with the fastest variants."""
+
+    flights: Mapping[int, Flights]
+    kept_bytes: tuple[float, ...]
 
 
 class Variants:
@@ -44,14 +59,14 @@ class Variants:
         self.effort = effort
         self._known: dict[tuple[object, ...], Numbers | None] = {}
 
-    def choose(self, in_flight: InFlight, excess_bytes: float) -> dict[int, str] | None:
-        """The variant of each of these units that makes a rank keep `excess_bytes` less, in the least time;
-        None where nothing frees so much."""
+    def choose(self, rank: RankUnits, allowed_bytes: float) -> dict[int, str] | None:
+        """The variant of each unit with which a rank keeps so much at most, in the least time; None where
+        none keep so little."""
         members: dict[Kind, list[int]] = {}
-        for index, flight in in_flight.items():
-            members.setdefault((self.kinds[index], flight), []).append(index)
+        for index, flights in rank.flights.items():
+            members.setdefault((self.kinds[index], flights), []).append(index)
         counts = {kind: len(each) for kind, each in members.items()}
-        numbers = self._numbers(counts, excess_bytes)
+        numbers = self._numbers(counts, [kept_bytes - allowed_bytes for kept_bytes in rank.kept_bytes])
         if numbers is None:
             return None
         found: dict[int, str] = {}
@@ -62,27 +77,30 @@ class Variants:
         return found
 
     def relieved(
-        self, choices: Sequence[str], ranks: Sequence[InFlight], excess_bytes: Iterable[float]
+        self, choices: Sequence[str], ranks: Sequence[RankUnits], excess_bytes: Iterable[float]
     ) -> tuple[str, ...]:
         """What units keep so that each of the ranks holds so much less than with these choices; the least
         that they can where that does not suffice."""
         found = list(choices)
-        for units, excess in zip(ranks, excess_bytes, strict=True):
+        for rank, excess in zip(ranks, excess_bytes, strict=True):
             if excess > 0:
-                freed = self.freed_bytes(units, {unit: choices[unit] for unit in units})
-                chosen = self.choose(units, freed + excess)
-                for unit in units:
+                chosen = self.choose(rank, self.kept_bytes(rank, choices) - excess)
+                for unit in rank.flights:
                     found[unit] = chosen[unit] if chosen else self.table.options[unit][-1]
         return tuple(found)
 
-    def freed_bytes(self, in_flight: InFlight, chosen: Mapping[int, str]) -> float:
-        """What a rank keeps less with these variants than with the fastest."""
-        units, options = self.table.chain.units, self.table.options
-        return sum(
-            in_flight[index]
-            * float(units[index].saved[options[index][0]].num_bytes - units[index].saved[name].num_bytes)
-            for index, name in chosen.items()
-        )
+    def kept_bytes(self, rank: RankUnits, choices: Sequence[str]) -> float:
+        """What a rank keeps at most with these variants."""
+        kept = list(rank.kept_bytes)
+        for unit, flights in rank.flights.items():
+            freed_bytes = self._freed_bytes(unit, choices[unit])
+            kept = [before - flight * freed_bytes for before, flight in zip(kept, flights, strict=True)]
+        return max(kept)
+
+    def _freed_bytes(self, unit: int, name: str) -> float:
+        """What a unit keeps less of a microbatch with this variant than with the fastest."""
+        saved = self.table.chain.units[unit].saved
+        return float(saved[self.table.options[unit][0]].num_bytes - saved[name].num_bytes)
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:
@@ -91,34 +109,38 @@ class Variants:
         pairs = zip(self.table.chain.units, self.table.options, strict=True)
         return tuple(first.setdefault((id(u.recompute_s), names), n) for n, (u, names) in enumerate(pairs))
 
-    def _numbers(self, counts: Mapping[Kind, int], excess_bytes: float) -> Numbers | None:
-        """How many units of each kind use each of their variants."""
-        excess = max(0, int(-(-excess_bytes // _ROUNDING_BYTES)))
+    def _numbers(self, counts: Mapping[Kind, int], excess_bytes: Sequence[float]) -> Numbers | None:
+        """How many units of each kind use each of their variants, if so much must be freed at each moment."""
+        excess = tuple(max(0, int(-(-each // _ROUNDING_BYTES))) for each in excess_bytes)
         key = (tuple(sorted(counts.items())), excess)
         if key not in self._known:
             self._known[key] = self._solved(counts, excess)
         return self._known[key]
 
     @clocked("recomputation")
-    def _solved(self, counts: Mapping[Kind, int], excess: int) -> Numbers | None:
+    def _solved(self, counts: Mapping[Kind, int], excess: Sequence[int]) -> Numbers | None:
         units, options = self.table.chain.units, self.table.options
-        if not excess:
+        if not any(excess):
             return {kind: (number, *[0] * (len(options[kind[0]]) - 1)) for kind, number in counts.items()}
         model = LinearModel()
-        freed = []
+        freed: list[list[tuple[int, float]]] = [[] for _ in excess]
         variables: dict[Kind, list[int]] = {}
-        for (like, flight), number in counts.items():
+        for (like, flights), number in counts.items():
             unit, first = units[like], options[like][0]
-            mine = variables[like, flight] = []
+            mine = variables[like, flights] = []
             for name in options[like]:
                 seconds = unit.recompute_s[name] - unit.recompute_s[first]
                 seconds *= 1 + _LATER * like / len(units)
-                num_bytes = flight * (unit.saved[first].num_bytes - unit.saved[name].num_bytes)
                 mine.append(model.variable(seconds, upper=float(number), integer=True))
-                freed.append((mine[-1], num_bytes / _ROUNDING_BYTES / excess))
+                num_bytes = self._freed_bytes(like, name) / _ROUNDING_BYTES
+                for terms, flight in zip(freed, flights, strict=True):
+                    terms.append((mine[-1], flight * num_bytes))
             model.row(number, number, [(variable, 1.0) for variable in mine])
-        model.row(1.0, float("inf"), freed)
-        solution = solve(model)
+        for terms, most in zip(freed, excess, strict=True):
+            if most:
+                model.row(1.0, float("inf"), [(variable, size / most) for variable, size in terms if size])
+        rounding = partial(_deeper, runs=list(variables.values()))
+        solution = solve(model, node_limit=MOST_NODES, relative_gap=ENOUGH, rounding=rounding)
         self.effort.solved("recomputation", solution.size)
         if not solution.values:
             return None
@@ -126,3 +148,17 @@ class Variants:
             kind: tuple(round(solution.values[variable]) for variable in each)
             for kind, each in variables.items()
         }
+
+
+def _deeper(values: Sequence[float], runs: Sequence[Sequence[int]]) -> list[float]:
+    """Whole numbers that free no less than these: of each kind's variants, whose variables are a run, at
+    least as many keep as little as each, or less."""
+    found = list(values)
+    for run in runs:
+        fraction, whole = 0.0, 0
+        for variable in reversed(run):
+            fraction += values[variable]
+            number = ceil(fraction - 1e-6) - whole
+            whole += number
+            found[variable] = float(number)
+    return found

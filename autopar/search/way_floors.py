@@ -84,6 +84,12 @@ class WayFloors:
             self._close_s[p] = max(self.layer.busiest_s(divided, p), self.layer.divided_order_s(p))
         return self._close_s[p]
 
+    def likely_close_s(self, p: Parallelism) -> float:
+        """The same, though other cuts may take less."""
+        if p.pp > 1 and p.num_virtual_stages == 1:
+            return self.layer.evenly_s(self.floors.divided(p), p)
+        return self.close_s(p)
+
     def stages_s(self, p: Parallelism, program: Program) -> float:
         """The same with what any program of the layout takes at least; its fastest `program` was made."""
         return self.layer.floor_s(self._least(p, program), p)
@@ -99,19 +105,22 @@ class WayFloors:
         # Memory may drive a way to other programs: what is closed by this is closed for all.
         return program if p.tp == 1 else self.floors.programs.least.relaxed(p, trades=False)
 
-    def likely_s(self, kind: Scheduled | Parallelism) -> float:
-        """About what a way takes, or the best of a schedule, as far as is known without its program: were all
-        its stages alike, and nothing hidden."""
-        if isinstance(kind, Scheduled):
-            p, floor_s = self.freest(kind), self.bounds.pipeline_s
-        else:
-            p, floor_s = kind, self.bounds.step_s
+    def likely_s(self, kind: Layout | Scheduled | Parallelism) -> float:
+        """About what a way takes, or the best of a schedule or a layout, as far as is known without its
+        program: were all its stages alike, and nothing hidden."""
+        p = kind if isinstance(kind, Parallelism) else self.freest(kind)
         device = self.floors.known(p.microbatch_size, p.ep)
         microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
-        stage_s = (microbatch_s + self.bounds.more_s(p, device)) / (p.pp * p.num_virtual_stages)
+        microbatch_s += self.floors.smallest_more_s(p.ep)
+        whole_s = microbatch_s + self.bounds.more_s(p, device)
+        if isinstance(kind, Layout):  # with the bubble of four stages a rank
+            return (p.num_microbatches + (p.pp - 1) / 4) * whole_s / p.pp
+        moves = isinstance(kind, Parallelism)
+        floor_s = (self.bounds.step_s if moves else self.bounds.pipeline_s)(p, microbatch_s, device)
+        stage_s = whole_s / (p.pp * p.num_virtual_stages)
         passes_s = stage_s / 3, 2 * stage_s / 3, device.weight_s / device.computed_s * stage_s
         ends_s = uniform_finish_s(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages, *passes_s)
-        return max([floor_s(p, microbatch_s, device), *(ends_s or ())])
+        return max([floor_s, *(ends_s or ())])
 
     def _rank_s(self, p: Parallelism, device: DeviceSums, program: Program | None) -> float:
         """A microbatch on all stages of one rank, less what the schedule hides of it."""

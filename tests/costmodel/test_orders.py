@@ -10,7 +10,7 @@ import pytest
 from torch.distributed.pipelining import schedules
 
 from costmodel import CostModelError, peak_activation_bytes, peak_in_flight, rank_orders
-from costmodel.orders import alone_parts, least_alone, rank_stages, stage_ranks
+from costmodel.orders import alone_parts, least_alone, moments_in_flight, rank_stages, stage_ranks
 
 SIZES = [
     ("GPipe", 1, 3, 1),
@@ -144,6 +144,20 @@ def test_peak_bytes_are_what_the_whole_order_holds(name: str, p: int, m: int, v:
         held = list(itertools.accumulate(change[phase][stage] for phase, stage, _ in order))
         assert peak == max(held)
         assert held[-1] == 0
+
+
+@pytest.mark.parametrize(("name", "p", "m", "v"), SIZES)
+def test_moments_say_what_ranks_keep_at_most_whatever_stages_save(name: str, p: int, m: int, v: int) -> None:
+    rng = np.random.default_rng(0)
+    moments = moments_in_flight(name, p, m, v)
+    for rank, order in enumerate(rank_orders(name, p, m, v)):
+        place = {stage: index for index, stage in enumerate(rank_stages(name, rank, p, v))}
+        steps = np.zeros((len(order), v), dtype=int)
+        for step, (phase, stage, _) in enumerate(order):
+            steps[step, place[stage]] = {"F": 1, "B": -1, "O": -1, "W": -1}.get(phase, 0)
+        held = steps.cumsum(axis=0)
+        for saved in (*rng.integers(1, 10, (8, v)), *np.eye(v, dtype=int)):
+            assert (moments[rank] @ saved).max() == (held @ saved).max()
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5, 8])
