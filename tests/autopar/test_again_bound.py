@@ -11,6 +11,7 @@ import pytest
 from autopar.plan import ScheduleName
 from autopar.request import training_policy
 from autopar.search.again_bound import AgainBound, Path
+from autopar.search.even_stages import moments
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
 from autopar.search.runs import Array
@@ -52,17 +53,18 @@ def bound_of(schedule: ScheduleName, paths: list[Path]) -> AgainBound:
 
 
 def freed_bytes(bound: AgainBound, again_s: Array) -> Array:
-    """What ranks keep less for so much computed again in each stage: the cheapest first."""
-    flights, segments = bound.even.in_flight(bound.p, bound.cuts), bound.even.table.sums(bound.cuts).segments
-    freed = np.zeros(bound.p.pp)
+    """By how much less ranks keep at most for so much computed again in each stage: the cheapest first."""
+    kept, segments = bound.even.kept_bytes(bound.p, bound.cuts), bound.even.table.sums(bound.cuts).segments
+    left = kept.copy()
     for rank, stages in enumerate(bound.mine):
-        for stage in stages:
-            left_s = again_s[stage]
+        for place, stage in enumerate(stages):
+            flights, left_s = moments(bound.p)[rank, :, place], again_s[stage]
             for rate, size, numbers in segments:
                 taken_s = min(left_s, rate * size * numbers[stage])
-                freed[rank] += flights[stage] * (taken_s / rate if rate else size * numbers[stage])
+                left[rank] -= flights * (taken_s / rate if rate else size * numbers[stage])
                 left_s -= taken_s
-    return freed
+    found: Array = kept.max(axis=1) - left.max(axis=1)
+    return found
 
 
 def grid(bound: AgainBound) -> Iterator[Array]:
