@@ -81,6 +81,8 @@ class EvenStages:
             excess + max(0, W - working) ≤ Σ k_u max of freed_uv over variants v that work on W at most
 
         over the units u of a rank. Infinite where there is none."""
+        if (excess_bytes <= 0).all():
+            return excess_bytes
         sizes, freed = self._freed_within(cuts)
         fullest = self.kept_bytes(p, cuts).argmax(axis=1)
         flights = moments(p)[range(p.pp), fullest]

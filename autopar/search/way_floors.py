@@ -28,6 +28,7 @@ class WayFloors:
         self.layer = layer
         self.pins = pins
         self._close_s: dict[Parallelism, float] = {}
+        self._busiest_s: dict[tuple[Scheduled, bool], float] = {}
 
     def may_fit(self, layout: Layout) -> bool:
         """Whether memory may suffice for some way to run a layout."""
@@ -97,9 +98,12 @@ class WayFloors:
     def busiest_s(self, scheduled: Scheduled, program: Program | None) -> float:
         """What the busiest rank takes at least, with what any program takes if the fastest was made; nothing
         moves on the data axes. Infinite where memory allows no program."""
-        p = self.freest(scheduled)
-        least = self.floors.divided(p) if program is None else self._least(p, program)
-        return self.layer.busiest_s(least, p, moves=False)
+        key = scheduled, program is None
+        if key not in self._busiest_s:
+            p = self.freest(scheduled)
+            least = self.floors.divided(p) if program is None else self._least(p, program)
+            self._busiest_s[key] = self.layer.busiest_s(least, p, moves=False)
+        return self._busiest_s[key]
 
     def _least(self, p: Parallelism, program: Program) -> Program:
         # Memory may drive a way to other programs: what is closed by this is closed for all.
