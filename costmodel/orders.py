@@ -171,7 +171,9 @@ def moments_in_flight(
     flights = _fullest(schedule_name, num_stages, made_for, num_virtual)
     found = [_undominated(counts) for counts in flights[:, :, :num_virtual] + flights[:, :, num_virtual:]]
     most = max(map(len, found))
-    return np.array([np.pad(counts, ((0, most - len(counts)), (0, 0)), "edge") for counts in found])
+    padded = np.array([np.pad(counts, ((0, most - len(counts)), (0, 0)), "edge") for counts in found])
+    padded.setflags(write=False)  # all callers share it
+    return padded
 
 
 def _undominated(counts: NDArray[np.int64]) -> NDArray[np.int64]:

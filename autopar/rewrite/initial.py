@@ -51,7 +51,7 @@ def initial_values(model: nn.Module) -> Initial:
     recipes: dict[int, Recipe | None] = {}
     copied: dict[int, Tensor] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _as_if_new(named.values()):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         for further, function, arguments in _questions(model):
             notes = _asked(named.values(), function, *arguments)
             recipes |= {each: recipe for each, recipe in notes.recipes.items() if each not in further}

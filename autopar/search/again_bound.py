@@ -184,7 +184,7 @@ class AgainBound:
         kept_bytes = self.even.kept_bytes(self.p, self.cuts)
         allowed_bytes = kept_bytes.max(axis=1) - self.excess_bytes
         needed_bytes = kept_bytes - allowed_bytes[:, None]
-        for rank, moment in zip(*np.nonzero(needed_bytes > 0), strict=True):
+        for rank, moment in zip(*np.nonzero(needed_bytes > 1.0), strict=True):
             yield self.mine[rank], moments(self.p)[rank, moment].tolist(), float(needed_bytes[rank, moment])
 
     @cached_property

@@ -6,7 +6,8 @@ looked at more closely, which raises its floor, splits it, or prices it:
     layout         arithmetic of one device, divided over all              `WayFloors.quick_layout_s`
       ↓            strategies of the tensor axis at their true prices      `WayFloors.layout_s`
     schedule       the same and its bubble                                 `WayFloors.scheduled_s`
-    way            the same, its bubble, bandwidth of its data axes        `WayFloors.way_s`
+      ↓            one device's kernels and memory, on the busiest rank    `WayFloors.busiest_s`
+    way            the same, bandwidth of its data axes                    `WayFloors.way_s`
       ↓            one device's kernels and memory, divided and cut        `WayFloors.close_s`
       ↓            one rank's kernels, their memory and messages           `Programs.program`
     program        stages cut with fractions of what may be recomputed     `StageLayer.draft`
@@ -170,11 +171,13 @@ class BranchAndBound:
         for layout in self.candidates.layouts:
             if self.floors.may_fit(layout):
                 self._push(self.floors.quick_layout_s(layout), LayoutNode(layout))
-                self.likely.add(layout)
             else:
                 self.outcome.prune("memory floor", self.candidates.number(layout))
+        for _, _, node in self._queue:
+            if isinstance(node, LayoutNode) and not self._is_late():
+                self.likely.add(node.layout)
         while self._queue and self.floor_s < self._enough_s:
-            if self.deadline is not None and time.monotonic() > self.deadline:
+            if self._is_late():
                 self.stopped = "time limit"
                 return
             if self.most_work is not None and self.work > self.most_work:
@@ -184,10 +187,13 @@ class BranchAndBound:
             if self._arrivals >= self._next_look or self._num_programs >= PROGRAMS_EVERY:
                 self._next_look = max(self._next_look, LOOKS_EVERY * self._arrivals)
                 self._num_programs = 0
-                self.likely.look_ahead()
+                self.likely.look_ahead(self._is_late)
                 self._dive()
             elif self._arrivals >= self._next_dive:
                 self._dive()
+
+    def _is_late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
     def _step(self) -> None:
         """Look at the first in the queue."""
@@ -216,8 +222,9 @@ class BranchAndBound:
     def _rescue(self) -> None:
         """Find any plan: of the likeliest, or the first in the queue, whichever memory allows."""
         for _ in range(MOST_RESCUES):
+            self.likely.look_ahead(lambda: self.likely.has_drafts)
             if not self.likely.has_drafts:
-                self.likely.look_ahead()
+                break
             self.likely.price()
             if self.outcome.best is not None:
                 return
@@ -390,7 +397,9 @@ class BranchAndBound:
 
     def _count_left(self) -> None:
         """What is still in the queue, or in what there is not opened yet."""
-        self.outcome.prune(self.stopped or "time floor", self.num_candidates - self.outcome.num_decided)
+        number = self.num_candidates - self.outcome.num_decided
+        assert number >= 0, "what was priced was not dropped before"
+        self.outcome.prune(self.stopped or "time floor", number)
 
     def _report(self, looking_at: str, *, always: bool) -> None:
         if not always and self._arrivals - self._reported < REPORT_EVERY:

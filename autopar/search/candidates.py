@@ -38,11 +38,6 @@ class Candidates:
         """Those for which memory may suffice."""
         return filter(self.planner.way_floors.way_may_fit, self.of(scheduled))
 
-    def of_layout(self, layout: Layout) -> Iterator[Parallelism]:
-        """The ways to run a layout."""
-        for scheduled in self.schedules(layout):
-            yield from self.of(scheduled)
-
     def num_shardings(self, scheduled: Scheduled) -> int:
         """How many `of` are: as many for every microbatch size and schedule."""
         key = scheduled.layout[1:]
@@ -51,7 +46,7 @@ class Candidates:
         return self._num_shardings[key]
 
     def number(self, layout: Layout, *, overlapping: bool | None = None) -> int:
-        """How many `of_layout` are, or those whose schedule hides communication, or the others."""
+        """How many ways there are to run a layout, or with a schedule that hides communication, or not."""
         key = (*layout[1:], overlapping)  # as many for every microbatch size
         if key not in self._numbers:
             found = self.schedules(layout, overlapping=overlapping)

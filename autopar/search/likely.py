@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +42,9 @@ NUM_LOOKS = 4
 
 LOOKS_EACH = 64
 """How many closer looks count as much as a draft."""
+
+MOST_LOOKS = 512
+"""How many do as long as there is nothing to compare with."""
 
 FEW_ROUNDS = 3
 """How often chains are looked for before a draft is priced."""
@@ -136,13 +139,13 @@ class LikelyWays:
         self._best_draft_s = min(self._best_draft_s, draft.bound_s)
         self._push(Drafted(p, program, draft))
 
-    def look_ahead(self) -> None:
+    def look_ahead(self, is_over: Callable[[], bool]) -> None:
         """Look at what is likely, cutting the likeliest ways into stages, as long as it takes to find one
-        that fits."""
+        that fits, or until it `is_over`."""
         idle = 0.0
-        while idle < PATIENCE and (item := self._pop()) is not None:
+        while idle < PATIENCE and not is_over() and (item := self._pop()) is not None:
             if len(item.likely_s) < NUM_LOOKS:
-                idle += 1 / LOOKS_EACH if self.has_drafts else 0.0
+                idle += 1 / (LOOKS_EACH if self._drafted or self.outcome.best else MOST_LOOKS)
                 for closer in self._closer(item):
                     self._add(closer)
             else:
@@ -196,6 +199,8 @@ class LikelyWays:
             solved = self.planner.layer.solve(program, p, draft)
             if solved is not None:
                 self.outcome.offer(p, solved)
+                if not solved.evaluated.fits:  # others may
+                    self._best_draft_s = min((each[0] for each in self._drafted), default=float("inf"))
             return solved
         return None
 

@@ -50,11 +50,6 @@ class Layout(NamedTuple):
     dp: int
     num_microbatches: int
 
-    @classmethod
-    def of(cls, p: Parallelism) -> Layout:
-        """The layout that a parallelism runs."""
-        return cls(p.microbatch_size, p.tp, p.cp, p.ep, p.pp, p.dp, p.num_microbatches)
-
     @property
     def degrees(self) -> dict[str, int]:
         """The settings of a parallelism that a layout decides."""

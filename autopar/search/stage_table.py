@@ -228,13 +228,18 @@ class StageTable:
     def least_relief_s(self, excess_bytes: float) -> float:
         """E for all units; what all that can be freed costs where that is not enough."""
         seconds = 0.0
-        for segment in self.segments:
+        for rate, freed_bytes in self._freed:
             if excess_bytes <= 0:
                 break
-            taken = min(excess_bytes, segment.freed_bytes * float(segment.members.sum()))
-            seconds += segment.rate * taken
+            taken = min(excess_bytes, freed_bytes)
+            seconds += rate * taken
             excess_bytes -= taken
         return seconds
+
+    @cached_property
+    def _freed(self) -> list[tuple[float, float]]:
+        """Seconds a byte, and bytes, of what all units together can free, the cheapest first."""
+        return [(each.rate, each.freed_bytes * float(each.members.sum())) for each in self.segments]
 
     @property
     def held_per_byte(self) -> float:

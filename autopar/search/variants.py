@@ -5,7 +5,7 @@ many, takes n_cv of them in variant v:
 
     minimise  Σ e_cv n_cv      Σ_v n_cv = N_c,     Σ k_tc (a_c0 - a_cv) n_cv ≥ D_t for all t,     n_cv whole
 
-a multiple-choice knapsack over kinds of unit, of which there are few, so OR-Tools proves it in milliseconds.
+a multiple-choice knapsack over kinds of unit, of which there are few, so OR-Tools is close in milliseconds.
 Within a class, and between like ones, the units that come first keep least: when the last of a stage runs,
 and most is held, what they would keep is already counted, and in the backward their memory is the last to be
 needed.
@@ -141,6 +141,8 @@ class Variants:
                 model.row(1.0, float("inf"), [(variable, size / most) for variable, size in terms if size])
         rounding = partial(_deeper, runs=list(variables.values()))
         solution = solve(model, node_limit=MOST_NODES, relative_gap=ENOUGH, rounding=rounding)
+        if solution.status == "unknown":
+            solution = solve(model)
         self.effort.solved("recomputation", solution.size)
         if not solution.values:
             return None

@@ -159,6 +159,7 @@ class WayFloors:
         replicate, shard = (1, layout.dp) if zero_stage else (layout.dp, 1)
         return parallelism(
             **settings, dp_replicate=replicate, dp_shard=shard, zero_stage=zero_stage,
+            sequence_parallel=self.pins.sequence_parallel if layout.tp > 1 else None,
             recompute=self._recompute, offload=self.pins.offload or "none",
         )  # fmt: skip
 

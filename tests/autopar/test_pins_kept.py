@@ -298,6 +298,7 @@ def test_under_other_pins_a_planner_finds_what_a_new_one_finds() -> None:
     for pins in (
         Pins(pp=2),
         Pins(tp=2, placements={"head": {"tp": "Shard(1)"}}),
+        Pins(tp=2, sequence_parallel=True),
         Pins(cut_before=("layers.1",)),
     ):
         shared, fresh = first.under(pins), Planner(small(), cluster(4), policy, global_batch=16, pins=pins)
