@@ -195,7 +195,10 @@ class _StagePrinter:
             self.graph, self.maker, {**arguments, **{name: "x" for name in carried if name in made}}
         )
         always: frozenset[str] = frozenset() if self.is_whole else self.context.block_paths
-        loops = LoopFinder(self.graph, node, children, self.readers, outputs, always, self.holding.paths)
+        recomputed = self.context.block_paths if self.context.recomputing.policies else frozenset()
+        loops = LoopFinder(
+            self.graph, node, children, self.readers, outputs, always, recomputed, self.holding.paths
+        )
         constants = self.holding.reads(node)
         return Body(self.context, node, names, loops, children, arguments, constants, outputs)
 

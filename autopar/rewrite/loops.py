@@ -26,7 +26,8 @@ class LoopFinder:
 
     `calls` are the borders of the children by path; `readers` the ops of the stage that read each tensor;
     `results` what the class returns. `always` are the paths of the repeated blocks of a pipeline stage: of
-    these even a single one is a loop, so that stages with more layers are the same class.
+    these even a single one is a loop, so that stages with more layers are the same class. `recomputed` are
+    blocks that are told what to keep: what is alike but for that has no part in their loop.
     """
 
     graph: OpGraph
@@ -35,6 +36,7 @@ class LoopFinder:
     readers: Mapping[str, Sequence[str]]
     results: Collection[str]
     always: Collection[str]
+    recomputed: Collection[str]
     held: Collection[str]
 
     def run(self, start: int) -> list[Node]:
@@ -81,6 +83,8 @@ class LoopFinder:
         if after.container != first.container or not (
             first.attribute.isdigit() and after.attribute.isdigit()
         ):
+            return False
+        if (after.path in self.recomputed) is not (first.path in self.recomputed):
             return False
         if int(after.attribute) != int(before.attribute) + 1:
             return False
