@@ -207,4 +207,5 @@ class _Exchange:
 
     def _op(self, target: str, inputs: Sequence[str], outputs: tuple[str, ...], module: str) -> Op:
         args = tuple(map(Ref, inputs))
-        return Op(outputs[0], f"autopar.{target}", args, {"axis": AXIS}, outputs, module)
+        name = f"{outputs[0]}__{target}"  # what rows return as has the name of the op that made them there
+        return Op(name, f"autopar.{target}", args, {"axis": AXIS}, outputs, module)

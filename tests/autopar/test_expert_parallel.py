@@ -34,6 +34,7 @@ def test_rows_travel_once_to_their_experts_and_once_back(name: str, num_layers: 
     local = expert_parallel(Localized.of(captured(name).at(2)), 2)
     targets = Counter(op.target for op in local.graph.ops)
     assert {target: targets[target] for target in EXCHANGES} == dict.fromkeys(EXCHANGES, num_layers)
+    assert len({op.name for op in local.graph.ops}) == len(local.graph.ops)
     for op in local.graph.ops:
         for read in op.inputs:
             assert read not in local.graph.producer or (
