@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -124,7 +125,9 @@ class BranchAndBound:
         self._num_programs = 0  # made since the search last looked ahead
         self._next_look = FIRST_LOOK
         self._reported = 0
-        self._uniform_s: dict[Parallelism, float] = {}  # the least draft of a way, while it seems to fit
+        # By level of price, what a way takes with a program for all blocks: the draft, until it was solved.
+        self._uniform_s: defaultdict[Parallelism, dict[int, float]] = defaultdict(dict)
+        self._left: dict[Parallelism, SmallerNode] = {}  # whose fastest programs looked no slower than any
 
     @property
     def num_candidates(self) -> int:
@@ -293,7 +296,7 @@ class BranchAndBound:
                 tight = self.planner.layer.tightened(program, p, draft, self._enough_s)
                 yield max(floor_s, tight.bound_s), node._replace(draft=tight, is_tight=True)
             case WayNode():
-                self._solve(floor_s, node)
+                yield from self._solve(floor_s, node)
             case SmallerNode():
                 yield from self._close_smaller(floor_s, node)
             case MixedNode():
@@ -336,7 +339,7 @@ class BranchAndBound:
         assert program is not None
         draft = self.planner.layer.draft(program, p)
         if draft is not None:
-            self._uniform_s[p] = min(draft.bound_s, self._uniform_s.get(p, float("inf")))
+            self._uniform_s[p][program.key.price_level] = draft.bound_s
             drafted = node._replace(draft=draft)
             self.likely.add_draft(p, program, draft)
             yield max(floor_s, draft.bound_s), drafted
@@ -348,16 +351,21 @@ class BranchAndBound:
         elif p.tp > 1:
             self.outcome.leave(floor_s)
 
-    def _solve(self, floor_s: float, node: WayNode) -> None:
-        """Price a way with the program it has."""
+    def _solve(self, floor_s: float, node: WayNode) -> Iterator[tuple[float, Node]]:
+        """Price a way with the program it has; others are worth a look where it takes longer than it seemed
+        to."""
         assert node.program is not None
         solved = self.planner.layer.solve(node.program, node.p, node.draft)
         assert solved is not None, "what has a draft has units enough"
         # Another relaxation may have proven more than the draft.
         self.outcome.add(node.p, replace(solved, bound_s=max(solved.bound_s, floor_s)))
         if not solved.evaluated.fits:
-            self._uniform_s[node.p] = float("inf")
             self.outcome.leave(floor_s)
+        step_s = solved.evaluated.step_s if solved.evaluated.fits else float("inf")
+        self._uniform_s[node.p][node.program.key.price_level] = step_s
+        smaller = self._left.pop(node.p, None)
+        if smaller is not None and step_s * (1 - self.tolerance) > smaller.fastest_s:
+            yield floor_s, smaller._replace(fastest_s=step_s)
 
     def _close_smaller(self, floor_s: float, node: SmallerNode) -> Iterator[tuple[float, Node]]:
         """Make a smaller program where any could still be faster."""
@@ -376,6 +384,7 @@ class BranchAndBound:
             yield from self._mix(floor_s, p)
         elif floor_s >= fastest_s * (1 - NEGLIGIBLE):
             self.outcome.leave(floor_s)
+            self._left[p] = node
         else:
             yield floor_s, WayNode(p, self.planner.programs.program(p, price), is_close=True)
 
@@ -389,7 +398,7 @@ class BranchAndBound:
     def _solve_mixed(self, node: MixedNode) -> None:
         """Price a way with several programs, where that promises more than one for all."""
         p, blend, draft = node
-        uniform_s = self._uniform_s.get(p, float("inf"))
+        uniform_s = min(self._uniform_s[p].values(), default=float("inf"))
         if draft.bound_s < min(self.outcome.best_s, uniform_s * (1 - NEGLIGIBLE)):
             solved = self.planner.mixer.solve(p, blend, draft, self.outcome.best_s)
             if solved is not None:

@@ -2,9 +2,9 @@
 
 The bubble of these schedules shrinks only if stages are alike, so their cuts are those whose longest stage is
 shortest, without memory. What a rank then keeps too much its units free in the least time, each as often as
-microbatches of its stage are in flight when the rank is fullest. A rank that takes T for a microbatch on all
-its stages, P before the first of them and O once a step takes P + m T + O at least, and the largest of these
-bounds the step. One stage for the whole model is the same with nothing to cut.
+microbatches of its stage are in flight: at whichever moment that takes longest. A rank that takes T for a
+microbatch on all its stages, P before the first of them and O once a step takes P + m T + O at least, and the
+largest of these bounds the step. One stage for the whole model is the same with nothing to cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from autopar.plan import Parallelism
 from autopar.search.runs import Array
-from autopar.search.stage_costs import Machine, accumulating, moved_once, room_bytes, run_times
+from autopar.search.stage_costs import Machine, accumulating, cached_bytes, moved_once, room_bytes, run_times
 from autopar.search.stage_table import RunSums, StageTable
 from autopar.search.stages import Where, cheapest, legal
 from costmodel import pipeline_lower_bound_s, rank_finish_s
@@ -64,23 +64,26 @@ class EvenStages:
         excess_bytes: Array = kept_bytes - room_bytes(self.table, sums, p, machine)
         return self._with_work(p, cuts, excess_bytes, sums.working_bytes)
 
-    def least_excess_bytes(self, p: Parallelism, cuts: tuple[int, ...], excess_bytes: Array) -> Array:
-        """What each rank has to keep less at least, that exceeds its memory by so much with the fastest
-        variants."""
-        working = self.table.unit_working_bytes
-        ends = (*cuts, self.table.num_units)
-        each = np.array([max(working[start:stop]) for start, stop in pairwise(ends)])
-        return self._with_work(p, cuts, excess_bytes, each[own_stages(p)].max(axis=1))
+    def cached_bytes(self, p: Parallelism, machine: Machine, cuts: tuple[int, ...]) -> Array:
+        """What ranks hold of gradients that products make in the format that they read."""
+        return cached_bytes(self.table, self.table.sums(cuts, _ranks(p)), machine)
+
+    def least_excess_bytes(
+        self, p: Parallelism, cuts: tuple[int, ...], allowed_bytes: Array, working_bytes: Array
+    ) -> Array:
+        """What each rank has to keep less at least, so that it keeps no more than is allowed beside units
+        that work on so much with the fastest variants."""
+        return self._with_work(p, cuts, self.kept_bytes(p, cuts).max(axis=1) - allowed_bytes, working_bytes)
 
     def _with_work(
         self, p: Parallelism, cuts: tuple[int, ...], excess_bytes: Array, working_bytes: Array
     ) -> Array:
-        """What ranks keep too much, and what units work on beyond these bytes once they compute so much again
-        that it may fit: W is the least with
+        """What ranks keep too much, with what units work on beyond these bytes once they compute so much
+        again that it may fit: W is the least with
 
             excess + max(0, W - working) ≤ Σ k_u max of freed_uv over variants v that work on W at most
 
-        over the units u of a rank. Infinite where there is none."""
+        over the units u of a rank, and the left side is what is returned. Infinite where there is none."""
         if (excess_bytes <= 0).all():
             return excess_bytes
         sizes, freed = self._freed_within(cuts)
@@ -131,9 +134,19 @@ class EvenStages:
         """What ranks keep with the fastest variants when they may keep most: [rank, moment]."""
         key = (p.schedule, p.pp, p.num_microbatches, cuts)
         if key not in self._kept_bytes:
-            saved_bytes = self.table.sums(cuts).saved_bytes[own_stages(p)]
+            saved_bytes = np.array(self._saved_bytes(cuts))[own_stages(p)]
             self._kept_bytes[key] = (moments(p) * saved_bytes[:, None, :]).sum(axis=2)
         return self._kept_bytes[key]
+
+    def _saved_bytes(self, cuts: tuple[int, ...]) -> list[float]:
+        """What each stage keeps of a microbatch; a storage that several of its units keep counts once."""
+        units, base = self.table.chain.units, self.table.base
+        found = []
+        for start, stop in pairwise((*cuts, len(units))):
+            kept = [units[index].saved[base[index]] for index in range(start, stop)]
+            storages = {name: size for saved in kept for name, size in saved.storages.items()}
+            found.append(float(sum(storages.values()) + sum(saved.internal_bytes for saved in kept)))
+        return found
 
     def relief_s(
         self,
@@ -160,8 +173,8 @@ class EvenStages:
     def _steps(
         self, p: Parallelism, cuts: tuple[int, ...], weights: Sequence[float] | None
     ) -> tuple[Array, Array]:
-        """The ways in which each rank may free memory, the quickest first: seconds a byte, and how many
-        bytes, both [rank, moment, way]."""
+        """What each rank may free, the quickest first: seconds a byte, and how many bytes, both [rank,
+        moment, step]."""
         key = (p.schedule, p.pp, p.num_microbatches, cuts)
         if weights is None and key in self._known_steps:
             return self._known_steps[key]

@@ -69,9 +69,7 @@ def held_bytes(table: StageTable, sums: RunSums, p: Parallelism, machine: Machin
     for is_expert, elements in zip((False, True), sums.elements, strict=True):
         degree = data_groups(p, experts=is_expert)[0].size
         held += state_bytes(p, policy, degree) * elements
-    moving = sums.working_bytes
-    if table.chain.era.cached_weight_gradients:
-        moving = moving + policy.gathered_bytes * sums.largest_weights
+    moving = sums.working_bytes + cached_bytes(table, sums, machine)
     if machine.moves and data_groups(p)[0].size > 1 and p.zero_stage >= 2:
         is_block = sums.block_elements > 0
         largest = np.where(is_block, sums.block_elements, sums.root_elements)
@@ -80,6 +78,14 @@ def held_bytes(table: StageTable, sums: RunSums, p: Parallelism, machine: Machin
             moving = moving + policy.gathered_bytes * (2 * largest + is_block * sums.root_elements)
     total: Array = held + table.held_per_byte * moving
     return total
+
+
+def cached_bytes(table: StageTable, sums: RunSums, machine: Machine) -> Array:
+    """A gradient for each weight of the largest block, in the format that products read."""
+    if not table.chain.era.cached_weight_gradients:
+        return np.zeros_like(sums.largest_weights)
+    found: Array = machine.policy.gathered_bytes * sums.largest_weights
+    return found
 
 
 def room_bytes(table: StageTable, sums: RunSums, p: Parallelism, machine: Machine) -> Array:

@@ -187,7 +187,7 @@ class StageLayer:
     def _again_bound_s(self, stages: EvenStages, evaluated: Evaluated) -> float:
         """The least for what must be computed again; infinite where that frees too little."""
         p, cuts = evaluated.parallelism, evaluated.cuts
-        excess_bytes = stages.least_excess_bytes(p, cuts, self._excess_bytes(evaluated))
+        excess_bytes = self._least_excess_bytes(stages, evaluated)
         bound_s = stages.bound_s(p, self.machine(p), cuts, excess_bytes)
         if bound_s < float("inf") and p.num_virtual_stages > 1:
             bound_s = max(bound_s, self._again_bound(stages, evaluated, excess_bytes).bound_s())
@@ -219,7 +219,7 @@ class StageLayer:
             return draft
         self.effort.solved("stages")
         overhead_s = self.evaluator.era.step_overhead_s
-        excess_bytes = stages.least_excess_bytes(p, draft.cuts, self._excess_bytes(evaluated))
+        excess_bytes = self._least_excess_bytes(stages, evaluated)
         bound = self._again_bound(stages, evaluated, excess_bytes)
         bound_s = bound.tightened(draft.bound_s - overhead_s, enough_s - overhead_s, num_rounds)
         return draft._replace(bound_s=bound_s + overhead_s)
@@ -329,6 +329,16 @@ class StageLayer:
         totals = np.array([ledger.total_bytes for ledger in evaluated.ledgers])
         excess: Array = (totals - evaluated.memory_bytes) / (1 + evaluated.chain.era.fragmentation)
         return excess
+
+    def _least_excess_bytes(self, stages: EvenStages, evaluated: Evaluated) -> Array:
+        """What ranks have to keep less at least, with the fastest variants so far."""
+        ledgers = evaluated.ledgers
+        kept = np.array([ledger.activations_bytes for ledger in ledgers])
+        buffers = np.array([ledger.logits_bytes + ledger.buffers_bytes for ledger in ledgers])
+        p, cuts = evaluated.parallelism, evaluated.cuts
+        working = buffers - stages.cached_bytes(p, self.machine(p), cuts)
+        allowed = kept - self._excess_bytes(evaluated)
+        return stages.least_excess_bytes(p, cuts, allowed, working)
 
     def _ranks(self, program: Program, evaluated: Evaluated) -> list[RankUnits]:
         """The units of each rank, and how many microbatches of each are in flight when it may hold most."""
