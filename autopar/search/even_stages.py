@@ -9,7 +9,9 @@ largest of these bounds the step. One stage for the whole model is the same with
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -134,19 +136,31 @@ class EvenStages:
         """What ranks keep with the fastest variants when they may keep most: [rank, moment]."""
         key = (p.schedule, p.pp, p.num_microbatches, cuts)
         if key not in self._kept_bytes:
-            saved_bytes = np.array(self._saved_bytes(cuts))[own_stages(p)]
+            saved_bytes = self._saved_bytes(cuts)[own_stages(p)]
             self._kept_bytes[key] = (moments(p) * saved_bytes[:, None, :]).sum(axis=2)
         return self._kept_bytes[key]
 
-    def _saved_bytes(self, cuts: tuple[int, ...]) -> list[float]:
+    def _saved_bytes(self, cuts: tuple[int, ...]) -> Array:
         """What each stage keeps of a microbatch; a storage that several of its units keep counts once."""
-        units, base = self.table.chain.units, self.table.base
-        found = []
-        for start, stop in pairwise((*cuts, len(units))):
-            kept = [units[index].saved[base[index]] for index in range(start, stop)]
-            storages = {name: size for saved in kept for name, size in saved.storages.items()}
-            found.append(float(sum(storages.values()) + sum(saved.internal_bytes for saved in kept)))
+        unit_bytes, shared_bytes, keepers = self._saved
+        repeats = np.maximum(np.add.reduceat(keepers, cuts, axis=1) - 1, 0)
+        found: Array = np.add.reduceat(unit_bytes, cuts) - shared_bytes @ repeats
         return found
+
+    @cached_property
+    def _saved(self) -> tuple[Array, Array, NDArray[np.int64]]:
+        """Bytes that each unit keeps with its fastest variant, those of the storages that several units keep,
+        and which do: [storage, unit]."""
+        units = [unit.saved[name] for unit, name in zip(self.table.chain.units, self.table.base, strict=True)]
+        sizes = {name: size for saved in units for name, size in saved.storages.items()}
+        numbers = Counter(name for saved in units for name in saved.storages)
+        shared = [name for name, number in numbers.items() if number > 1]
+        keepers = np.array([[name in saved.storages for saved in units] for name in shared], dtype=np.int64)
+        return (
+            np.array([saved.num_bytes for saved in units], dtype=np.float64),
+            np.array([sizes[name] for name in shared], dtype=np.float64),
+            keepers.reshape(len(shared), len(units)),
+        )
 
     def relief_s(
         self,

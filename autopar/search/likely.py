@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from autopar.search.planner import Planner
 
 PATIENCE = 12
-"""How many drafts may follow each other that are no better than one before."""
+"""How many drafts may follow each other that are no better than one before; at first only a quarter."""
 
 NUM_LOOKS = 4
 """At layouts, at schedules, at ways, and at these more closely."""
@@ -128,6 +128,7 @@ class LikelyWays:
         self._open: defaultdict[tuple[int, int, int], Expected] = defaultdict(Expected)
         self._drafted: list[tuple[float, int, Drafted]] = []
         self._best_draft_s = float("inf")
+        self._patience = PATIENCE / 4
         self._ties = count()
 
     def add(self, layout: Layout) -> None:
@@ -143,7 +144,7 @@ class LikelyWays:
         """Look at what is likely, cutting the likeliest ways into stages, as long as it takes to find one
         that fits, or until it `is_over`."""
         idle = 0.0
-        while idle < PATIENCE and not is_over() and (item := self._pop()) is not None:
+        while idle < self._patience and not is_over() and (item := self._pop()) is not None:
             if len(item.likely_s) < NUM_LOOKS:
                 idle += 1 / (LOOKS_EACH if self._drafted or self.outcome.best else MOST_LOOKS)
                 for closer in self._closer(item):
@@ -152,6 +153,7 @@ class LikelyWays:
                 before_s = min(self._best_draft_s, self.outcome.best_s)
                 self._draft(item)
                 idle = 0.0 if self._best_draft_s < before_s else idle + 1
+        self._patience = min(PATIENCE, 2 * self._patience)
 
     def _add(self, item: Open) -> None:
         self._open[item.degrees].push(item, next(self._ties))
