@@ -218,8 +218,13 @@ class AxisProblem:
     @cached_property
     def computed_s(self) -> Mapping[int, float]:
         """Per representative op, what all its instances compute at least, whatever that communicates."""
+        return {index: min(times_s) for index, times_s in self.op_computed_s.items()}
+
+    @cached_property
+    def op_computed_s(self) -> Mapping[int, tuple[float, ...]]:
+        """`op_times_s` without what is communicated."""
         return {
-            index: min(cost.forward_s + cost.backward_s for cost in costs)
+            index: tuple(cost.forward_s + cost.backward_s for cost in costs)
             for index, costs in self._op_costs.items()
         }
 

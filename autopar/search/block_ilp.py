@@ -88,8 +88,9 @@ class Part(NamedTuple):
 class BlockIlp:
     """The program of one problem, row by row: built once, solved at any price of memory.
 
-    Costs of its variables are time; `reductions_s` and the bytes by variable say what else to add, and
-    `parts` whose time it is. What is solved is noted with the `effort`.
+    Costs of its variables are time, of which `op_computed_s` is not communicated; `reductions_s` and the
+    bytes by variable say what else to add, and `parts` whose time it is. What is solved is noted with the
+    `effort`.
     """
 
     def __init__(self, problem: AxisProblem, effort: Effort | None = None) -> None:
@@ -100,6 +101,7 @@ class BlockIlp:
         self.activation_bytes: dict[int, float] = {}
         self.parameter_bytes: dict[int, float] = {}
         self.parts: dict[int, Part] = {}
+        self.op_computed_s: dict[int, float] = {}
         self._floors_s: dict[tuple[float, ...], float] = {}
         self.x = {index: self._choose(index) for index in problem.instances}
         self.y = {tensors.name: self._store(tensors) for tensors in problem.parameter_classes}
@@ -110,10 +112,12 @@ class BlockIlp:
         found = []
         problem = self.problem
         costs = zip(
-            problem.offered[index], problem.op_times_s[index], problem.saved_bytes[index], strict=True
-        )
-        for strategy, time_s, num_bytes in costs:
+            problem.offered[index], problem.op_times_s[index], problem.op_computed_s[index],
+            problem.saved_bytes[index], strict=True,
+        )  # fmt: skip
+        for strategy, time_s, computed_s, num_bytes in costs:
             variable = self.model.variable(time_s, integer=True)
+            self.op_computed_s[variable] = computed_s
             self.activation_bytes[variable] = num_bytes
             self.parts[variable] = Part(
                 index, problem.instances[index], problem.result_bytes(index, strategy)
@@ -264,13 +268,20 @@ class BlockIlp:
 
     @clocked("operator floors")
     def floor_s(
-        self, start: int, stop: int, price: float = 0.0, again_s: Mapping[int, float] | None = None
+        self,
+        start: int,
+        stop: int,
+        price: float = 0.0,
+        again_s: Mapping[int, float] | None = None,
+        *,
+        hides: bool = False,
     ) -> float:
         """What ops `[start, stop)`, one block or ops outside of all, take at least, with the sums of what
         they make and the other conversions of what they read, whatever is chosen anywhere.
 
         With `again_s`, the least seconds in which some of the ops run again, their results and those of
-        conversions are kept at so many seconds a byte, or made again, whichever costs less.
+        conversions are kept at so many seconds a byte, or made again, whichever costs less. Where something
+        else `hides` what is communicated, it costs nothing, but for what is made again.
         """
         graph = self.problem.graph
         ops = {graph.representative[index] for index in range(start, stop)}
@@ -281,7 +292,8 @@ class BlockIlp:
             near = made if part.is_made else read
             if part.op not in ops or (part.tensors and near.isdisjoint(part.tensors.members)):
                 continue
-            costs[variable] = self.model.costs[variable] / part.num_instances
+            time_s = self.op_computed_s.get(variable, 0.0) if hides else self.model.costs[variable]
+            costs[variable] = time_s / part.num_instances
             if again_s is not None:
                 if part.tensors is None:
                     least_s = again_s.get(part.op, 0.0)

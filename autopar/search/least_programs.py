@@ -52,9 +52,8 @@ class LeastPrograms:
 
     def relaxed(self, p: Parallelism, *, trades: bool = True) -> Program:
         """What no program of a candidate's layout can beat, whatever memory costs: a program but for its
-        strategies. A quick one without `trades`, or where communication hides (`autopar.search.relaxed`)."""
+        strategies. A quick one without `trades` (`autopar.search.relaxed`)."""
         key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
-        trades &= not hides
         if (key, trades, hides) not in self._relaxed:
             device = self.programs.device(p.microbatch_size, p.ep).chain
             where = self._stretches(key, device)

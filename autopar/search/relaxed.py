@@ -19,7 +19,7 @@ program: with fewer of them a microbatch would have a longer way back. Before th
 one device's share counts as put off.
 
 Schedules that hide communication behind other units' arithmetic leave of a unit what it computes, which is at
-least the sum over its ops of the least of their strategies.
+least the sum over its ops of the least of their strategies; and all of what runs again.
 """
 
 from __future__ import annotations
@@ -138,8 +138,15 @@ class _Least:
         self.stretch = stretch
         self.hides = hides
         self.time_s = unit.cost.total_s / degree
+        self.computed_s = (unit.cost.forward_s + unit.cost.backward_s) / degree
         if stretch is not None:
             self.time_s = max(self.time_s, stretch.floor_s())
+            self.computed_s = max(self.computed_s, stretch.computed_s())
+
+    @property
+    def least_s(self) -> float:
+        """What nothing hides, when nothing is computed again."""
+        return self.computed_s if self.hides else self.time_s
 
     def unit(self, trades: bool) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
@@ -150,27 +157,25 @@ class _Least:
         names = ["none"]
         for number, (num_bytes, seconds) in enumerate(self._frontier()):
             names.append(f"least-{number}")
-            again_s[names[-1]] = max(0.0, seconds - self.time_s)
+            again_s[names[-1]] = max(0.0, seconds - self.least_s)
             saved[names[-1]] = Saved({}, int(num_bytes))
         return replace(least, frontier=tuple(names), saved=saved)
 
     def _cost(self) -> OpCost:
         if self.stretch is None:
             return self.device.cost.times(1 / self.degree)
-        cost = self.device.cost
-        computed_s = max(self.stretch.computed_s(), (cost.forward_s + cost.backward_s) / self.degree)
         if self.fastest is None:
-            return self._least_passes(computed_s if self.hides else self.time_s)
+            return self._least_passes(self.least_s)
         like = self.fastest.cost.exposing(1 - self.pricer.era.tensor_parallel_overlap)
         if not self.hides:
             forward_s = self.time_s * _share(like.forward_total_s, like.total_s)
             return _passes(forward_s, self.time_s - forward_s, like.weight_s)
         # What it does beside that is communication at best, and hides behind as much at most.
-        moved_s = min(max(0.0, self.time_s - computed_s), computed_s)
-        forward_s = computed_s * _share(like.forward_s, like.forward_s + like.backward_s)
+        moved_s = min(max(0.0, self.time_s - self.computed_s), self.computed_s)
+        forward_s = self.computed_s * _share(like.forward_s, like.forward_s + like.backward_s)
         both_s = like.forward_communication_s + like.backward_communication_s
         there_s = moved_s * _share(like.forward_communication_s, both_s)
-        return _passes(forward_s, computed_s - forward_s, like.weight_s)._replace(
+        return _passes(forward_s, self.computed_s - forward_s, like.weight_s)._replace(
             forward_communication_s=there_s, backward_communication_s=moved_s - there_s
         )
 
@@ -185,20 +190,32 @@ class _Least:
     def _frontier(self) -> Iterator[tuple[float, float]]:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""
         most, least = (self.device.saved[mode].num_bytes / self.degree for mode in ("none", "full"))
-        lines = [Line(0.0, self.time_s)]
+        lines = [Line(0.0, self.least_s), *self._device_lines()]
         for price in self._prices():
-            lines.append(Line(price, min(self.time_s + price * most, self._traded_s(price))))
+            lines.append(Line(price, min(self.least_s + price * most, self._traded_s(price))))
 
         def seconds(num_bytes: float) -> float:
             return max(line.seconds_at(num_bytes) for line in lines)
 
         corners = {least}
         for one, other in combinations(lines, 2):
+            if one.price == other.price:
+                continue
             crossing = (other.seconds - one.seconds) / (other.price - one.price)
             if least < crossing < most and seconds(crossing) <= one.seconds_at(crossing) * (1 + _ROUNDING):
                 corners.add(crossing)
         for num_bytes in sorted(corners, reverse=True):
             yield num_bytes, seconds(num_bytes)
+
+    def _device_lines(self) -> Iterator[Line]:
+        """Those of one device's frontier, divided over the ranks."""
+        unit = self.device
+        for one, other in pairwise(unit.frontier):
+            freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
+            if freed > 0:
+                price = (unit.recompute_s[other] - unit.recompute_s[one]) / freed
+                kept_s = unit.recompute_s[one] + price * unit.saved[one].num_bytes
+                yield Line(price, self.least_s + kept_s / self.degree)
 
     def _prices(self) -> list[float]:
         """What a byte is worth to the fastest program: where its own frontier bends."""
@@ -223,7 +240,9 @@ class _Least:
             for result in unit.results
         }
         entering = price * unit.saved["full"].num_bytes / self.degree
-        results_s = self.stretch.ilp.floor_s(self.stretch.start, self.stretch.stop, price, again_s)
+        results_s = self.stretch.ilp.floor_s(
+            self.stretch.start, self.stretch.stop, price, again_s, hides=self.hides
+        )
         return always_s + entering + results_s
 
 
