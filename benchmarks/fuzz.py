@@ -22,11 +22,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from random import Random
 
 from autopar.report.table import table
-from autopar.rewrite.program import rewrite
 from tests.autopar.case_runner import CaseRunner, Result, original
 from tests.autopar.random_cases import FORMS, RandomCase, forms_of, plan_for, random_case
 from tests.autopar.shrinking import shrunk, splits
@@ -63,10 +63,7 @@ def cases(models: Sequence[str], forms: Sequence[str], first_seed: int) -> Itera
 def shrink(case: RandomCase, runner: CaseRunner) -> str:
     """What a case that fails needs for that: splits and recomputed blocks, a line for each."""
     given = original(case.model, case.dtype)
-    small = shrunk(
-        plan_for(case, given.capture),
-        lambda plan: runner.check(given, lambda: rewrite(given.capture, plan)).kind == "failed",
-    )
+    small = shrunk(plan_for(case, given.capture), partial(runner.fails, case))
     modules = {op.name: op.module or "root" for op in given.capture.graph.ops}
     lines = [f"{axis}: {op} by {small.strategies[axis][op]}, in {modules[op]}" for axis, op in splits(small)]
     lines += [f"{each.mode} recomputation of {', '.join(each.blocks)}" for each in small.recomputation]

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-
-import torch
 
 from autopar.localize import CAUSAL_ROWS
-from autopar.op_kinds import EXCHANGES, has_dropout, short_name
-from autopar.placements import Replicate, Shard
+from autopar.op_kinds import EXCHANGES
+from autopar.placements import State
 from autopar.rewrite.batch_norm import SPLIT, call_of, keeps_statistics
 from autopar.rewrite.context import ProgramContext, access, below
 from autopar.rewrite.deferral import NAMESPACE
+from autopar.rewrite.draws import axes_apart, drawn, draws_together
 from autopar.rewrite.expressions import Expression, Values, literal
 from autopar.rewrite.function_forms import attention_options, cross_entropy_options
 from autopar.rewrite.loops import Call, LoopFinder
@@ -22,19 +20,10 @@ from autopar.rewrite.naming import Names
 from autopar.rewrite.op_expressions import expression_of
 from autopar.rewrite.scope import Render, Scope, Statement
 from autopar.rewrite.tree import CALL, Node
-from graphs.interpret import resolve
 from graphs.ir import Op, Ref, Tensor
 
 AXIS_ARGUMENTS = ("axis", "vocab_axis", "row_axis", "row_axes", "class_axis")
 """Keyword arguments of the ops of a localized graph that name a mesh axis, or several."""
-
-DRAWS = {
-    ("tp", Shard): "drawn_apart",
-    ("dp", Replicate): "drawn_together",
-    ("cp", Replicate): "drawn_together",
-}
-"""Functions of the runtime by mesh axis and by how what is drawn lies on it. The ranks of a tensor axis have
-the same random numbers otherwise, those of the others have their own."""
 
 _EXCHANGED = {
     "exchange_counts": "how many rows each rank sends to each expert",
@@ -85,7 +74,7 @@ class Body:
         """The mesh axes whose groups the body uses, in the order of first use."""
         ops = [item for item in self.node.items if isinstance(item, Op)]
         named = [op.kwargs[key] for op in ops for key in AXIS_ARGUMENTS if _is_ours(op) and key in op.kwargs]
-        named += [axis for op in ops for axis, _ in self._draws(op)]
+        named += [axes_apart(op, self._states(op)) for op in ops]
         return tuple(dict.fromkeys(axis for axes in named for axis in _each(axes)))
 
     def looped(self) -> tuple[str, ...]:
@@ -96,23 +85,14 @@ class Body:
 
     # --- ops
 
-    def _draws(self, op: Op) -> list[tuple[str, str]]:
-        """The mesh axes along which an op draws by a function of the runtime, with that function."""
-        if not is_random(op):
-            return []
-        states = self.context.states.get(op.outputs[0], {}).items()
-        draws = ((axis, DRAWS.get((axis, type(state.value)))) for axis, state in states)
-        return [(axis, draw) for axis, draw in draws if draw is not None]
-
-    def _drawn(self, op: Op, render: Render) -> Render:
-        """The expression of an op, with the functions of the runtime by which it draws around it."""
-        for axis, draw in self._draws(op):
-            render = partial(_drawn_by, draw, axis, render)
-        return render
+    def _states(self, op: Op) -> Mapping[str, State]:
+        """How the first result of an op lies on each axis."""
+        return self.context.states.get(op.outputs[0], {})
 
     def _op(self, op: Op) -> Statement:
         names = tuple(self.names.of(name) for name in op.outputs)
         reads = tuple(name for name in op.inputs if name not in self.constants)
+        states = self._states(op)
         if keeps_statistics(op) or op.target == SPLIT:
             holder = access(below(op.module, self.node.path))
             return Statement(
@@ -128,7 +108,7 @@ class Body:
             return Statement(
                 op.outputs,
                 reads,
-                self._drawn(op, lambda values: _runtime_call(op, values, self.context.graph.tensors)),
+                drawn(op, states, lambda values: _runtime_call(op, values, self.context.graph.tensors)),
                 names,
                 weight=2,
                 foldable=False,
@@ -146,10 +126,12 @@ class Body:
         return Statement(
             op.outputs,
             reads,
-            self._drawn(op, self._plain(op)),
+            drawn(op, states, self._plain(op)),
             names,
             weight=weight,
             foldable=len(op.outputs) == 1,
+            # What is inside of a draw would be drawn by it.
+            absorbs=not (draws_together(op, states) or axes_apart(op, states)),
         )
 
     def _plain(self, op: Op) -> Render:
@@ -241,17 +223,6 @@ class Body:
             return Expression(f"{module}({arguments}{self.context.recomputing.kept(item.path)})")
 
         return render
-
-
-def is_random(op: Op) -> bool:
-    """Whether an op draws random numbers."""
-    if short_name(op) == "scaled_dot_product_attention":
-        return has_dropout(op)
-    return op.target.startswith("aten.") and torch.Tag.nondeterministic_seeded in resolve(op.target).tags
-
-
-def _drawn_by(draw: str, axis: str, render: Render, values: Values) -> Expression:
-    return Expression(f"{draw}(self.{axis}, lambda: {render(values).text})")
 
 
 def _is_ours(op: Op) -> bool:

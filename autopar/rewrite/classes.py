@@ -7,7 +7,6 @@ its own, so the layers of a model, which do the same to different tensors, come 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from autopar.rewrite.holding import Holding
 from autopar.rewrite.loops import LoopFinder
 from autopar.rewrite.members import Members
 from autopar.rewrite.naming import RESERVED, Names, fresh, makers
+from autopar.rewrite.origins import distinction, docstring
 from autopar.rewrite.stages import Stage
 from autopar.rewrite.tree import Node
 
@@ -79,19 +79,20 @@ class ClassPrinter:
         """The source of every class, each after those it needs."""
         return [
             "\n    ".join(
-                [f"class {printed.name}({_base(printed.text)}):", *_docstring(self._origins[printed.name])]
+                [f"class {printed.name}({_base(printed.text)}):", *docstring(self._origins[printed.name])]
             )
             + f"\n\n{printed.text}\n"
             for printed in self._classes.values()
         ]
 
-    def named(self, name: str, text: str, needs_mesh: bool, attribute: str, origin: str) -> PrintedClass:
-        """The class with this source: an earlier one if there is one, else a new one under a free name."""
+    def named(self, name: str, text: str, needs_mesh: bool, origin: str) -> PrintedClass:
+        """The class with this source: an earlier one if there is one, else a new one under a free name, which
+        tells it from one of another place."""
         printed = self._classes.get(text)
         if printed is None:
             taken = {other.name for other in self._classes.values()} | RESERVED
-            if name in taken and not attribute.isdigit():
-                name += "".join(part[:1].upper() + part[1:] for part in attribute.split("_"))
+            if name in self._origins:
+                name += distinction(origin, self._origins[name])
             printed = self._classes[text] = PrintedClass(fresh(name, taken, separator=""), text, needs_mesh)
         self._origins.setdefault(printed.name, {})[origin] = None
         return printed
@@ -174,7 +175,7 @@ class _StagePrinter:
         constructor = [*annotations, *_constructor([*groups, *members], needs_mesh, bool(layers))]
         lines = [*constructor, *head, *(f"    {line}" for line in body.lines())]
         text = "\n".join(f"    {line}" if line else "" for line in lines)
-        printed = self.printer.named(name, text, needs_mesh, node.attribute, self._origin(node, origin))
+        printed = self.printer.named(name, text, needs_mesh, self._origin(node, origin))
         return Instance(printed, tuple(arguments), outputs, layers)
 
     def _origin(self, node: Node, place: str) -> str:
@@ -277,21 +278,3 @@ def _with_layer_range(members: Sequence[str]) -> tuple[list[str], str]:
     if len(spans) != 1:
         return list(members), ""
     return [line.replace(f"for i in {spans[0]}", "for i in layers") for line in members], spans[0]
-
-
-def _docstring(origins: Iterable[str]) -> list[str]:
-    """Lines that say what a class was in the original model, and where."""
-    places, kinds = zip(*(origin.split("\n") for origin in origins), strict=True)
-    starred = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", place) for place in places))
-    if not places[0]:
-        text = f"The `{kinds[0]}` that one rank runs."
-    elif places[0].isdigit():
-        stages = ", ".join(str(int(place) + 1) for place in places)
-        text = f"Stage{'s' if len(places) > 1 else ''} {stages} of the `{kinds[0]}`."
-    elif len(places) == 1:
-        text = f"`{places[0]}`, a `{kinds[0]}`."
-    else:
-        others = f" and {len(starred) - 1} other places" if len(starred) > 2 else ""
-        where = others or (f" and `{starred[1]}`" if len(starred) == 2 else "")
-        text = f"`{starred[0]}`{where}, {len(places)} times a `{kinds[0]}`."
-    return textwrap.wrap(f'"""{text}"""', 106, break_long_words=False, break_on_hyphens=False)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from autopar.rewrite.stages import Stage
 from graphs.ir import Op, OpGraph, Ref
+from graphs.rules.arguments import arguments
 
 NAMESPACE = "deferred."
 """Before the name of a product that leaves its weight's gradient."""
@@ -49,18 +50,25 @@ def _with_grouped(ops: Sequence[Op], graph: OpGraph) -> Iterator[Op]:
     found: dict[str, Op] = {}
     absorbed: set[str] = set()
     for op in ops:
-        if op.target not in _GROUPED or not isinstance(op.args[1], Ref):
+        if not _is_plain_grouped(op):
             continue
         view = views.get(op.args[1].name)
         weight = view.inputs[0] if view else op.args[1].name
         turns = view is None or {dim % 3 for dim in view.args[1:]} == {1, 2}
         is_trained = weight in graph.parameter_tensors and graph.tensors[weight].requires_grad
         if is_trained and turns and readers[weight] == 1 and len(graph.tensors[weight].shape) == 3:
-            ends = op.kwargs.get("offs") or op.args[2]
-            args = (op.args[0], Ref(weight), ends, *((True,) if view else ()))
+            args = (op.args[0], Ref(weight), arguments(op)["offs"], *((True,) if view else ()))
             found[op.name] = replace(op, target=f"{NAMESPACE}grouped_mm", args=args, kwargs={})
             absorbed |= {view.name} if view else set()
     return (found.get(op.name, op) for op in ops if op.name not in absorbed)
+
+
+def _is_plain_grouped(op: Op) -> bool:
+    """Whether an op multiplies rows by the matrices of their groups, without a bias or another dtype."""
+    if op.target not in _GROUPED:
+        return False
+    given = {name for name, value in arguments(op).values.items() if value is not None}
+    return "offs" in given and len(given) == 3
 
 
 def _is_weight_product(op: Op, graph: OpGraph) -> bool:

@@ -3,7 +3,8 @@
 Modules of torch say it in `reset_parameters`, models of Hugging Face and many others in
 `_init_weights(module)`, which has the last word. Both are run under a mode that notes what they would do to
 parameters and leaves it at that. What they copy (the decay rates of a Mamba layer) goes with the program, and
-so do parameters that have a value and of which no module tells more (the temperature of CLIP).
+so do parameters that have a value and of which no module tells more (the temperature of CLIP). A parameter
+that is not finite has no value: nothing was put into its memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from autopar.runtime.initial import Recipe
 
@@ -45,8 +47,8 @@ NOTHING_KNOWN = Initial()
 
 
 def initial_values(model: nn.Module) -> Initial:
-    """How every parameter begins; the model stays as it is. Parameters on the meta device are left out where
-    no module tells."""
+    """How every parameter begins; the model stays as it is. Parameters without a value, as all are on the
+    meta device, are left out where no module tells."""
     named = dict(model.named_parameters(remove_duplicate=False))
     recipes: dict[int, Recipe | None] = {}
     copied: dict[int, Tensor] = {}
@@ -57,10 +59,14 @@ def initial_values(model: nn.Module) -> Initial:
             recipes |= {each: recipe for each, recipe in notes.recipes.items() if each not in further}
             copied |= {each: value for each, value in notes.copied.items() if each not in further}
     for parameter in named.values():
-        if recipes.get(id(parameter)) is None and not parameter.is_meta:
+        if recipes.get(id(parameter)) is None and _has_value(parameter):
             recipes[id(parameter)], copied[id(parameter)] = SAVED, parameter.detach().cpu().clone()
     found = {name: recipe for name, each in named.items() if (recipe := recipes.get(id(each)))}
     return Initial(found, {name: copied[id(named[name])] for name in found if found[name][:1] == SAVED})
+
+
+def _has_value(parameter: Tensor) -> bool:
+    return not parameter.is_meta and bool(parameter.isfinite().all())
 
 
 def _questions(model: nn.Module) -> Iterator[tuple[set[int], Any, tuple[object, ...]]]:
@@ -121,7 +127,11 @@ _META = torch.device("meta")
 
 class _Notes(TorchDispatchMode):
     """Notes what is done to some tensors in place, and does not do it: recipes, and what was copied, by the
-    ids of the tensors."""
+    ids of the tensors.
+
+    What is computed from one of them is not what it would have been. It is followed by its storage
+    (`derived`), and where it is copied the recipes of both cannot be told.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
@@ -130,6 +140,7 @@ class _Notes(TorchDispatchMode):
             self.whole.setdefault(each.untyped_storage()._cdata, []).append(each)
         self.recipes: dict[int, Recipe | None] = {}
         self.copied: dict[int, Tensor] = {}
+        self.derived: dict[int, tuple[torch.UntypedStorage, set[int]]] = {}
 
     def note_truncated(
         self, target: Tensor, mean: float, std: float, a: float, b: float, generator: object = None
@@ -144,32 +155,72 @@ class _Notes(TorchDispatchMode):
             kwargs = kwargs or {}
             if kwargs.get("device") == _META:  # as the parameter that it is for
                 kwargs = {**kwargs, "device": "cpu"}
-            return op(*args, **kwargs)
+            made = op(*args, **kwargs)
+            if not (name.endswith("_like") or name.startswith("new_")):
+                self._follow(made, args)
+            return made
         return self._note(name, target, args[1:])
 
+    def _follow(self, made: Any, args: Any) -> None:
+        origins = {each for read in _tensors(args) for each in self._origins(read)}
+        for storage in (each.untyped_storage() for each in _tensors(made)) if origins else ():
+            if storage._cdata not in self.whole:
+                self.derived.setdefault(storage._cdata, (storage, set()))[1].update(origins)
+
+    def _origins(self, tensor: Tensor) -> set[int]:
+        """The ids of the noted tensors from whose values this one follows."""
+        key = tensor.untyped_storage()._cdata
+        return {id(each) for each in self.whole.get(key, ())} or self.derived.get(key, (None, set()))[1]
+
     def _note(self, op: str, target: Tensor, numbers: Any) -> Tensor:
+        origins = {each for read in _tensors(numbers) for each in self._origins(read)}
         for each in self.whole[target.untyped_storage()._cdata]:
-            self.recipes[id(each)] = self._after(self.recipes.get(id(each)), each, target, op, numbers)
+            if _overlap(each, target):
+                recipe = (
+                    None if origins else self._after(self.recipes.get(id(each)), each, target, op, numbers)
+                )
+                self.recipes[id(each)] = recipe
+        self.recipes |= dict.fromkeys(origins)
         return target
 
     def _after(
         self, recipe: Recipe | None, whole: Tensor, target: Tensor, op: str, numbers: Any
     ) -> Recipe | None:
         """The recipe with one more op; None where it cannot be told."""
-        if op == "copy_" and target.shape == whole.shape and not numbers[0].is_meta:
-            self.copied[id(whole)] = numbers[0].detach().cpu().expand(whole.shape).clone()
+        if op == "copy_" and _layout(target) == _layout(whole) and not numbers[0].is_meta:
+            self.copied[id(whole)] = numbers[0].detach().cpu().expand(whole.shape).to(whole.dtype, copy=True)
             return SAVED
         if not all(isinstance(number, int | float) for number in numbers):
             return None
         step = ("fill_", 0.0) if op == "zero_" else (op, *map(_rounded, numbers or DEFAULTS.get(op, ())))
-        if target.shape == whole.shape:
+        if _extent(target) == _extent(whole) and target.numel() == whole.numel():
             if op in FRESH:
                 return (step,)
             return (*recipe, step) if recipe is not None and op in CHANGES else None
-        if recipe is not None and step == ("fill_", 0.0) and target.shape == whole.shape[1:]:
+        is_row = (target.shape, target.stride()) == (whole.shape[1:], whole.stride()[1:])
+        if recipe is not None and step == ("fill_", 0.0) and is_row:
             row = (target.storage_offset() - whole.storage_offset()) // max(1, whole.stride(0))
             return (*recipe, ("zero_row", row))  # of padding
         return None
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (each for each in tree_leaves(values) if isinstance(each, Tensor))
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Where its elements begin in the storage, and where the last one lies."""
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset()), int(tensor.storage_offset() + sum(steps))
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    (first, last), (begin, end) = _extent(one), _extent(other)
+    return max(first, begin) <= min(last, end)
 
 
 def _rounded(number: float) -> float:

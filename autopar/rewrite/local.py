@@ -12,6 +12,7 @@ from autopar.localize import Assignment, Localized, localize
 from autopar.op_kinds import without_order
 from autopar.placements import RP, RR, State
 from autopar.plan import Plan
+from autopar.rewrite.slices import slice_once
 from autopar.strategies import Strategy, natural_sections, stored_state, strategies
 from autopar.zigzag import in_zigzag
 from graphs import Capture
@@ -31,6 +32,7 @@ def local_program(capture: Capture, plan: Plan) -> Localized:
         local = localize(local, chosen(local.graph, "tp", parallelism.tp, plan.strategies["tp"]))
     if parallelism.ep > 1:
         local = expert_parallel(local, parallelism.ep)
+    local = slice_once(local)
     return replace(local, graph=replace(local.graph, blocks=find_blocks(local.graph)))
 
 

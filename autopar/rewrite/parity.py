@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autopar.errors import RewriteError
 from autopar.rewrite.precision import Precision
 from autopar.runtime.loss_scale import LossScale
 from autopar.runtime.optimizers import MasterAdamW, updated
@@ -42,6 +43,7 @@ def reference(
     replicas do at the same time: where samples meet (batch norm, a contrastive loss, a mean over labels that
     count), it matters which. What is no tensor in the batch goes with every microbatch. `precision` is that
     of the program (None: all in that of the model). The model is left as it was.
+    Raises RewriteError where gradients of the model itself overflow in half precision.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -78,6 +80,8 @@ def reference(
     _set_gradient_dtype(model, None)
     model.load_state_dict(weights)
     model.train(was_training)
+    if scale is not None:
+        _check_overflow(gradients)
     return {
         "weights": weights,
         "batch": tensors,
@@ -89,6 +93,17 @@ def reference(
         "optimizer": {"lr": LEARNING_RATE, "eps": EPSILON},
         "narrowest": narrowest.dtype,
     }
+
+
+def _check_overflow(gradients: Mapping[str, Tensor]) -> None:
+    """Training leaves out a step that overflows; a reference of one would say nothing."""
+    overflown = [name for name, each in gradients.items() if not each.isfinite().all()]
+    if overflown:
+        raise RewriteError(
+            f"gradients of the original model overflow in float16 ({overflown[0]}, {len(overflown)} of "
+            f"{len(gradients)} parameters) at the loss scale {LossScale().value:g} with which training "
+            "begins: there is nothing to compare with; verify it in bfloat16"
+        )
 
 
 class _Narrowest(TorchDispatchMode):

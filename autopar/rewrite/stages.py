@@ -2,8 +2,9 @@
 
 A stage has the ops from its first one up to the next stage's. What it needs of earlier stages it receives,
 and passes on what later ones need, so a skip connection may jump over any number of stages. What follows from
-the batch alone (masks, rotary angles, positions) is not sent: every stage that needs it computes it again.
-Nor are views and shards of parameters: a stage that reads them has the parameter.
+the batch alone (masks, rotary angles, positions) is not sent: every stage that needs it computes it again,
+unless random numbers are in it, which each would draw anew. Nor are views and shards of parameters: a stage
+that reads them has the parameter.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from autopar.errors import RewriteError
 from autopar.op_kinds import is_conversion, kind_of
+from autopar.rewrite.draws import is_random
 from graphs.ir import Op, OpGraph
 
 
@@ -64,6 +66,7 @@ def cut(graph: OpGraph, first_ops: Sequence[str], results: Sequence[str]) -> tup
                 f"({op.target}, module {op.module or 'root'}), where stage {index + 1} begins, has a "
                 "gradient; let it begin later, or use fewer stages"
             )
+    _check_rows_of_experts(graph, starts, borders)
     stages = []
     num_stages = len(starts) - 1
     for index in range(num_stages):
@@ -75,12 +78,30 @@ def cut(graph: OpGraph, first_ops: Sequence[str], results: Sequence[str]) -> tup
     return tuple(stages)
 
 
+def _check_rows_of_experts(graph: OpGraph, starts: Sequence[int], borders: Sequence[tuple[str, ...]]) -> None:
+    """Raises RewriteError where a stage would begin amid experts: it could not receive what they work on."""
+    found: set[str] = set()
+    for op in graph.ops:
+        if op.target == "autopar.to_experts" or (
+            op.target != "autopar.from_experts" and not found.isdisjoint(op.inputs)
+        ):
+            found.update(op.outputs)
+    for index, border in enumerate(borders[1:-1], 1):
+        if amid := found.intersection(border):
+            op, maker = graph.ops[starts[index]], graph.ops[graph.producer[min(amid)]]
+            raise RewriteError(
+                f"stage {index + 1} of {len(borders) - 1} would begin with {op.name} ({op.target}, module "
+                f"{op.module or 'root'}), amid experts: how many rows a rank has of {maker.name}, which it "
+                f"would receive, is known only while they run; let it begin outside of {maker.module}"
+            )
+
+
 def _dependent(graph: OpGraph) -> frozenset[str]:
-    """What follows from parameters: values with a gradient, and others, such as the experts that a router
-    chose."""
+    """What follows from parameters, values with a gradient and others, such as the experts that a router
+    chose, or from random numbers."""
     found = set(graph.parameter_tensors)
     for op in graph.ops:
-        if not found.isdisjoint(op.inputs):
+        if is_random(op) or not found.isdisjoint(op.inputs):
             found.update(op.outputs)
     return frozenset(found)
 

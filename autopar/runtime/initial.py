@@ -39,13 +39,15 @@ def initialize(
         recipe = next((recipe for recipe, pattern in patterns if matches(name, pattern)), None)
         if recipe is None and recipes:
             raise ValueError(
-                f"nothing is known of how {name} is initialised; give the weights of the model (--weights)"
+                f"nothing is known of how {name} is initialised: no module of the model tells, and it had "
+                "no finite value; give the weights of the model (--weights)"
             )
         layout = Layout.of(name, parameter, mesh, placements)
         usual = (
             ("normal_", 0.0, 0.02) if len(layout.shape) > 1 else ("fill_", float(not name.endswith("bias")))
         )
-        fill(name, parameter, _Drawn(name, layout.shape, recipe or (usual,), seed), mesh, placements)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        fill(name, parameter, _Drawn(name, layout.shape, dtype, recipe or (usual,), seed), mesh, placements)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class _Drawn:
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     recipe: Recipe
     seed: int
 
@@ -69,7 +72,7 @@ class _Drawn:
 
     def _rows(self, first: int, last: int) -> Tensor:
         generator = torch.Generator().manual_seed(hashed(f"{self.seed} {self.name} {first}"))
-        rows = torch.empty(last - first, *self.shape[1:])
+        rows = torch.empty(last - first, *self.shape[1:], dtype=self.dtype)
         for op, *numbers in self.recipe:
             if op == "trunc_normal_":
                 mean, deviation, low, high = numbers

@@ -11,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from autopar.runtime.drawing import seed_ranks
+from autopar.runtime.hashing import hashed
+
 
 def start() -> torch.device:
     """Join the process group and return this rank's device."""
@@ -65,8 +68,9 @@ def seed_step(step: int, mesh: DeviceMesh, options: argparse.Namespace) -> None:
     """Random numbers of a step, of dropout above all: after a restart the same again, and the same on the
     ranks of a tensor axis, which are at the same layers and samples (`drawn_apart` where they have different
     parts; `drawn_together` where ranks of other axes have the same)."""
-    number, count = _place(mesh, ("pp", *JOINT["dp_cp"]))
-    torch.manual_seed(((options.seed * 2**32 + step) * count + number) % 2**63)
+    stage, _ = _place(mesh, ("pp",))
+    place, _ = _place(mesh, JOINT["dp_cp"])
+    seed_ranks(hashed(f"{options.seed} {step} {stage}"), place)
 
 
 def replica(mesh: DeviceMesh) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from autopar.compiler import save_reference
 from autopar.errors import AutoparError
+from autopar.plan import Plan
 from autopar.rewrite.program import Program, rewrite
 from graphs import Capture, GraphError, capture
 from tests.autopar.random_cases import EXPERTS, RandomCase, plan_for
@@ -92,16 +93,22 @@ class CaseRunner:
         result = self.check(given, lambda: rewrite(given.capture, plan_for(case, given.capture)))
         return replace(result, kind="equal") if is_rounding(result, case.model, given) else result
 
+    def fails(self, case: RandomCase, plan: Plan) -> bool:
+        """Whether the program of a plan for the model of a case does something else, but for rounding."""
+        given = original(case.model, case.dtype)
+        result = self.check(given, lambda: rewrite(given.capture, plan))
+        return result.kind == "failed" and not is_rounding(result, case.model, given)
+
     def check(self, given: Original, compiled: Callable[[], Program]) -> Result:
         """What becomes of a program of a model."""
         try:
             program = compiled()
+            reference = self._reference(given, program)
         except (AutoparError, GraphError) as error:
             return _refused(error)
         except Exception:  # whatever it is, it is the result of this case
             return Result("failed", text=traceback.format_exc())
         directory = program.save(self._directory / "program", force=True)
-        reference = self._reference(given, program)
         outcome = shared_pool().run(
             directory / "parity.py", program.plan.parallelism.world_size, "--reference", reference
         )
@@ -118,7 +125,7 @@ class CaseRunner:
         key = (id(given.model), p.microbatch_size, p.num_microbatches, p.dp, program.precision)
         if key not in self._references:
             path = self._directory / f"reference{len(self._references)}"
-            path.mkdir()
+            path.mkdir(exist_ok=True)
             self._references[key] = save_reference(
                 program, given.model, given.inputs, path, num_steps=self._num_steps
             )
@@ -128,9 +135,9 @@ class CaseRunner:
 def is_rounding(result: Result, model: str, given: Original) -> bool:
     """Whether a failure is that of half precision: gradients alone differ from the original's, and by no more
     than the roundings of both sides."""
-    (dtype,) = {each.dtype for each in given.model.parameters()}
     found = re.findall(r"(\w+): largest relative difference (\S+) of (\S+) allowed", result.text)
-    if result.kind != "failed" or dtype.itemsize > 2 or not found:
+    dtype, *others = {each.dtype for each in given.model.parameters()}
+    if result.kind != "failed" or not found or dtype.itemsize > 2 or others:
         return False
     limits = {what: float(limit) for what, _, limit in found} | {"gradients": 2 * own_rounding(model, dtype)}
     return all(float(off) <= limits[what] for what, off, _ in found)

@@ -51,6 +51,9 @@ class GraphBuilder:
         name = f"relu{len(self.ops)}"
         return self._op("aten.relu.default", (Ref(x),), self.tensors[x].shape, saved=(name,), name=name)
 
+    def drop(self, x: str) -> str:
+        return self._op("aten.dropout.default", (Ref(x), 0.5, True), self.tensors[x].shape)
+
     def add(self, x: str, y: str) -> str:
         return self._op("aten.add.Tensor", (Ref(x), Ref(y)), self.tensors[x].shape)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.autopar.case_runner import Result, is_rounding, original, own_rounding
+from tests.autopar.case_runner import CaseRunner, Original, Result, is_rounding, original, own_rounding
+from tests.autopar.random_cases import plan_for, random_case
 
 PRINTED = """NOT EQUAL
 loss: largest relative difference {loss} of 5e-02 allowed (step 1)
@@ -36,3 +40,26 @@ def test_only_gradients_in_half_precision_may_be_off_and_as_far_as_the_originals
 def test_a_crash_is_no_rounding() -> None:
     crashed = Result("failed", text="ZeroDivisionError")
     assert not is_rounding(crashed, "mlp", original("mlp", torch.bfloat16))
+
+
+def test_models_of_several_dtypes_have_no_rounding_of_their_own() -> None:
+    given = original("mlp", torch.bfloat16)
+    mixed = deepcopy(given.model)
+    next(mixed.parameters()).data = next(mixed.parameters()).data.double()
+    several = Original(mixed, given.inputs, given.capture)
+    off = Result("failed", 0.06, PRINTED.format(loss="1e-02", gradients=0.06))
+    for result in (Result("equal"), off):
+        assert not is_rounding(result, "mlp", several)
+
+
+@pytest.mark.parametrize(("times_own", "fails"), [(1.9, False), (2.1, True)])
+def test_what_shrinks_a_case_is_no_rounding(
+    times_own: float, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = replace(random_case("gpt2", "tp", 0), dtype=torch.bfloat16)
+    plan = plan_for(case, original("gpt2", torch.bfloat16).capture)
+    off = times_own * own_rounding("gpt2", torch.bfloat16)
+    with CaseRunner(num_steps=1) as runner:
+        verdict = Result("failed", off, PRINTED.format(loss="1e-02", gradients=off))
+        monkeypatch.setattr(runner, "check", lambda *_: verdict)
+        assert runner.fails(case, plan) == fails

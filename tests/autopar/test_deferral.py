@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from autopar.runtime.deferral import (
     leave_weights,
 )
 from graphs import capture
+from graphs.ir import Op, Ref
 from tests.autopar.graph_builder import GraphBuilder
 from tests.models import case
 
@@ -151,3 +154,21 @@ def test_products_of_experts_leave_the_gradients_of_all_their_matrices() -> None
     deferred = [op for op in defer_weights(stage, graph).ops if op.target == "deferred.grouped_mm"]
     read = {op.inputs[1] for op in deferred}
     assert read == {each.tensor for each in graph.parameters if "experts" in each.name}
+
+
+@pytest.mark.parametrize("further", [{"bias": Ref("input0")}, {"out_dtype": torch.float32}, {"bias": None}])
+def test_grouped_products_that_do_more_are_left_as_they_are(further: dict[str, object]) -> None:
+    make = GraphBuilder()
+    rows, ends = make.input(6, 8), make.input(3)
+    weight = make.parameter(3, 8, 4)
+    make.tensors["product"] = replace(make.tensors[rows], name="product", requires_grad=True)
+    args = (Ref(rows), Ref(weight))
+    make.ops.append(
+        Op("product", "aten._grouped_mm.default", args, {"offs": Ref(ends), **further}, ("product",), "")
+    )
+    graph = make.graph(make.sum("product"))
+    (stage,) = cut(graph, ["product"], (graph.loss or "",))
+    (product, _) = defer_weights(stage, graph).ops
+    is_deferred = further == {"bias": None}
+    assert product.target == ("deferred.grouped_mm" if is_deferred else "aten._grouped_mm.default")
+    assert is_deferred or product.kwargs == {"offs": Ref(ends), **further}

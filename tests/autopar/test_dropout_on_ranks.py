@@ -1,7 +1,8 @@
-"""Dropout: other random numbers where ranks hold other parts of a tensor, the same for the same."""
+"""Random ops: other numbers where ranks hold other parts of a tensor, the same for the same."""
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar.plan import Parallelism
-from autopar.runtime.drawing import drawn_apart
+from autopar.rewrite.draws import is_random
+from autopar.runtime.drawing import drawn_apart, drawn_together, seed_ranks
 from graphs import capture
+from graphs.ir import Op, Ref
 from tests.autopar.rank_pool import shared_pool
 from tests.models import case
 
@@ -98,3 +102,99 @@ def test_ranks_draw_apart_and_then_together_again() -> None:
     assert not torch.equal(first[0], first[1])
     assert torch.equal(first[2], second[2])
     assert all(torch.equal(one, again) for one, again in zip(first, rank(0), strict=True))
+
+
+def test_ranks_with_numbers_of_their_own_draw_together_and_then_apart_again() -> None:
+    def rank(place: int, common: int = 5) -> list[Tensor]:
+        seed_ranks(common, place)
+        own = torch.rand(8 + place)[:8]  # of which ranks may draw more or less
+        together = [drawn_together(lambda: torch.rand(8)) for _ in range(2)]
+        return [own, *together, torch.rand(8)]
+
+    first, second = rank(0), rank(1)
+    alike = [torch.equal(one, other) for one, other in zip(first, second, strict=True)]
+    assert alike == [False, True, True, False]
+    for draws in (first, second, [first[1], rank(0, common=6)[1]]):
+        assert not any(torch.equal(one, other) for one, other in combinations(draws, 2))
+
+
+def test_recomputation_draws_together_what_was_drawn() -> None:
+    def block(x: Tensor) -> Tensor:
+        y = x * drawn_together(lambda: torch.rand(8))
+        found.append(y.detach())
+        return y.exp()
+
+    found: list[Tensor] = []
+    seed_ranks(5, 1)
+    x = torch.ones(8, requires_grad=True)
+    for _ in range(2):
+        x = checkpoint(block, x, use_reentrant=False)
+    x.sum().backward()
+    first, second, second_again, first_again = found
+    assert torch.equal(first, first_again)
+    assert torch.equal(second, second_again)
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "draws"),
+    [
+        ("aten.dropout.default", (0.1, True), True),
+        ("aten.dropout.default", (0.0, True), False),
+        ("aten.dropout.default", (0.1, False), False),
+        ("aten.lstm.input", ([], [], True, 2, 0.1, True, False, True), True),
+        ("aten.lstm.input", ([], [], True, 2, 0.0, True, False, True), False),
+        ("aten.gru.input", (Ref("h"), [], True, 2, 0.1, False, False, True), False),
+        ("aten.scaled_dot_product_attention.default", (Ref("k"), Ref("v"), None, 0.1), True),
+        ("aten.scaled_dot_product_attention.default", (Ref("k"), Ref("v")), False),
+        ("autopar.scaled_dot_product_attention", (Ref("k"), Ref("v"), None, 0.1), True),
+        ("aten.randn_like.default", (), True),
+        ("aten.relu.default", (), False),
+    ],
+)
+def test_an_op_is_random_where_it_draws_numbers(target: str, args: tuple[object, ...], draws: bool) -> None:
+    assert is_random(Op("op", target, (Ref("x"), *args), {}, ("y",), "")) == draws
+
+
+class Denoising(nn.Module):
+    """Its loss is free of the noise, if both that read it read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.second = nn.Parameter(torch.randn(8))
+        self.double()
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        noise = torch.randn_like(x)
+        return F.mse_loss((self.first(x) + noise) + self.second, target + 0.5 * noise + 0.5 * noise)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"pp": 2, "num_microbatches": 2},
+        {"pp": 2, "num_microbatches": 2, "recompute": "full"},
+        {"tp": 2},
+        {"cp": 2},
+        {"dp_shard": 2, "zero_stage": 3},
+    ],
+    ids=str,
+)
+def test_noise_is_the_same_wherever_it_is_read(tmp_path: Path, degrees: dict[str, object]) -> None:
+    def inputs(batch: int) -> dict[str, Tensor]:
+        rows = torch.arange(8.0 * 16 * batch, dtype=torch.float64).view(batch, 16, 8)
+        return {"x": rows.sin(), "target": rows.cos()}
+
+    torch.manual_seed(0)
+    model = Denoising()
+    parallelism = Parallelism.model_validate({"microbatch_size": 2, **degrees})
+    captured = capture(model, inputs, name="denoising")
+    plan = autopar.evaluate(captured, "local-cpu*2", parallelism=parallelism)
+    program = autopar.compile(captured, plan)
+    directory = program.save(tmp_path / "program")
+    autopar.save_reference(program, model, inputs, directory)
+    assert program.source.count("randn_like.default(") == 1
+    outcome = shared_pool().run(directory / "parity.py", 2)
+    assert f"{outcome.verdict} {outcome.output}".startswith("equal"), program.source

@@ -125,3 +125,22 @@ def test_gradients_of_experts_are_summed_over_those_who_hold_the_same() -> None:
     assert plain.expert_gradients == "dp_replicate"
     assert ProgramMesh.of(Parallelism(dp_replicate=2, ep=2)).expert_gradients is None
     assert ProgramMesh.of(Parallelism(dp_shard=4, ep=2, zero_stage=1)).expert_gradients is None
+
+
+def test_a_stage_that_begins_amid_experts_is_refused() -> None:
+    """It would receive as many rows as there are on average, where a rank has more or fewer."""
+    parallelism = Parallelism(dp_replicate=2, ep=2, pp=2, num_microbatches=2, microbatch_size=2)
+    model = captured("mixtral")
+    products = [op for op in model.graph.ops if "grouped_mm" in op.target]
+    plan = plan_of(model.graph, parallelism, {})
+    router = next(op for op in model.graph.ops if op.module == "model.layers.1.mlp.gate")
+    for op, is_inside in ((products[0], True), (products[1], True), (router, False)):
+        last = plan.stages[1].model_copy(update={"first_op": op.name})
+        cut_there = plan.model_copy(update={"stages": (plan.stages[0], last)})
+        if is_inside:
+            with pytest.raises(
+                RewriteError, match=rf"stage 2 of 2 would begin with {op.name} .* amid experts"
+            ):
+                rewrite(model, cut_there)
+        else:
+            assert rewrite(model, cut_there)

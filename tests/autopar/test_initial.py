@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import pytest
@@ -20,9 +21,9 @@ from tests.models import ALL, Case, case
 NO_MESH = cast(DeviceMesh, None)
 
 
-def made(recipe: Recipe, *shape: int) -> Tensor:
+def made(recipe: Recipe, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     holder = nn.Module()
-    holder.weight = nn.Parameter(torch.empty(shape))
+    holder.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
     initialize(holder, NO_MESH, {}, {recipe: ["weight"]})
     return holder.weight.detach()
 
@@ -88,6 +89,61 @@ def test_what_follows_a_draw_belongs_to_the_recipe() -> None:
     assert initial.values["copied.weight"].flatten().tolist() == [*range(16)]
 
 
+def _matrices(count: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(4, 4)) for _ in range(count)]
+
+
+class Views(nn.Module):
+    """Initialised through views of its parameters, of which some lie in one memory, and from each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned, self.drawn_turned, self.column, self.flat = _matrices(4)
+        self.source, self.follower, self.computed, self.orthogonal = _matrices(4)
+        memory = torch.randn(8, 4)
+        self.upper, self.lower = nn.Parameter(memory[:4]), nn.Parameter(memory[4:])
+        self.never = nn.Parameter(torch.full((4,), math.nan))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for each in (self.column, self.source, self.computed, self.lower):
+            each.normal_()
+        self.turned.T.copy_(torch.arange(16.0).view(4, 4))
+        self.column[:, 0].zero_()
+        self.drawn_turned.T.uniform_()
+        self.flat.view(-1).fill_(2)
+        self.follower.copy_(self.source)
+        self.computed.copy_(self.computed / self.computed.norm())
+        nn.init.orthogonal_(self.orthogonal)
+        self.upper.fill_(3)
+
+
+def test_recipes_are_not_guessed_from_views_and_other_parameters() -> None:
+    """What cannot be told is what the model holds: here values that belong together."""
+    model = Views()
+    initial = initial_values(model)
+    saved = {name for name, recipe in initial.recipes.items() if recipe[:1] == SAVED}
+    assert saved == {"turned", "column", "source", "follower", "computed", "orthogonal"}
+    for name in saved - {"orthogonal"}:
+        assert torch.equal(initial.values[name], getattr(model, name))
+    orthogonal = initial.values["orthogonal"]
+    torch.testing.assert_close(orthogonal @ orthogonal.T, torch.eye(4))
+    assert initial.recipes["drawn_turned"] == (("uniform_", 0.0, 1.0),)
+    assert initial.recipes["flat"] == (("fill_", 2),)
+    assert initial.recipes["upper"] == (("fill_", 3),)
+    assert initial.recipes["lower"] == (("normal_", 0.0, 1.0),)
+    assert "never" not in initial.recipes
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_values_are_saved_in_the_dtype_of_the_parameter(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = torch.randn(4, 4, dtype=dtype)
+    monkeypatch.setattr("autopar.runtime.initial.saved_tensor", lambda _: value)
+    assert torch.equal(made(SAVED, 4, 4, dtype=dtype), value)
+
+
 @pytest.mark.parametrize("name", ["mamba", "whisper", "clip"])
 def test_values_that_a_model_computes_go_with_the_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -106,7 +162,7 @@ def test_values_that_a_model_computes_go_with_the_program(name: str, monkeypatch
 
 def test_what_is_not_known_is_asked_for() -> None:
     recipes: dict[Recipe, list[str]] = {(("fill_", 1.0),): ["bias"]}
-    with pytest.raises(ValueError, match=r"how weight is initialised; give the weights .*--weights"):
+    with pytest.raises(ValueError, match=r"how weight is initialised.*; give the weights .*--weights"):
         initialize(nn.Linear(2, 2), NO_MESH, {}, recipes)
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import autopar
+from autopar.errors import RewriteError
 from autopar.plan import Parallelism
+from autopar.rewrite.parity import reference
 from autopar.rewrite.precision import precision_of
 from autopar.runtime.loss_scale import LossScale
 from autopar.runtime.optimizers import MasterAdamW
@@ -22,6 +24,7 @@ from tests.models import case
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 FP32_GRADIENTS = "adamw-mixed-fp32-gradients"
+OFFLOADED: dict[str, object] = {"offload": "optimizer"}
 SPLIT_BACKWARD: dict[str, object] = {"schedule": "InterleavedZeroBubble", "num_virtual_stages": 2}
 
 TRIALS: tuple[tuple[str, torch.dtype, str | None, dict[str, object]], ...] = (
@@ -31,7 +34,10 @@ TRIALS: tuple[tuple[str, torch.dtype, str | None, dict[str, object]], ...] = (
     ("gpt2", BF16, FP32_GRADIENTS, {"dp_replicate": 2, "num_microbatches": 2}),
     ("bert", BF16, None, {"tp": 2}),
     ("gpt2", BF16, None, {"pp": 2, "num_microbatches": 2}),
-    ("gpt2", BF16, None, {"dp_shard": 2, "zero_stage": 2, "offload": "optimizer"}),
+    ("gpt2", BF16, None, {"dp_shard": 2, "zero_stage": 1, "num_microbatches": 2} | OFFLOADED),
+    ("gpt2", BF16, None, {"dp_shard": 2, "zero_stage": 2, "num_microbatches": 2} | OFFLOADED),
+    ("llama", BF16, None, {"dp_shard": 2, "zero_stage": 3, "num_microbatches": 2} | OFFLOADED),
+    ("gpt2", BF16, FP32_GRADIENTS, {"dp_replicate": 2, "num_microbatches": 2} | OFFLOADED),
     ("llama", BF16, "adamw-bf16", {"dp_shard": 2, "zero_stage": 3}),
     ("gpt2", FP16, None, {"dp_replicate": 2, "num_microbatches": 2}),
     ("gpt2", FP16, None, {"pp": 2, "num_microbatches": 2}),
@@ -99,6 +105,37 @@ def prepared(
     program.save(directory)
     autopar.save_reference(program, model, inputs, directory)
     return directory
+
+
+def test_a_model_whose_own_gradients_overflow_is_no_reference() -> None:
+    model = nn.Linear(4, 1, bias=False).to(FP16)
+    precision = precision_of(optimizer_policy("adamw-mixed"), FP16)
+
+    class Scaled(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.inner, self.factor = model, factor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.inner(x) * self.factor).mean()
+
+    before = model.weight.detach().clone()
+    batch = {"x": torch.ones(2, 4, dtype=FP16)}
+    found = reference(Scaled(0.5), batch, 1, "output", precision=precision)["gradients"]
+    assert isinstance(found, dict)
+    assert found["inner.weight"].tolist() == [[0.5] * 4]
+    with pytest.raises(RewriteError, match=r"overflow in float16 \(inner.weight, 1 of 1 .* loss scale 32768"):
+        reference(Scaled(4.0), batch, 1, "output", precision=precision)
+    assert torch.equal(model.weight, before)
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_wide_gradients_of_offloaded_shards_are_refused(tmp_path: Path, zero_stage: int) -> None:
+    """`fully_shard` would round them to the dtype of the shards."""
+    degrees = {"dp_shard": 2, "zero_stage": zero_stage, **OFFLOADED}
+    with pytest.raises(RewriteError, match=rf"float32, but under ZeRO-{zero_stage} .* plan with adamw-mixed"):
+        prepared(tmp_path, "gpt2", BF16, FP32_GRADIENTS, degrees)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,17 @@ def test_what_has_no_gradient_is_computed_again_and_not_sent() -> None:
     assert last.batch == ("input0",)
 
 
+def test_random_numbers_are_drawn_in_one_stage_and_sent() -> None:
+    make = GraphBuilder()
+    noise = make.drop(make.input(4, 8))
+    mask = make.relu(noise)
+    first = make.mul(make.linear(make.input(4, 8), 8), mask)
+    graph = make.graph(make.sum(make.mul(first, mask)))
+    _, last = cut(graph, [graph.ops[0].name, graph.ops[4].name], (graph.loss or "",))
+    assert last.receives == (mask, first)
+    assert [op.output for op in last.ops] == ["mul4", "sum5"]
+
+
 def test_a_value_without_gradient_that_comes_from_one_with_is_sent() -> None:
     make = GraphBuilder()
     first = make.linear(make.input(4, 8), 8)
