@@ -143,7 +143,7 @@ def canonical_form(graph: OpGraph, path: str, extent: Range) -> Hashable:
             numbers[name] = ("inside", local)
             local += 1
             results.append(spec(name))
-        lines.append((op.target, arguments, tuple(results), op.module[len(path) :]))
+        lines.append((op.target, arguments, tuple(results), op.window, op.module[len(path) :]))
     return tuple(lines)
 
 

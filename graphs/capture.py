@@ -74,9 +74,9 @@ def capture(
     inputs_at = inputs_of_any_batch(example_inputs)
     title = name or type(model).__name__
     found = _capture_shortened(model, inputs_at, title) or _capture_both(model, inputs_at, title)
-    graph, other = found.graph, found.other
+    graph, other = _annotated(found.graph, model), found.other
     return Capture(
-        _annotated(replace(graph, blocks=find_blocks(graph)), model),
+        replace(graph, blocks=find_blocks(graph)),
         _annotated(other, model) if isinstance(other, OpGraph) else other,
     )
 

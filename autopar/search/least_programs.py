@@ -13,7 +13,7 @@ from autopar.search.block_ilp import MANY_MICROBATCHES
 from autopar.search.context import exchange_floor_s
 from autopar.search.local_programs import Program, ProgramKey
 from autopar.search.relaxed import Stretch, relaxed
-from autopar.search.units import Chain, stretches
+from autopar.search.units import Chain, in_turns, stretches
 from costmodel.orders import OVERLAPPING_SCHEDULES
 
 if TYPE_CHECKING:
@@ -69,11 +69,12 @@ class LeastPrograms:
             return [None] * len(device.units)
         replica, ilp = self.programs.replica_of(key), self.programs.ilp(key)
         worth_s = SMALLEST_SHARE * sum(unit.cost.total_s for unit in device.units)
+        repeats = self.programs.shallow.repeats
+        runs = [(run, repeats.get(run[2] or "", 1)) for run in stretches(replica.whole, replica.local.graph)]
         found: list[Stretch | None] = []
-        for start, stop, block in stretches(replica.whole, replica.local.graph):
-            number = self.programs.shallow.repeats.get(block or "", 1)
-            is_worth = number * device.units[len(found)].cost.total_s > worth_s
-            found += [Stretch(ilp, start, stop, 1 / parts) if is_worth else None] * number
+        for (start, stop, block), _ in in_turns(runs):
+            seconds = repeats.get(block or "", 1) * device.units[len(found)].cost.total_s
+            found.append(Stretch(ilp, start, stop, 1 / parts) if seconds > worth_s else None)
         return found
 
     def floor_s(self, microbatch_size: int, tp: int) -> float:

@@ -1,21 +1,28 @@
 """A deep model made shallow for the search: of a long run of equal blocks the first, one in the middle, and
-the last.
+the last; of one whose blocks take turns, as sliding and full attention do, of every kind.
 
 Blocks of one class share their strategies, so all that a search must know of the others is how many there
-are: the middle one stands for them. What was found is carried back to the full depth (`programs`), where it
+are: the middle ones stand for them. What was found is carried back to the full depth (`programs`), where it
 is priced again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from graphs import Capture
 from graphs.ir import Block, Op, OpGraph, Ref, map_refs
 
 SHORTEST_RUN = 5
-"""Blocks in a run from which on it pays to shorten it."""
+"""Turns in a run from which on it pays to shorten it."""
+
+MOST_KINDS = 8
+"""The most blocks that may take turns."""
+
+Turn = tuple[Block, ...]
+"""Blocks of one or several classes, which neighbouring turns repeat in the same order."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ def shallow(capture: Capture, borders: frozenset[str] = frozenset()) -> Shallow:
         graph=_shorten(capture.graph, runs),
         other=_shorten(other, runs) if isinstance(other, OpGraph) else other,
     )
-    return Shallow(shortened, {run[1].path: len(run) - 2 for run in runs})
+    return Shallow(shortened, {block.path: len(run) - 2 for run in runs for block in run[1]})
 
 
 def counts_by_name(graph: OpGraph, repeats: Mapping[str, int]) -> dict[str, int]:
@@ -65,44 +72,64 @@ def local_counts(ops: Sequence[Op], counts: Mapping[str, int]) -> tuple[int, ...
     return tuple(reversed(found))
 
 
-def _runs(graph: OpGraph, borders: frozenset[str]) -> list[tuple[Block, ...]]:
-    """Long runs of adjacent blocks of one class that only pass values from each to the next."""
-    runs: list[list[Block]] = []
+def _runs(graph: OpGraph, borders: frozenset[str]) -> list[tuple[Turn, ...]]:
+    """Long runs of turns that only pass values from each to the next."""
+    stretches: list[list[Block]] = []
     for block in graph.blocks:
-        last = runs[-1][-1] if runs and block.path not in borders else None
-        if last is not None and last.block_class == block.block_class and last.stop == block.start:
-            runs[-1].append(block)
+        last = stretches[-1][-1] if stretches and block.path not in borders else None
+        if last is not None and last.stop == block.start:
+            stretches[-1].append(block)
         else:
-            runs.append([block])
-    return [tuple(run) for run in runs if len(run) >= SHORTEST_RUN and _is_chain(graph, run)]
+            stretches.append([block])
+    return [run for stretch in stretches for run in _turns(stretch) if _is_chain(graph, run)]
 
 
-def _is_chain(graph: OpGraph, run: Sequence[Block]) -> bool:
-    """Whether each block reads only what was there before the run and what the block before it made, and what
-    comes after the run reads only the last block."""
-    first, last = run[0].start, run[-1]
-    earliest = first
-    for before, block in zip([None, *run[:-1]], run, strict=True):
-        earliest = first if before is None else before.start
-        for op in graph.ops[block.start : block.stop]:
+def _turns(blocks: Sequence[Block]) -> Iterator[tuple[Turn, ...]]:
+    """The runs among adjacent blocks, each with as many kinds that take turns as leaves out most blocks."""
+    start = 0
+    while start < len(blocks):
+        ahead = blocks[start:]
+        numbers = {kinds: _num_turns(ahead, kinds) for kinds in range(1, MOST_KINDS + 1)}
+        kinds = max(numbers, key=lambda kinds: ((numbers[kinds] - 3) * kinds, -kinds))
+        if numbers[kinds] < SHORTEST_RUN:
+            start += 1
+            continue
+        stop = numbers[kinds] * kinds
+        yield tuple(tuple(ahead[place : place + kinds]) for place in range(0, stop, kinds))
+        start += stop
+
+
+def _num_turns(blocks: Sequence[Block], kinds: int) -> int:
+    """How often the first so many blocks are repeated from the beginning on."""
+    classes = [block.block_class for block in blocks]
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(classes, classes[kinds:], strict=False))
+    return (sum(1 for _ in alike) + kinds) // kinds
+
+
+def _is_chain(graph: OpGraph, run: Sequence[Turn]) -> bool:
+    """Whether each turn reads only what was there before the run and what the turn before it made, and what
+    comes after the run reads only the last turn."""
+    first, last = run[0][0].start, run[-1]
+    for before, turn in zip([None, *run[:-1]], run, strict=True):
+        earliest = first if before is None else before[0].start
+        for op in graph.ops[turn[0].start : turn[-1].stop]:
             if any(first <= graph.producer.get(name, -1) < earliest for name in op.inputs):
                 return False
-    made = {name for op in graph.ops[first : last.start] for name in op.outputs}
-    read = {name for op in graph.ops[last.stop :] for name in op.inputs}
+    made = {name for op in graph.ops[first : last[0].start] for name in op.outputs}
+    read = {name for op in graph.ops[last[-1].stop :] for name in op.inputs}
     return not made & (read | set(graph.outputs))
 
 
-def _shorten(graph: OpGraph, runs: Iterable[tuple[Block, ...]]) -> OpGraph:
+def _shorten(graph: OpGraph, runs: Iterable[tuple[Turn, ...]]) -> OpGraph:
     dropped: set[int] = set()
     renamed: dict[str, str] = {}
     removed_blocks: set[str] = set()
     for run in runs:
-        middle, last_dropped = run[1], run[-2]
-        for block in run[2:-1]:
-            dropped.update(range(block.start, block.stop))
-            removed_blocks.add(block.path)
-        for offset in range(middle.stop - middle.start):
-            gone, stays = graph.ops[last_dropped.start + offset], graph.ops[middle.start + offset]
+        for turn in run[2:-1]:
+            dropped.update(range(turn[0].start, turn[-1].stop))
+            removed_blocks.update(block.path for block in turn)
+        middle, last_dropped = (graph.ops[turn[0].start : turn[-1].stop] for turn in (run[1], run[-2]))
+        for stays, gone in zip(middle, last_dropped, strict=True):
             renamed.update(zip(gone.outputs, stays.outputs, strict=True))
     ops = tuple(_renamed(op, renamed) for index, op in enumerate(graph.ops) if index not in dropped)
     read = {name for op in ops for name in op.inputs} | {name for op in ops for name in op.saved}

@@ -7,9 +7,11 @@ may not be cut further. Everything a stage costs is a sum, or a union, over its 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, compress
+from itertools import accumulate, compress, groupby
+from operator import itemgetter
+from typing import TypeVar
 
 from autopar.kernels import KernelMaker, Kernels
 from autopar.localize import Localized
@@ -21,6 +23,8 @@ from autopar.search.keep_sets import Choice, Result, frontier, keep_sets, result
 from autopar.search.saved import Saved, SavedActivations
 from costmodel import Software
 from graphs.ir import Block, Op, OpGraph
+
+T = TypeVar("T")
 
 NO_COST = OpCost()
 
@@ -167,8 +171,8 @@ def build_chain(
     """The chain of a local graph, whose blocks are those of the graph `whole` that it was made from; nothing
     has a price yet.
 
-    `maker` makes the kernels; `repeats` has the paths of blocks that stand for several in a row, and for how
-    many.
+    `maker` makes the kernels; `repeats` has the paths of blocks that stand for several, and for how many:
+    neighbours among them take turns.
     """
     graph = local.graph
     builder = _Builder(graph, maker)
@@ -184,14 +188,27 @@ def build_chain(
             is_partial=state == RP,
             num_matrices=tensor.shape[0] if len(tensor.shape) == 3 else 1,
         )
+    made = [
+        (builder.unit(*run, crossing), (repeats or {}).get(run[2] or "", 1))
+        for run, crossing in zip(runs, crossings, strict=True)
+    ]
     units = []
-    for (start, stop, block), crossing in zip(runs, crossings, strict=True):
-        unit = builder.unit(start, stop, block, crossing)
-        units.append(unit)
-        for number in range(1, (repeats or {}).get(block or "", 1)):
-            units.append(builder.copy(unit, number))
+    for unit, number in in_turns(made):
+        units.append(builder.copy(unit, number) if number else unit)
+        if number:
             parameters |= {f"{name}#{number}": parameters[name] for name in unit.parameters}
     return Chain(tuple(units), parameters, maker.software)
+
+
+def in_turns(items: Iterable[tuple[T, int]]) -> Iterator[tuple[T, int]]:
+    """Items that stand for so many each, as often and in the order in which they run, with the number of the
+    repetition: neighbours that stand for several take turns."""
+    for times, group in groupby(items, key=itemgetter(1)):
+        found = [item for item, _ in group]
+        if times == 1:
+            yield from ((item, 0) for item in found)
+        else:
+            yield from ((item, number) for number in range(times) for item in found)
 
 
 Stretch = tuple[int, int, str | None]

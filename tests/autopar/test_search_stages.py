@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from itertools import combinations
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import graphs
 from autopar.plan import Parallelism, ScheduleName
 from autopar.pricing import DEFAULT_SOFTWARE, OpCost, Pricer
 from autopar.search.bounds import pipeline_floor_s
@@ -20,6 +24,7 @@ from autopar.search.stage_table import StageTable
 from autopar.search.stages import best_cut
 from autopar.search.units import Chain, ParameterShard, Unit
 from costmodel import Overlap, optimizer_policy, peak_in_flight, simulate, software
+from graphs import Capture
 from tests.autopar.small_models import cluster, tower
 
 POLICY = optimizer_policy("adamw-fp32")
@@ -134,11 +139,50 @@ def test_more_stages_than_units_is_no_cut() -> None:
     assert best_cut(table, Parallelism(pp=7, num_microbatches=7), machine(1e9), NO_SENDS) is None
 
 
+@cache
+def turns(widths: tuple[int, ...]) -> Capture:
+    """Blocks that widen by so many times each."""
+
+    class Block(nn.Module):
+        def __init__(self, times: int) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64 * times), nn.Linear(64 * times, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(torch.relu(self.up(x)))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(64, 64)
+            self.layers = nn.ModuleList(map(Block, widths))
+            self.head = nn.Linear(64, 8)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            x = self.stem(x)
+            for layer in self.layers:
+                x = layer(x)
+            return {"loss": self.head(x).square().mean()}
+
+    return graphs.capture(Model(), lambda batch: {"x": torch.zeros(batch, 64)}, name="turns")
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("dp", [1, 2])
-def test_the_shallow_model_is_as_long_and_as_dear_as_the_full_one(tp: int, dp: int) -> None:
-    capture = tower(depth=9)
-    assert len(shallow(capture).capture.graph.ops) < len(capture.graph.ops) / 2
+@pytest.mark.parametrize(
+    ("capture", "num_blocks"),
+    [
+        (tower(depth=9), 3),
+        (turns((2, 4) * 7), 6),
+        (turns((2, 2, 4) * 6 + (2, 2)), 11),
+        (turns((8, *(2, 4) * 5, *(2,) * 6)), 6 + 3),
+    ],
+    ids=["alike", "two take turns", "three with some left", "one after the other"],
+)
+def test_the_shallow_model_is_as_long_and_as_dear_as_the_full_one(
+    capture: Capture, num_blocks: int, tp: int, dp: int
+) -> None:
+    assert len(shallow(capture).capture.graph.blocks) == num_blocks
     p = Parallelism(dp_replicate=dp, tp=tp, microbatch_size=2, num_microbatches=4)
     programs = Programs(capture, cluster())
     short, full = programs.program(p).chain, programs.depths.finished(programs.program(p)).chain
@@ -148,7 +192,8 @@ def test_the_shallow_model_is_as_long_and_as_dear_as_the_full_one(tp: int, dp: i
         assert one.cost == pytest.approx(other.cost, rel=1e-9)
         assert other.cost == pytest.approx(third.cost, rel=1e-9)
         assert one.saved["none"].num_bytes == other.saved["none"].num_bytes
-        assert one.received_bytes == other.received_bytes
+        assert one.received_bytes == other.received_bytes == third.received_bytes
+        assert len(one.parameters) == len(third.parameters)
     assert sum(s.num_elements for s in short.parameters.values()) == sum(
         s.num_elements for s in full.parameters.values()
     )
