@@ -35,14 +35,18 @@ def identical_modules(first: nn.Module, other: nn.Module, offset: int) -> bool:
     )
 
 
-def uniform_settings(model: nn.Module, container: str, length: int, positions: Sequence[int]) -> bool:
-    """Whether no list with an entry per child, in the modules above or their configurations, differs."""
-    for values in _lists_above(model, container):
-        if len(values) == length and any(
-            not _same(values[positions[0]], values[index], 0) for index in positions
-        ):
-            return False
-    return True
+def settings_repeat(model: nn.Module, container: str, start: int, period: int) -> bool:
+    """Whether lists with an entry per child, in the modules above or their configurations, repeat from `start`.
+
+    To their end, not only that of a run: with children left out, those behind them find entries further ahead.
+    """
+    length = len(model.get_submodule(container)._modules)
+    return all(
+        _same(values[index - period], values[index], 0)
+        for values in _lists_above(model, container)
+        if len(values) == length
+        for index in range(start + period, length)
+    )
 
 
 def _lists_above(model: nn.Module, container: str) -> Iterator[Sequence[Any]]:

@@ -1,9 +1,10 @@
 """Capture one instance of what repeats: shorten long runs of identical modules, and expand the graph again.
 
-A run is a stretch of structurally identical children of one container. Only a few of them are exported; where
-the graph shows that the second and the last of these do the same, each to what the one before left, the
-second is cloned for every child left out. `expanded` returns None where it does not show that, and the whole
-model is exported instead.
+A run is a stretch of children of one container, each structurally identical to the one a period before. An
+instance is one period of them: a layer of most models, or several where kinds of layers alternate. Only a few
+instances are exported; where the graph shows that the second and the last of these do the same, each to what
+the one before left, the second is cloned for every instance left out. `expanded` returns None where it does
+not show that, and the whole model is exported instead.
 """
 
 from __future__ import annotations
@@ -17,68 +18,99 @@ from typing import Any
 from torch import nn
 
 from graphs.blocks import is_under, op_range
-from graphs.identical import identical_modules, uniform_settings
+from graphs.identical import identical_modules, settings_repeat
 from graphs.ir import Op, OpGraph, Ref, map_refs
 from graphs.leaves import with_leaves_of
 
 MIN_RUN = 5
-"""Shorter runs are not worth shortening."""
+"""A run of fewer instances is not worth shortening: up to four are exported."""
+
+MAX_PERIOD = 8
+"""Children of an instance at most: as many as the longest patterns of layers in use have."""
+
+Paths = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Identical children of a container, by name in order."""
+    """Children of a container, by name in order: whole instances of `period` children each."""
 
     container: str
     children: tuple[str, ...]
+    period: int = 1
 
-    def path(self, index: int) -> str:
-        return f"{self.container}.{self.children[index]}" if self.container else self.children[index]
+    @property
+    def length(self) -> int:
+        """The number of instances."""
+        return len(self.children) // self.period
+
+    def paths(self, start: int, stop: int) -> Paths:
+        """The children of some instances."""
+        prefix = f"{self.container}." if self.container else ""
+        return tuple(prefix + name for name in self.children[start * self.period : stop * self.period])
+
+    def instance(self, index: int) -> Paths:
+        """The children of one instance."""
+        return self.paths(index, index + 1)
 
 
 def find_runs(model: nn.Module) -> tuple[Run, ...]:
-    """The outermost runs of at least `MIN_RUN` identical children in module lists and sequences."""
+    """The outermost runs of at least `MIN_RUN` identical instances in module lists and sequences."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     shared = {key for key, count in owners.items() if count > 1}
     runs: list[Run] = []
     for path, module in model.named_modules():
-        if any(is_under(path, run.path(index)) for run in runs for index in range(len(run.children))):
+        if any(is_under(path, child) for run in runs for child in run.paths(0, run.length)):
             continue
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            runs += [
-                Run(path, names)
-                for names in _stretches(module, shared)
-                if uniform_settings(
-                    model, path, len(module), [list(module._modules).index(name) for name in names]
-                )
-            ]
+            runs += _runs_in(model, path, shared)
     return tuple(runs)
 
 
-def _stretches(container: nn.Module, shared: set[int]) -> Iterator[tuple[str, ...]]:
-    """Names of neighbouring children that are identical and share no parameter with anything."""
-    names = list(container._modules)
+def _runs_in(model: nn.Module, path: str, shared: set[int]) -> Iterator[Run]:
+    """Runs of a container, first come first served, each of the period that leaves out most children."""
+    modules = model.get_submodule(path)._modules
+    names = tuple(modules)
     children = [
         child if child is not None and not any(id(item) in shared for item in child.parameters()) else None
-        for child in container._modules.values()
+        for child in modules.values()
     ]
     start = 0
-    for end in range(1, len(names) + 1):
-        first, other = children[start], children[end] if end < len(names) else None
-        if first is None or other is None or not identical_modules(first, other, end - start):
-            if end - start >= MIN_RUN:
-                yield tuple(names[start:end])
-            start = end
+    while start < len(names):
+        lengths = {period: _num_instances(children, start, period) for period in range(1, MAX_PERIOD + 1)}
+        periods = [
+            period
+            for period, length in lengths.items()
+            if length >= MIN_RUN and settings_repeat(model, path, start, period)
+        ]
+        if periods:
+            period = max(periods, key=lambda period: (lengths[period] - MIN_RUN + 1) * period)
+            stop = start + lengths[period] * period
+            yield Run(path, names[start:stop], period)
+            start = stop
+        else:
+            start += 1
+
+
+def _num_instances(children: Sequence[nn.Module | None], start: int, period: int) -> int:
+    """How many instances from `start` on are identical to the first and share no parameter with anything."""
+    first = children[start : start + period]
+    for index in range(start, len(children)):
+        model, child = first[(index - start) % period], children[index]
+        offset = (index - start) // period * period
+        if model is None or child is None or not identical_modules(model, child, offset):
+            return (index - start) // period
+    return (len(children) - start) // period
 
 
 @contextmanager
 def shortened(model: nn.Module, runs: Sequence[Run], kept: int) -> Iterator[None]:
-    """The model with all but the first `kept` children of every run taken out, for the time of an export."""
+    """The model with all but the first `kept` instances of every run taken out, for the time of an export."""
     containers = [model.get_submodule(run.container) for run in runs]
     before = [dict(container._modules) for container in containers]
     try:
         for container, run in zip(containers, runs, strict=True):
-            for name in run.children[kept:]:
+            for name in run.children[kept * run.period :]:
                 del container._modules[name]
         yield
     finally:
@@ -98,12 +130,11 @@ def expanded(graph: OpGraph, model: nn.Module, runs: Sequence[Run], kept: int) -
 
 
 def _expand_run(graph: OpGraph, run: Run, kept: int) -> OpGraph | None:
-    extents = [op_range(graph, run.path(index)) for index in range(kept)]
-    found = [extent for extent in extents if extent is not None]
-    starts = [start for start, _ in found]
-    if len(found) < kept or starts != sorted(starts):
+    children = run.paths(0, kept)
+    found = [extent for child in children if (extent := op_range(graph, child)) is not None]
+    if len(found) < len(children) or found != sorted(found):
         return None
-    stop = found[-1][1]
+    starts, stop = [start for start, _ in found[:: run.period]], found[-1][1]
     segments = [graph.ops[start:end] for start, end in zip(starts, [*starts[1:], stop], strict=True)]
     if not _repeats(graph, run, segments) or _read_elsewhere(graph, run, starts[0], stop, segments):
         return None
@@ -113,9 +144,9 @@ def _expand_run(graph: OpGraph, run: Run, kept: int) -> OpGraph | None:
 def _with_clones(
     graph: OpGraph, run: Run, segments: Sequence[Sequence[Op]], start: int, stop: int
 ) -> OpGraph:
-    """The graph with the second instance cloned for every child that was left out."""
+    """The graph with the second instance cloned for every one that was left out."""
     first, second, *others = segments
-    missing = len(run.children) - len(segments)
+    missing = run.length - len(segments)
     following = {
         old: new
         for a, b in zip(first, second, strict=True)
@@ -125,8 +156,8 @@ def _with_clones(
     ops = [*first, *second]
 
     def append(segment: Sequence[Op], source: int, destination: int, names: Mapping[str, str]) -> None:
-        """Add the ops of one child as those of another: leaves go by their path, other tensors by `names`."""
-        old, new = run.path(source), run.path(destination)
+        """Add the ops of one instance as those of another: leaves go by path, other tensors by `names`."""
+        old, new = run.instance(source), run.instance(destination)
 
         def rename(name: str) -> str:
             return names.get(name, name) if name in graph.producer else _moved(name, old, new)
@@ -156,21 +187,23 @@ def _repeats(graph: OpGraph, run: Run, segments: Sequence[Sequence[Op]]) -> bool
     first, second, *others = segments
     if any(len(segment) != len(first) for segment in segments[:-1]):
         return False
-    alike = _correspond(graph, (run.path(0), None, first), (run.path(1), None, second))
+    alike = _correspond(graph, (run.instance(0), None, first), (run.instance(1), None, second))
     before: Sequence[Op] = second
     for index, segment in enumerate(others, start=2):
-        alike = alike and _correspond(graph, (run.path(1), first, second), (run.path(index), before, segment))
+        alike = alike and _correspond(
+            graph, (run.instance(1), first, second), (run.instance(index), before, segment)
+        )
         before = segment
     return alike
 
 
-Instance = tuple[str, Sequence[Op] | None, Sequence[Op]]
-"""Path of a child, the ops of the instance before it, and its own ops with those up to the next instance."""
+Instance = tuple[Paths, Sequence[Op] | None, Sequence[Op]]
+"""Its children, the ops of the instance before it, and its own ops with those up to the next instance."""
 
 
 def _correspond(graph: OpGraph, left: Instance, right: Instance) -> bool:
     """Whether two instances do the same; where none precede, any tensors from outside may correspond."""
-    (left_path, left_before, left_ops), (right_path, right_before, right_ops) = left, right
+    (left_children, left_before, left_ops), (right_children, right_before, right_ops) = left, right
     if len(right_ops) > len(left_ops):
         return False
     pairs: dict[str, str] = {}
@@ -182,13 +215,14 @@ def _correspond(graph: OpGraph, left: Instance, right: Instance) -> bool:
     def same_tensor(first: str, second: str) -> bool:
         if first in pairs:
             return pairs[first] == second
-        if is_under(first, left_path):
-            return second == right_path + first[len(left_path) :]
+        moved = _moved(first, left_children, right_children)
+        if moved != first:
+            return second == moved
         return first == second or (anything_outside and _looks_like(graph, first, second))
 
     return all(
         a.target == b.target
-        and _moved(a.module, left_path, right_path) == b.module
+        and _moved(a.module, left_children, right_children) == b.module
         and _same_value((a.args, a.kwargs), (b.args, b.kwargs), same_tensor)
         and all(_looks_like(graph, x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
         for a, b in zip(left_ops, right_ops, strict=False)
@@ -216,8 +250,12 @@ def _same_value(first: Any, second: Any, same_tensor: Any) -> bool:
     return bool(first == second)
 
 
-def _moved(path: str, source: str, destination: str) -> str:
-    return destination + path[len(source) :] if is_under(path, source) else path
+def _moved(path: str, source: Paths, destination: Paths) -> str:
+    """A path below a child of one instance as that below its counterpart in another; other paths stay."""
+    for old, new in zip(source, destination, strict=True):
+        if is_under(path, old):
+            return new + path[len(old) :]
+    return path
 
 
 def _read_elsewhere(
@@ -227,7 +265,8 @@ def _read_elsewhere(
     made = [{name for op in segment for name in op.outputs} for segment in segments]
     earlier = set().union(*made[:-1])
     leaves = [*(item.tensor for item in graph.parameters), *(item.tensor for item in graph.buffers)]
-    own = {name for name in leaves if any(is_under(name, run.path(index)) for index in range(len(segments)))}
+    children = run.paths(0, len(segments))
+    own = {name for name in leaves if any(is_under(name, child) for child in children)}
     outside = [*graph.ops[:start], *graph.ops[stop:]]
     if not earlier.isdisjoint(graph.outputs) or any(
         not (earlier | own).isdisjoint(op.inputs) for op in outside
