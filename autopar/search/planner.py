@@ -143,8 +143,11 @@ class Planner:
         tp = self.pin_space.tensor_degrees(self._tensor_degrees())
         num_blocks = len(self.capture.graph.blocks)
         ep = tuple(n for n in divisors(experts) if self.cluster.num_devices % n == 0) if experts else (1,)
-        cp, programs_only = self._context_degrees(), not self.whole_space
-        return Degrees(tp, cp, ep, most, fewest, num_blocks, programs_only=programs_only)
+        policy = self.policy
+        return Degrees(
+            tp, self._context_degrees(), ep, most, fewest, num_blocks,
+            programs_only=not self.whole_space, wide_gradients=policy.gradient_bytes > policy.gathered_bytes,
+        )  # fmt: skip
 
     def _tensor_degrees(self) -> tuple[int, ...]:
         """Degrees within reach by which most of the parameters can be split."""

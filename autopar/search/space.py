@@ -73,7 +73,8 @@ class Scheduled(NamedTuple):
 
 class Degrees(NamedTuple):
     """What suits a model: degrees of tensor, context and expert parallelism, most and fewest stages; its
-    repeated blocks, which virtual stages share evenly; and whether a program must run the schedule."""
+    repeated blocks, which virtual stages share evenly; whether there must be a program that runs the way, and
+    whether that adds up gradients in a wider format than products read."""
 
     tp: tuple[int, ...]
     cp: tuple[int, ...]
@@ -82,6 +83,7 @@ class Degrees(NamedTuple):
     fewest_stages: int = 1
     num_blocks: int = 0
     programs_only: bool = False
+    wide_gradients: bool = False
 
 
 def layouts(cluster: Cluster, global_batch: int, degrees: Degrees, pins: Pins) -> Iterator[Layout]:
@@ -128,8 +130,15 @@ def shardings(scheduled: Scheduled, cluster: Cluster, degrees: Degrees, pins: Pi
             sequence_parallel=pins.sequence_parallel if layout.tp > 1 else None,
             recompute=pins.recompute or "none", offload=pins.offload or "none",
         )  # fmt: skip
-        if pins.admits(p) and (not degrees.programs_only or p.expert_axis is not None):
+        if pins.admits(p) and (not degrees.programs_only or _is_written(p, degrees)):
             yield p
+
+
+def _is_written(p: Parallelism, degrees: Degrees) -> bool:
+    """Whether the rewriter has a form for what the data axes do: experts lie on one of them, and with states
+    on the host `fully_shard` adds up gradients in the format of its shards."""
+    is_narrow = p.offload == "optimizer" and p.zero_stage > 0
+    return p.expert_axis is not None and not (is_narrow and degrees.wide_gradients)
 
 
 def parallelism(**settings: object) -> Parallelism:

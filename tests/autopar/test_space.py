@@ -16,6 +16,7 @@ from autopar.request import training_policy
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
 from autopar.search.space import Degrees, divisors, layouts, longest_tensor_axis, virtual_stages
+from costmodel import optimizer_policy
 from tests.autopar.small_models import cluster, tower
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published.json"
@@ -111,3 +112,18 @@ def test_a_pin_that_starves_1f1b_is_refused_for_programs_alone() -> None:
         api.plan(tower(), cluster(4), global_batch=4, pins=pins)
     whole = api.plan(tower(), cluster(4), global_batch=4, pins=pins, space="whole", price_pins=False)
     assert (whole.parallelism.pp, whole.parallelism.num_microbatches) == (4, 1)
+
+
+@pytest.mark.parametrize("policy", ["adamw-mixed", "adamw-mixed-fp32-gradients"])
+def test_programs_with_states_on_the_host_add_up_gradients_as_shards_do(policy: str) -> None:
+    """`compile` refuses wide gradients there, so no plan for a program has them."""
+
+    def stages(whole_space: bool) -> set[int]:
+        planner = Planner(
+            tower(), cluster(2), optimizer_policy(policy), global_batch=4,
+            pins=Pins(dp=2, offload="optimizer"), whole_space=whole_space,
+        )  # fmt: skip
+        return {p.zero_stage for p in planner.candidates()}
+
+    assert stages(whole_space=True) > {0}
+    assert (stages(whole_space=False) == {0}) is (policy == "adamw-mixed-fp32-gradients")
