@@ -6,7 +6,7 @@
     measure     FLOPs and saved tensors
     find_blocks repeated blocks
 
-Of long runs of identical layers only a few are exported, and the graph is expanded afterwards
+Of long runs of layers that repeat only a few are exported, and the graph is expanded afterwards
 (`graphs.repeats`). Nothing is computed and no memory is used, whatever the size of the model.
 """
 

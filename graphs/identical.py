@@ -36,15 +36,16 @@ def identical_modules(first: nn.Module, other: nn.Module, offset: int) -> bool:
 
 
 def settings_repeat(model: nn.Module, container: str, start: int, period: int) -> bool:
-    """Whether lists with an entry per child, in the modules above or their configurations, repeat from `start`.
+    """Whether lists with an entry per child, in the modules above or their configurations, repeat.
 
-    To their end, not only that of a run: with children left out, those behind them find entries further ahead.
+    From `start` to their end, not only that of a run: children behind those left out read them further ahead.
+    A list that only numbers the children tells none from another.
     """
     length = len(model.get_submodule(container)._modules)
     return all(
         _same(values[index - period], values[index], 0)
         for values in _lists_above(model, container)
-        if len(values) == length
+        if len(values) == length and list(values) != list(range(length))
         for index in range(start + period, length)
     )
 

@@ -96,9 +96,9 @@ def _num_instances(children: Sequence[nn.Module | None], start: int, period: int
     """How many instances from `start` on are identical to the first and share no parameter with anything."""
     first = children[start : start + period]
     for index in range(start, len(children)):
-        model, child = first[(index - start) % period], children[index]
+        pattern, child = first[(index - start) % period], children[index]
         offset = (index - start) // period * period
-        if model is None or child is None or not identical_modules(model, child, offset):
+        if pattern is None or child is None or not identical_modules(pattern, child, offset):
             return (index - start) // period
     return (len(children) - start) // period
 

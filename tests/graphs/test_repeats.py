@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import graphs
 from graphs import Capture
 from graphs.repeats import find_runs
-from tests.models import TEXT, Case, case, hugging_face, language
+from tests.models import SPECIAL, TEXT, Case, case, hugging_face, language
 
 DEEP = {**TEXT, "num_hidden_layers": 6}
 
@@ -46,6 +46,43 @@ def test_equals_the_whole_export(item: Case, monkeypatch):
     assert len(find_runs(model)) == 1
     short = graphs.capture(model, item.inputs)
     assert len(short.graph.blocks) == len(find_runs(model)[0].children)
+    assert short == whole(model, item, monkeypatch)
+
+
+def by_turns(model: str, config: str, kinds: list[str], **settings) -> Case:
+    """Layers with and without a window."""
+    return hugging_face(
+        f"{model}ForCausalLM",
+        config,
+        language,
+        **{**TEXT, **SPECIAL, "num_hidden_layers": len(kinds)},
+        intermediate_size=64,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=4,
+        layer_types=[f"{kind}_attention" for kind in kinds],
+        attn_implementation="eager",
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("item", "period", "num_layers"),
+    [
+        (by_turns("GptOss", "GptOssConfig", ["sliding", "full"] * 5, num_local_experts=4), 2, 10),
+        (by_turns("Gemma2", "Gemma2Config", ["sliding", "full"] * 5 + ["sliding"]), 2, 11),
+        (by_turns("Gemma3", "Gemma3TextConfig", ["sliding", "sliding", "full"] * 5 + ["sliding"] * 2), 3, 17),
+    ],
+    ids=str,
+)
+def test_kinds_of_layers_by_turns_equal_the_whole_export(
+    item: Case, period: int, num_layers: int, monkeypatch
+):
+    model = item.build()
+    (run,) = find_runs(model)
+    assert (run.period, run.length) == (period, 5)
+    short = graphs.capture(model, item.inputs)
+    assert [block.path for block in short.graph.blocks] == [f"model.layers.{i}" for i in range(num_layers)]
     assert short == whole(model, item, monkeypatch)
 
 
@@ -125,6 +162,47 @@ class Listed(Stack):
         return x.sum()
 
 
+class ByTurns(Stack):
+    """Two kinds of layers, and one left over."""
+
+    def __init__(self, depth: int = 13) -> None:
+        super().__init__(depth, scales=[1.5, 2.5] * (depth // 2) + [1.5])
+
+
+class ListedByTurns(Stack):
+    """Layers are identical; a list in the parent says which one reads what, by the position of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=13)
+        self.kinds = ["shared", "own"] * 6 + ["shared"]
+        self.numbers = list(range(13))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = shared = self.embed(x)
+        own = torch.sin(shared)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, shared if self.kinds[index] == "shared" else own)
+        return self.head(x).sum()
+
+
+class ListedInHalves(ListedByTurns):
+    """Layers left out of the first half would let the second read the entries of the first."""
+
+    def __init__(self) -> None:
+        Stack.__init__(self, depth=20, scales=[1.0] * 10 + [2.0] * 10)
+        self.kinds = ["shared"] * 10 + ["own"] * 10
+
+
+class ReachingBack(ByTurns):
+    """Every layer also reads the one of its kind before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = before = shared = self.embed(x)
+        for layer in self.layers:
+            before, x = x, layer(x, shared) * before
+        return x.sum()
+
+
 class Jumping(Stack):
     """The head reads a layer in the middle."""
 
@@ -138,7 +216,21 @@ class Jumping(Stack):
         return (self.head(x) * kept).sum()
 
 
-@pytest.mark.parametrize("kind", [Stack, Collecting, Indexed, Counting, Listed, Jumping])
+KINDS = [
+    Stack,
+    Collecting,
+    Indexed,
+    Counting,
+    Listed,
+    Jumping,
+    ByTurns,
+    ListedByTurns,
+    ListedInHalves,
+    ReachingBack,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_whatever_tells_layers_apart_is_seen(kind, monkeypatch):
     model = kind()
     item = Case("stack", kind, lambda batch: {"x": torch.ones(batch, 8)})
@@ -161,6 +253,24 @@ def test_runs_are_of_identical_modules():
     assert runs(tied) == [("layers", tuple("01234"))]
 
 
+def test_the_period_of_a_run_is_the_one_that_leaves_most_out():
+    def runs(model: nn.Module):
+        return [(run.children[0], run.period, run.length) for run in find_runs(model)]
+
+    def stack(pattern: str):
+        return Stack(depth=len(pattern), scales=[float(ord(letter)) for letter in pattern])
+
+    assert runs(stack("a" * 24)) == [("0", 1, 24)]
+    assert runs(stack("ab" * 12)) == [("0", 2, 12)]
+    assert runs(stack("d" + "aaab" * 6 + "aa")) == [("1", 4, 6)]
+    assert runs(stack("aaaaab" * 6)) == [("0", 6, 6)]  # not the five in each
+    assert runs(stack("aaaaaaaaab" * 3)) == [(first, 1, 9) for first in ("0", "10", "20")]
+    assert runs(stack("aaaab" * 4)) == []  # too few
+    assert runs(stack("abaabbaababb")) == []
+    assert runs(ListedByTurns()) == [("0", 2, 6)]
+    assert runs(ListedInHalves()) == [("10", 1, 10)]
+
+
 def test_the_model_gets_its_layers_back_also_after_an_error():
     class Failing(Stack):
         def forward(self, x: Tensor) -> Tensor:
@@ -181,3 +291,18 @@ def test_depth_costs_little():
     assert sum(op.target == "aten.linear.default" for op in captured.graph.ops) == 100
     assert len(captured.graph.parameters) == 200
     assert captured.graph.parameters[-1].name == "layers.99.bias"
+
+
+@pytest.mark.parametrize(("depth", "num_forwards"), [(9, 18), (13, 16), (41, 16)])
+def test_exported_layers_do_not_grow_with_depth(depth: int, num_forwards: int, monkeypatch):
+    """Three and four instances of two layers, and the one left over each time."""
+    forward, calls = Layer.forward, []
+
+    def counted(self: Layer, x: Tensor, shared: Tensor) -> Tensor:
+        calls.append(self.index)
+        return forward(self, x, shared)
+
+    monkeypatch.setattr(Layer, "forward", counted)
+    captured = graphs.capture(ByTurns(depth), {"x": torch.ones(2, 8)})
+    assert sum(op.target == "aten.tanh.default" for op in captured.graph.ops) == depth
+    assert len(calls) == num_forwards
