@@ -66,7 +66,11 @@ def initial_values(model: nn.Module) -> Initial:
 
 
 def _has_value(parameter: Tensor) -> bool:
-    return not parameter.is_meta and bool(parameter.isfinite().all())
+    """Whether it was given values: memory as it was found holds no number somewhere, a mask infinities."""
+    if parameter.is_meta:
+        return False
+    values = parameter.float() if parameter.dtype.itemsize == 1 else parameter  # torch knows no more of these
+    return bool(values.isfinite().any() and not values.isnan().any())
 
 
 def _questions(model: nn.Module) -> Iterator[tuple[set[int], Any, tuple[object, ...]]]:

@@ -46,7 +46,8 @@ def initialize(
         usual = (
             ("normal_", 0.0, 0.02) if len(layout.shape) > 1 else ("fill_", float(not name.endswith("bias")))
         )
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        is_narrow = parameter.dtype.itemsize < 4
+        dtype = torch.float32 if is_narrow else parameter.dtype
         fill(name, parameter, _Drawn(name, layout.shape, dtype, recipe or (usual,), seed), mesh, placements)
 
 

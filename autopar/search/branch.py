@@ -127,7 +127,8 @@ class BranchAndBound:
         self._reported = 0
         # By level of price, what a way takes with a program for all blocks: the draft, until it was solved.
         self._uniform_s: defaultdict[Parallelism, dict[int, float]] = defaultdict(dict)
-        self._left: dict[Parallelism, SmallerNode] = {}  # whose fastest programs looked no slower than any
+        # Ways whose fastest program looked no slower than any, with what none can beat.
+        self._left: dict[Parallelism, tuple[float, SmallerNode]] = {}
 
     @property
     def num_candidates(self) -> int:
@@ -363,9 +364,10 @@ class BranchAndBound:
             self.outcome.leave(floor_s)
         step_s = solved.evaluated.step_s if solved.evaluated.fits else float("inf")
         self._uniform_s[node.p][node.program.key.price_level] = step_s
-        smaller = self._left.pop(node.p, None)
-        if smaller is not None and step_s * (1 - self.tolerance) > smaller.fastest_s:
-            yield floor_s, smaller._replace(fastest_s=step_s)
+        fastest_s = self._least_uniform_s(node.p)
+        if node.p in self._left and fastest_s * (1 - self.tolerance) > self._left[node.p][1].fastest_s:
+            least_s, smaller = self._left.pop(node.p)
+            yield least_s, smaller._replace(fastest_s=fastest_s)
 
     def _close_smaller(self, floor_s: float, node: SmallerNode) -> Iterator[tuple[float, Node]]:
         """Make a smaller program where any could still be faster."""
@@ -382,9 +384,9 @@ class BranchAndBound:
         elif price == len(MEMORY_PRICES):
             self.outcome.leave(floor_s)
             yield from self._mix(floor_s, p)
-        elif floor_s >= fastest_s * (1 - NEGLIGIBLE):
+        elif floor_s >= max(fastest_s, self._least_uniform_s(p)) * (1 - NEGLIGIBLE):
             self.outcome.leave(floor_s)
-            self._left[p] = node
+            self._left[p] = floor_s, node
         else:
             yield floor_s, WayNode(p, self.planner.programs.program(p, price), is_close=True)
 
@@ -398,11 +400,14 @@ class BranchAndBound:
     def _solve_mixed(self, node: MixedNode) -> None:
         """Price a way with several programs, where that promises more than one for all."""
         p, blend, draft = node
-        uniform_s = min(self._uniform_s[p].values(), default=float("inf"))
-        if draft.bound_s < min(self.outcome.best_s, uniform_s * (1 - NEGLIGIBLE)):
+        if draft.bound_s < min(self.outcome.best_s, self._least_uniform_s(p) * (1 - NEGLIGIBLE)):
             solved = self.planner.mixer.solve(p, blend, draft, self.outcome.best_s)
             if solved is not None:
                 self.outcome.offer(p, solved)
+
+    def _least_uniform_s(self, p: Parallelism) -> float:
+        """What a way takes with the best program for all blocks, as far as is known."""
+        return min(self._uniform_s[p].values(), default=float("inf"))
 
     def _count_left(self) -> None:
         """What is still in the queue, or in what there is not opened yet."""

@@ -113,9 +113,8 @@ class EvenStages:
                 for index in reversed(range(start, stop)):
                     base = units[index].saved[options[index][0]]
                     for name in options[index]:
-                        kept = units[index].saved[name]
-                        freed = float(base.num_bytes - kept.num_bytes)
-                        mine.append((kept.working_bytes - later_bytes, freed, index))
+                        freed = base.num_bytes - self.table.own_bytes(index, name)
+                        mine.append((units[index].saved[name].working_bytes - later_bytes, freed, index))
                     later_bytes += base.num_bytes
                 found.append(sorted(mine))
             sizes = sorted({work for mine in found for work, _, _ in mine})

@@ -90,10 +90,11 @@ def _turns(blocks: Sequence[Block]) -> Iterator[tuple[Turn, ...]]:
     while start < len(blocks):
         ahead = blocks[start:]
         numbers = {kinds: _num_turns(ahead, kinds) for kinds in range(1, MOST_KINDS + 1)}
-        kinds = max(numbers, key=lambda kinds: ((numbers[kinds] - 3) * kinds, -kinds))
-        if numbers[kinds] < SHORTEST_RUN:
+        long = [kinds for kinds, number in numbers.items() if number >= SHORTEST_RUN]
+        if not long:
             start += 1
             continue
+        kinds = max(long, key=lambda kinds: ((numbers[kinds] - 3) * kinds, -kinds))
         stop = numbers[kinds] * kinds
         yield tuple(tuple(ahead[place : place + kinds]) for place in range(0, stop, kinds))
         start += stop

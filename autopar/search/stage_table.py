@@ -11,6 +11,7 @@ so the linear program is solved by taking the cheapest seconds a byte first, for
 
 from __future__ import annotations
 
+from collections import Counter
 from copy import copy
 from functools import cached_property
 from itertools import pairwise
@@ -185,6 +186,26 @@ class StageTable:
         pairs = zip(self.chain.units, self.base, strict=True)
         return [float(unit.saved[name].working_bytes) for unit, name in pairs]
 
+    def own_bytes(self, index: int, name: str) -> float:
+        """What a unit keeps under a name, but for what it does not keep otherwise and others may keep too:
+        a stage counts that once."""
+        unit, base = self.chain.units[index], self.base[index]
+        fastest, saved = unit.saved[base].storages, unit.saved[name]
+        others = (
+            size for each, size in saved.storages.items() if each in self._shared and each not in fastest
+        )
+        return float(saved.num_bytes - sum(others))
+
+    @cached_property
+    def _shared(self) -> frozenset[str]:
+        """Storages that several units may keep."""
+        numbers = Counter(
+            name
+            for unit, names in zip(self.chain.units, self.options, strict=True)
+            for name in {**unit.saved[names[0]].storages, **unit.saved[names[-1]].storages}
+        )
+        return frozenset(name for name, number in numbers.items() if number > 1)
+
     @cached_property
     def segments(self) -> list[Segment]:
         """What units can free, the cheapest first."""
@@ -197,7 +218,7 @@ class StageTable:
             members = np.zeros(self.num_units)
             members[indices] = 1
             for one, other in pairwise(names):
-                freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
+                freed = self.own_bytes(indices[0], one) - self.own_bytes(indices[0], other)
                 if freed > 0:
                     seconds = unit.recompute_s[other] - unit.recompute_s[one]
                     found.append(Segment(seconds / freed, float(freed), members))

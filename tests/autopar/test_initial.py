@@ -200,3 +200,17 @@ def test_a_program_is_initialised_as_the_model_is() -> None:
     text = autopar.compile(model, plan, inputs=case("gpt2").inputs).files["train.py"]
     assert '(("normal_", 0.0, 0.02),): [' in text
     assert "initialize(stage, mesh, PLACEMENTS, INITIAL)" in text
+
+
+def test_masks_and_weights_of_eight_bits_keep_their_values() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            mask, narrow = torch.full((4, 4), -math.inf).triu(1), torch.eye(4).to(torch.float8_e4m3fn)
+            self.mask = nn.Parameter(mask, requires_grad=False)
+            self.narrow = nn.Parameter(narrow, requires_grad=False)
+            self.unset = nn.Parameter(torch.full((2,), math.nan))
+
+    found = initial_values(Frozen())
+    assert found.recipes == {"mask": SAVED, "narrow": SAVED}
+    assert made((("fill_", 0.5),), 2, 3, dtype=torch.float8_e4m3fn).float().tolist() == [[0.5] * 3] * 2

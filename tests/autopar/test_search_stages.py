@@ -176,8 +176,9 @@ def turns(widths: tuple[int, ...]) -> Capture:
         (turns((2, 4) * 7), 6),
         (turns((2, 2, 4) * 6 + (2, 2)), 11),
         (turns((8, *(2, 4) * 5, *(2,) * 6)), 6 + 3),
+        (turns((2, 2, 2, 2, 2, 4) * 4 + (2, 2)), 4 * (3 + 1) + 2),
     ],
-    ids=["alike", "two take turns", "three with some left", "one after the other"],
+    ids=["alike", "two take turns", "three with some left", "one after the other", "too few turns"],
 )
 def test_the_shallow_model_is_as_long_and_as_dear_as_the_full_one(
     capture: Capture, num_blocks: int, tp: int, dp: int
