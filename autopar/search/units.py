@@ -7,7 +7,7 @@ may not be cut further. Everything a stage costs is a sum, or a union, over its 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress, groupby
 from operator import itemgetter
@@ -24,7 +24,7 @@ from autopar.search.saved import Saved, SavedActivations
 from costmodel import Software
 from graphs.ir import Block, Op, OpGraph
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 NO_COST = OpCost()
 
@@ -175,7 +175,7 @@ def build_chain(
     neighbours among them take turns.
     """
     graph = local.graph
-    builder = _Builder(graph, maker)
+    builder = _Builder(graph, maker, _Turns.of(whole, repeats or {}))
     runs = [*stretches(whole, graph)]
     crossings = _crossing_bytes(graph, [start for start, _, _ in runs])
     parameters = {}
@@ -188,10 +188,10 @@ def build_chain(
             is_partial=state == RP,
             num_matrices=tensor.shape[0] if len(tensor.shape) == 3 else 1,
         )
-    made = [
-        (builder.unit(*run, crossing), (repeats or {}).get(run[2] or "", 1))
-        for run, crossing in zip(runs, crossings, strict=True)
-    ]
+    made = []
+    for run, crossing in zip(runs, crossings, strict=True):
+        unit, times = builder.unit(*run, crossing), (repeats or {}).get(run[2] or "", 1)
+        made.append((builder.afterwards(unit) if times == 1 else unit, times))
     units = []
     for unit, number in in_turns(made):
         units.append(builder.copy(unit, number) if number else unit)
@@ -200,7 +200,7 @@ def build_chain(
     return Chain(tuple(units), parameters, maker.software)
 
 
-def in_turns(items: Iterable[tuple[T, int]]) -> Iterator[tuple[T, int]]:
+def in_turns(items: Iterable[tuple[_T, int]]) -> Iterator[tuple[_T, int]]:
     """Items that stand for so many each, as often and in the order in which they run, with the number of the
     repetition: neighbours that stand for several take turns."""
     for times, group in groupby(items, key=itemgetter(1)):
@@ -277,11 +277,65 @@ def _crossing_bytes(graph: OpGraph, starts: Sequence[int]) -> list[int]:
     return list(accumulate(change[:-1]))
 
 
+@dataclass(frozen=True)
+class _Turns:
+    """What blocks that stand for several hand on: `following` maps what the turn before them makes to what
+    they make in its place, `last` what they make to the number of their last copy."""
+
+    following: Mapping[str, str]
+    last: Mapping[str, int]
+
+    @classmethod
+    def of(cls, whole: OpGraph, repeats: Mapping[str, int]) -> _Turns:
+        following: dict[str, str] = {}
+        last: dict[str, int] = {}
+        numbers = [repeats.get(block.path, 1) for block in whole.blocks]
+        for number, group in groupby(range(len(numbers)), key=numbers.__getitem__):
+            turn = [*group] if number > 1 else []
+            for index in turn:
+                made, before = (_made(whole, whole.blocks[each]) for each in (index, index - len(turn)))
+                following |= zip(before, made, strict=True)
+                last |= dict.fromkeys(made, number - 1)
+        return cls(following, last)
+
+    def entering(self, storage: str, number: int) -> str | None:
+        """What the copy before a copy made, under the name of what enters the first; None for all else."""
+        name, mark, version = storage.partition("__")
+        made = self.following.get(name)
+        return None if made is None else _numbered(f"{made}{mark}{version}", number - 1)
+
+    def afterwards(self, storage: str) -> str:
+        """A storage that is kept after the last copy, which may have made it."""
+        return _numbered(storage, self.last.get(storage.partition("__")[0], 0))
+
+
+def _made(graph: OpGraph, block: Block) -> list[str]:
+    return [name for op in graph.ops[block.start : block.stop] for name in op.outputs]
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}#{number}" if number else name
+
+
+def _renamed(unit: Unit, rename: Callable[[str], str]) -> Unit:
+    """The unit with what it keeps under other names."""
+
+    def named(storages: Mapping[str, int]) -> dict[str, int]:
+        return {rename(name): size for name, size in storages.items()}
+
+    return replace(
+        unit,
+        saved={mode: replace(saved, storages=named(saved.storages)) for mode, saved in unit.saved.items()},
+        results=tuple(result._replace(storages=named(result.storages)) for result in unit.results),
+    )
+
+
 class _Builder:
     """Makes units of a local graph."""
 
-    def __init__(self, graph: OpGraph, maker: KernelMaker) -> None:
+    def __init__(self, graph: OpGraph, maker: KernelMaker, turns: _Turns) -> None:
         self.graph = graph
+        self.turns = turns
         self.kernels = maker.graph(graph)
         parameters = frozenset(graph.parameter_tensors)
         self.activations = SavedActivations(graph, maker.software, lambda op: maker.is_low(op, parameters))
@@ -309,17 +363,16 @@ class _Builder:
         )
 
     def copy(self, unit: Unit, number: int) -> Unit:
-        """The same block once more: what blocks make and own is its own, what they share is shared."""
+        """The same block once more: what blocks make and own is its own, what the one before it made is
+        that's, and what all share is shared."""
 
-        def own(storages: Mapping[str, int]) -> dict[str, int]:
-            return {
-                f"{name}#{number}" if name in self.made_in_blocks else name: size
-                for name, size in storages.items()
-            }
+        def own(storage: str) -> str:
+            is_own = storage in self.made_in_blocks
+            return self.turns.entering(storage, number) or _numbered(storage, number if is_own else 0)
 
-        return replace(
-            unit,
-            saved={mode: replace(saved, storages=own(saved.storages)) for mode, saved in unit.saved.items()},
-            results=tuple(result._replace(storages=own(result.storages)) for result in unit.results),
-            parameters=tuple(f"{name}#{number}" for name in unit.parameters),
-        )
+        parameters = tuple(f"{name}#{number}" for name in unit.parameters)
+        return replace(_renamed(unit, own), parameters=parameters)
+
+    def afterwards(self, unit: Unit) -> Unit:
+        """A unit that stands for itself, of which what copies made before it are the last."""
+        return _renamed(unit, self.turns.afterwards) if self.turns.last else unit

@@ -139,6 +139,16 @@ def test_more_stages_than_units_is_no_cut() -> None:
     assert best_cut(table, Parallelism(pp=7, num_microbatches=7), machine(1e9), NO_SENDS) is None
 
 
+def kept_bytes(chain: Chain) -> dict[str, int]:
+    """What all units together keep under each mode, a storage that several do once."""
+    found = {}
+    for mode in ("none", "selective", "full"):
+        kept = [unit.saved[mode] for unit in chain.units]
+        storages = {name: size for saved in kept for name, size in saved.storages.items()}
+        found[mode] = sum(storages.values()) + sum(saved.internal_bytes for saved in kept)
+    return found
+
+
 @cache
 def turns(widths: tuple[int, ...]) -> Capture:
     """Blocks that widen by so many times each."""
@@ -149,7 +159,7 @@ def turns(widths: tuple[int, ...]) -> Capture:
             self.up, self.down = nn.Linear(64, 64 * times), nn.Linear(64 * times, 64)
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + self.down(torch.relu(self.up(x)))
+            return torch.relu(x + self.down(torch.relu(self.up(x))))  # kept here, and by the next
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -195,6 +205,7 @@ def test_the_shallow_model_is_as_long_and_as_dear_as_the_full_one(
         assert one.saved["none"].num_bytes == other.saved["none"].num_bytes
         assert one.received_bytes == other.received_bytes == third.received_bytes
         assert len(one.parameters) == len(third.parameters)
+    assert kept_bytes(short) == kept_bytes(full) == kept_bytes(whole)
     assert sum(s.num_elements for s in short.parameters.values()) == sum(
         s.num_elements for s in full.parameters.values()
     )
