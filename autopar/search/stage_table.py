@@ -191,10 +191,8 @@ class StageTable:
         a stage counts that once."""
         unit, base = self.chain.units[index], self.base[index]
         fastest, saved = unit.saved[base].storages, unit.saved[name]
-        others = (
-            size for each, size in saved.storages.items() if each in self._shared and each not in fastest
-        )
-        return float(saved.num_bytes - sum(others))
+        others = (saved.storages.keys() & self._shared) - fastest.keys()
+        return float(saved.num_bytes - sum(saved.storages[each] for each in others))
 
     @cached_property
     def _shared(self) -> frozenset[str]:
