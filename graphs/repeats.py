@@ -21,12 +21,7 @@ from graphs.blocks import is_under, op_range
 from graphs.identical import identical_modules, settings_repeat
 from graphs.ir import Op, OpGraph, Ref, map_refs
 from graphs.leaves import with_leaves_of
-
-MIN_RUN = 5
-"""A run of fewer instances is not worth shortening: up to four are exported."""
-
-MAX_PERIOD = 8
-"""Children of an instance at most: as many as the longest patterns of layers in use have."""
+from graphs.periods import MIN_INSTANCES, periodic
 
 Paths = tuple[str, ...]
 
@@ -55,7 +50,7 @@ class Run:
 
 
 def find_runs(model: nn.Module) -> tuple[Run, ...]:
-    """The outermost runs of at least `MIN_RUN` identical instances in module lists and sequences."""
+    """The outermost runs of at least `MIN_INSTANCES` identical instances in module lists and sequences."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     shared = {key for key, count in owners.items() if count > 1}
     runs: list[Run] = []
@@ -68,28 +63,20 @@ def find_runs(model: nn.Module) -> tuple[Run, ...]:
 
 
 def _runs_in(model: nn.Module, path: str, shared: set[int]) -> Iterator[Run]:
-    """Runs of a container, first come first served, each of the period that leaves out most children."""
+    """Runs of a container."""
     modules = model.get_submodule(path)._modules
     names = tuple(modules)
     children = [
         child if child is not None and not any(id(item) in shared for item in child.parameters()) else None
         for child in modules.values()
     ]
-    start = 0
-    while start < len(names):
-        lengths = {period: _num_instances(children, start, period) for period in range(1, MAX_PERIOD + 1)}
-        periods = [
-            period
-            for period, length in lengths.items()
-            if length >= MIN_RUN and settings_repeat(model, path, start, period)
-        ]
-        if periods:
-            period = max(periods, key=lambda period: (lengths[period] - MIN_RUN + 1) * period)
-            stop = start + lengths[period] * period
-            yield Run(path, names[start:stop], period)
-            start = stop
-        else:
-            start += 1
+
+    def number_of(start: int, period: int) -> int:
+        number = _num_instances(children, start, period)
+        return number if number >= MIN_INSTANCES and settings_repeat(model, path, start, period) else 0
+
+    for repeat in periodic(len(names), number_of):
+        yield Run(path, names[repeat.start : repeat.stop], repeat.period)
 
 
 def _num_instances(children: Sequence[nn.Module | None], start: int, period: int) -> int:

@@ -14,12 +14,7 @@ from itertools import takewhile
 
 from graphs import Capture
 from graphs.ir import Block, Op, OpGraph, Ref, map_refs
-
-SHORTEST_RUN = 5
-"""Turns in a run from which on it pays to shorten it."""
-
-MOST_KINDS = 8
-"""The most blocks that may take turns."""
+from graphs.periods import periodic
 
 Turn = tuple[Block, ...]
 """Blocks of one or several classes, which neighbouring turns repeat in the same order."""
@@ -85,26 +80,16 @@ def _runs(graph: OpGraph, borders: frozenset[str]) -> list[tuple[Turn, ...]]:
 
 
 def _turns(blocks: Sequence[Block]) -> Iterator[tuple[Turn, ...]]:
-    """The runs among adjacent blocks, each with as many kinds that take turns as leaves out most blocks."""
-    start = 0
-    while start < len(blocks):
-        ahead = blocks[start:]
-        numbers = {kinds: _num_turns(ahead, kinds) for kinds in range(1, MOST_KINDS + 1)}
-        long = [kinds for kinds, number in numbers.items() if number >= SHORTEST_RUN]
-        if not long:
-            start += 1
-            continue
-        kinds = max(long, key=lambda kinds: ((numbers[kinds] - 3) * kinds, -kinds))
-        stop = numbers[kinds] * kinds
-        yield tuple(tuple(ahead[place : place + kinds]) for place in range(0, stop, kinds))
-        start += stop
-
-
-def _num_turns(blocks: Sequence[Block], kinds: int) -> int:
-    """How often the first so many blocks are repeated from the beginning on."""
+    """The runs among adjacent blocks."""
     classes = [block.block_class for block in blocks]
-    alike = takewhile(lambda pair: pair[0] == pair[1], zip(classes, classes[kinds:], strict=False))
-    return (sum(1 for _ in alike) + kinds) // kinds
+
+    def number_of(start: int, period: int) -> int:
+        pairs = zip(classes[start:], classes[start + period :], strict=False)
+        return (sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) + period) // period
+
+    for start, period, number in periodic(len(blocks), number_of):
+        stop = start + period * number
+        yield tuple(tuple(blocks[place : place + period]) for place in range(start, stop, period))
 
 
 def _is_chain(graph: OpGraph, run: Sequence[Turn]) -> bool:

@@ -16,7 +16,7 @@ DEEP = {**TEXT, "num_hidden_layers": 6}
 
 def whole(model: nn.Module, item: Case, monkeypatch) -> Capture:
     with monkeypatch.context() as patch:
-        patch.setattr("graphs.repeats.MIN_RUN", 1000)
+        patch.setattr("graphs.periods.MIN_INSTANCES", 1000)
         assert find_runs(model) == ()
         return graphs.capture(model, item.inputs)
 
