@@ -154,7 +154,7 @@ def plan(
     if not (settings and price_pins):
         return plan
     work = 0 if found.result.stopped else MOST_WORK
-    return with_pin_costs(plan, PinPricer(found.planner, settings, found.best, work))
+    return with_pin_costs(plan, PinPricer(found.planner, settings, found.best, work).costs())
 
 
 def evaluate(

@@ -131,13 +131,19 @@ class Block:
     """One instance of a repeated block: ops `[start, stop)` of the graph, all under module `path`.
 
     Instances of one `block_class` are isomorphic: op `start + i` of each does the same to corresponding
-    tensors.
+    tensors. Those that are to be planned apart all the same have different `form`s.
     """
 
     path: str
     block_class: int
     start: int
     stop: int
+    form: int = 0
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Blocks of one kind are planned alike."""
+        return self.block_class, self.form
 
 
 @dataclass(frozen=True)
@@ -182,12 +188,11 @@ class OpGraph:
 
     @cached_property
     def representative(self) -> tuple[int, ...]:
-        """For each op, the index of the corresponding op in the first instance of its block class (itself
-        outside)."""
-        first: dict[int, Block] = {}
+        """For each op, the index of the corresponding op in the first block of its kind (itself outside)."""
+        first: dict[tuple[int, int], Block] = {}
         result = list(range(len(self.ops)))
         for block in self.blocks:
-            leader = first.setdefault(block.block_class, block)
+            leader = first.setdefault(block.kind, block)
             for offset in range(block.stop - block.start):
                 result[block.start + offset] = leader.start + offset
         return tuple(result)

@@ -34,11 +34,20 @@ def periodic(length: int, number_of: Callable[[int, int], int]) -> Iterator[Repe
     """
     start = 0
     while start < length:
-        found = (Repeat(start, period, number_of(start, period)) for period in range(1, MAX_PERIOD + 1))
-        long = [repeat for repeat in found if repeat.number >= MIN_INSTANCES]
-        if not long:
-            start += 1
-            continue
-        best = max(long, key=lambda repeat: (repeat.number - MIN_INSTANCES + 1) * repeat.period)
-        yield best
-        start = best.stop
+        best: Repeat | None = None
+        for period in range(1, MAX_PERIOD + 1):
+            if best and _left_out(period, (length - start) // period) <= _left_out(best.period, best.number):
+                break  # nor can a longer period leave out more
+            number = number_of(start, period)
+            if number >= MIN_INSTANCES and (
+                not best or _left_out(period, number) > _left_out(best.period, best.number)
+            ):
+                best = Repeat(start, period, number)
+        if best:
+            yield best
+        start = best.stop if best else start + 1
+
+
+def _left_out(period: int, number: int) -> int:
+    """How many elements of a run need not be looked at."""
+    return (number - MIN_INSTANCES + 1) * period

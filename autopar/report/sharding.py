@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from autopar.module_paths import module_ranges
 from autopar.plan import Plan
 from autopar.report.values import Block, Operation, Placement
 
@@ -37,7 +38,8 @@ def operations(plan: Plan) -> tuple[Operation, ...]:
 
 
 def group_placements(placements: Mapping[str, str]) -> tuple[Block, ...]:
-    """Parameters by block; those whose names differ in the block's number alone are one where they agree."""
+    """Parameters by block; those whose names differ in the block's number alone are one where they agree,
+    and blocks where all of theirs do."""
     by_pattern: dict[str, set[str]] = {}
     for name, placement in placements.items():
         by_pattern.setdefault(_pattern(name), set()).add(placement)
@@ -47,9 +49,15 @@ def group_placements(placements: Mapping[str, str]) -> tuple[Block, ...]:
         shown = pattern if len(by_pattern[pattern]) == 1 else name
         path = _container(shown)
         groups.setdefault(path, {})[shown.removeprefix(f"{path}.")] = placement
+    alike: dict[object, list[str]] = {}
+    for path, group in groups.items():
+        alike.setdefault((_pattern(path), *group.items()), []).append(path)
     return tuple(
-        Block(path, tuple(Placement(name, placement) for name, placement in group.items()))
-        for path, group in groups.items()
+        Block(
+            ", ".join(module_ranges(paths)),
+            tuple(Placement(name, placement) for name, placement in groups[paths[0]].items()),
+        )
+        for paths in alike.values()
     )
 
 

@@ -20,7 +20,7 @@ from autopar.rewrite.naming import Names
 from autopar.rewrite.op_expressions import expression_of
 from autopar.rewrite.scope import Render, Scope, Statement
 from autopar.rewrite.tree import CALL, Node
-from graphs.ir import Op, Ref, Tensor
+from graphs.ir import Op, Ref
 
 AXIS_ARGUMENTS = ("axis", "vocab_axis", "row_axis", "row_axes", "class_axis")
 """Keyword arguments of the ops of a localized graph that name a mesh axis, or several."""
@@ -108,7 +108,7 @@ class Body:
             return Statement(
                 op.outputs,
                 reads,
-                drawn(op, states, lambda values: _runtime_call(op, values, self.context.graph.tensors)),
+                drawn(op, states, lambda values: _runtime_call(op, values, self.context)),
                 names,
                 weight=2,
                 foldable=False,
@@ -243,7 +243,7 @@ def _deferred(op: Op, values: Values) -> Expression:
     return Expression(f"{op.target.replace('.', '_')}({', '.join(texts)})")
 
 
-def _runtime_call(op: Op, values: Values, tensors: Mapping[str, Tensor]) -> Expression:
+def _runtime_call(op: Op, values: Values, context: ProgramContext) -> Expression:
     """The call of the runtime function that an op of a localized graph stands for."""
     name = op.target.partition(".")[2]
     first, *rest = (literal(arg, values) for arg in op.args)
@@ -264,10 +264,13 @@ def _runtime_call(op: Op, values: Values, tensors: Mapping[str, Tensor]) -> Expr
             name = "causal_attention"
             texts = [first, *rest[:2], f"self.{op.kwargs['row_axis']}"]
             texts += ["zigzag=True"] if "zigzag" in op.kwargs else []
-            options = attention_options(op, tensors).items()
+            options = attention_options(op, context.graph.tensors).items()
             texts += [f"{key}={literal(value, values)}" for key, value in options if key != "is_causal"]
-        case "to_experts" | "from_experts":
+        case "to_experts":
             texts = [first, rest[0], f"self.{op.kwargs['axis']}"]
+        case "from_experts":
+            num_rows, *_ = context.sizes(op.output)
+            texts = [first, rest[0], num_rows, f"self.{op.kwargs['axis']}"]
         case _:
             texts = [first, f"self.{op.kwargs['axis']}", *rest]
             texts += [f"zigzag={op.kwargs['zigzag']}"] if "zigzag" in op.kwargs else []

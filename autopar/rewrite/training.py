@@ -51,9 +51,10 @@ def _policy(facts: TrainingFacts) -> str:
 
 _RUNTIME_NAMES = """
 Checkpoints Expected GradientBuckets HostAdamW LocalAdamW Log LossScale MasterAdamW MixedPrecision
-PipelineSchedule Tied Trained allocate batches clip_gradients experts_of further_copies hold_until_last
-initialize leave_weights load make_mesh matching open_data pipeline seed_step set_learning_rate
-shard_parameters start sum_gradients sum_tied_gradients tied_parameters training_options unsharded_parameters
+PipelineSchedule Tied Trained allocate batches clip_gradients compile_stages experts_of further_copies
+hold_until_last initialize leave_weights load make_mesh matching open_data pipeline seed_step
+set_learning_rate shard_parameters start sum_gradients sum_tied_gradients tied_parameters training_options
+unsharded_parameters
 """
 RUNTIME_NAMES = tuple(_RUNTIME_NAMES.split())
 MODEL_TABLES = ("BORDERS", "PARTIAL_GRADIENTS", "PLACEMENTS", "STAGES")

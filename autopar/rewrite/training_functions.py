@@ -215,8 +215,7 @@ def main() -> None:
     device = start()
     rank = build(device, options.weights)
     if options.compile:
-        for stage in rank.stages.values():
-            stage.compile()
+        compile_stages(rank.stages.values())
     optimizer = OPTIMIZER(
         dict.fromkeys(rank.parameters().values()), betas=options.betas, weight_decay=options.weight_decay
     )

@@ -19,7 +19,7 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 KINDS = {
-    "products": r"aten::(mm|addmm|convolution|_grouped_mm)",
+    "products": r"aten::(mm|addmm|convolution|_grouped_mm)|autopar::rows_by_group",
     "batched_products": r"aten::(bmm|baddbmm)",
     "attention": r"aten::_scaled_dot_product\w*",
     "collectives": r"_c10d_functional::(all|reduce)_\w+",

@@ -88,6 +88,14 @@ def data_groups(p: Parallelism, *, experts: bool = False) -> tuple[Group, Group]
     return Group.of(*sharding), Group.of(*left.values())
 
 
+def sharding_degree(p: Parallelism, *, experts: bool = False) -> int:
+    """How many ranks shard a parameter under ZeRO: the size of the first of `data_groups`."""
+    if not p.zero_stage:
+        return 1
+    shares = expert_shares(p) if experts and p.ep > 1 else {}
+    return p.dp_shard * p.cp // (shares.get("dp_shard", 1) * shares.get("cp", 1))
+
+
 def device_policy(p: Parallelism, policy: OptimizerPolicy) -> OptimizerPolicy:
     """What of the policy's states is on the device."""
     return on_device(policy) if p.offload == "optimizer" else policy
@@ -97,7 +105,7 @@ def held_states(elements: Elements, p: Parallelism, policy: OptimizerPolicy) -> 
     """Parameters, gradients and optimizer states of one rank, on its device."""
     here = device_policy(p, policy)
     ledgers = [
-        model_state_ledger(num_elements, here, p.zero_stage, data_groups(p, experts=experts)[0].size)
+        model_state_ledger(num_elements, here, p.zero_stage, sharding_degree(p, experts=experts))
         for experts, num_elements in elements.items()
     ]
     return reduce(add, ledgers)
@@ -121,8 +129,7 @@ def host_excess_bytes(
 def updated_elements(elements: Elements, p: Parallelism) -> float:
     """How many parameters one rank updates."""
     return sum(
-        num_elements / (data_groups(p, experts=experts)[0].size if p.zero_stage else 1)
-        for experts, num_elements in elements.items()
+        num_elements / sharding_degree(p, experts=experts) for experts, num_elements in elements.items()
     )
 
 

@@ -139,7 +139,7 @@ def recomputation(
     """What blocks compute again, those together that do the same; `graph` is the captured one, and `levels`
     tell programs of blocks apart where these differ."""
     pairs = zip(graph.blocks, levels or (0,) * len(graph.blocks), strict=True)
-    forms = {block.path: (block.block_class, level) for block, level in pairs}
+    forms = {block.path: (block.kind, level) for block, level in pairs}
     groups: dict[tuple[object, ...], tuple[list[str], tuple[str, ...]]] = {}
     for unit, choice in zip(evaluated.chain.units, evaluated.choices, strict=True):
         if not unit.is_block or choice == "none":

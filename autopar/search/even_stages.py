@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,30 +104,16 @@ class EvenStages:
         A unit works while all of the stage is kept but what comes after it, which is no more than with the
         fastest variants."""
         if cuts not in self._known_freed:
-            units, options = self.table.chain.units, self.table.options
-            ends = (*cuts, len(units))
-            found: list[list[tuple[float, float, int]]] = []  # work, freed, unit
-            for start, stop in pairwise(ends):
-                later_bytes, mine = 0.0, []
-                for index in reversed(range(start, stop)):
-                    base = units[index].saved[options[index][0]]
-                    for name in options[index]:
-                        freed = base.num_bytes - self.table.own_bytes(index, name)
-                        mine.append((units[index].saved[name].working_bytes - later_bytes, freed, index))
-                    later_bytes += base.num_bytes
-                found.append(sorted(mine))
-            sizes = sorted({work for mine in found for work, _, _ in mine})
-            table = np.zeros((len(found), len(sizes)))
-            for stage, mine in enumerate(found):
-                best: dict[int, float] = {}
-                place = 0
-                for column, size in enumerate(sizes):
-                    while place < len(mine) and mine[place][0] <= size:
-                        _, freed, index = mine[place]
-                        best[index] = max(freed, best.get(index, 0.0))
-                        place += 1
-                    table[stage, column] = sum(best.values())
-            self._known_freed[cuts] = np.array(sizes), table
+            working, freed = self.table.freed_within
+            stages = np.repeat(range(len(cuts)), np.diff([*cuts, self.table.num_units]))
+            unit_bytes, _, _ = self._saved
+            kept_bytes = unit_bytes.cumsum()
+            later_bytes = kept_bytes[[*(cut - 1 for cut in cuts[1:]), -1]][stages] - kept_bytes
+            sizes = (working - later_bytes[:, None]).ravel()
+            order = sizes.argsort(kind="stable")[: np.isfinite(sizes).sum()]
+            steps = np.zeros((len(cuts), len(order)))
+            steps[stages.repeat(working.shape[1])[order], range(len(order))] = freed.ravel()[order]
+            self._known_freed[cuts] = sizes[order], steps.cumsum(axis=1)
         return self._known_freed[cuts]
 
     def kept_bytes(self, p: Parallelism, cuts: tuple[int, ...]) -> Array:

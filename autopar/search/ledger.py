@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autopar.plan import Parallelism
-from autopar.search.data_axes import data_groups, held_states
+from autopar.search.data_axes import held_states, sharding_degree
 from autopar.search.pieces import Choices, Held, Pieces, RankParameters
 from costmodel import Ledger, OptimizerPolicy, Software, peak_activation_bytes
 from costmodel.orders import rank_stages
@@ -103,7 +103,7 @@ def _gathered_bytes(parameters: RankParameters, p: Parallelism, policy: Optimize
     the parameters of one unit that computes and of one that is being gathered; parameters outside of the
     blocks belong to the root and stay gathered from its forward to the end of its backward.
     """
-    if p.zero_stage < 2 or data_groups(p)[0].size == 1:
+    if p.zero_stage < 2 or sharding_degree(p) == 1:
         return 0.0
     block, root = parameters.block_elements, parameters.root_elements
     largest = block or root

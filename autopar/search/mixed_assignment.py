@@ -79,11 +79,11 @@ def _stored(graph: OpGraph, by_level: Mapping[int, Assignment], levels: Sequence
 
 
 def _converts_between(graph: OpGraph, assignment: Assignment, blocks: Sequence[Block | None]) -> bool:
-    """Whether an assignment converts what passes from a block to another of its class."""
+    """Whether an assignment converts what passes from a block to another of its kind."""
     for each in _passing(graph, assignment):
         if each.made != each.asked and each.name in graph.producer:
             maker, reader = blocks[graph.producer[each.name]], blocks[each.reader]
-            if maker and reader and maker != reader and maker.block_class == reader.block_class:
+            if maker and reader and maker != reader and maker.kind == reader.kind:
                 return True
     return False
 

@@ -12,10 +12,10 @@ from autopar.search.module_patterns import covers, generalized, nearest
 from autopar.search.pin_placement import PINNED_AXES, PinnedPlacement
 from autopar.search.pin_rules import covered_parameters, placements_of
 from autopar.search.pin_stages import named_units, num_stages
-from autopar.search.pin_values import together, written
+from autopar.search.pin_values import BLOCK_MODES, together, written
 from autopar.search.space import divisors
 from autopar.search.validate import check_dimensions, check_experts
-from graphs.ir import Block, OpGraph
+from graphs.ir import OpGraph
 
 if TYPE_CHECKING:
     from autopar.search.pins import Pins
@@ -92,6 +92,8 @@ def check_model(pins: Pins, graph: OpGraph) -> None:
         dividing_degrees(pins, graph, axis, ())
     for pattern in pins.recompute_modules:
         _check_blocks(pattern, graph)
+    for block in graph.blocks:
+        _check_modes(pins, block.path)
     modules = tuple(graph.modules)
     patterns = (*pins.cut_before, *(part for paths in pins.keep_together for part in together(paths)))
     for pattern in patterns:
@@ -136,32 +138,6 @@ def _check_placement(pin: PinnedPlacement, graph: OpGraph) -> None:
     if pin.placement is not None and not covered:
         what = "none of its parameters has that dimension" if is_known else "it has no parameters"
         raise PinConflictError(f"{pin}: {what}")
-    _check_alike(pin, graph)
-
-
-def _check_alike(pin: PinnedPlacement, graph: OpGraph) -> None:
-    """Blocks of one class share their strategies, so a pin is for all of them or for none."""
-    names = [name for p in graph.parameters for name in (p.name, *p.aliases)]
-    covered = [name for name in (*names, *graph.modules) if pin.covers(name)]
-    by_class: dict[int, list[Block]] = {}
-    for block in graph.blocks:
-        by_class.setdefault(block.block_class, []).append(block)
-    for blocks in by_class.values():
-        inside = {block.path: _inside(block.path, covered) for block in blocks}
-        if len(set(inside.values())) > 1:
-            named = sum(1 for found in inside.values() if found)
-            raise PinConflictError(
-                f"{pin}: is for {named} of the {len(blocks)} alike blocks {blocks[0].path} to "
-                f"{blocks[-1].path}, which share their strategies; pin {generalized(_unranged(pin.pattern))}"
-            )
-
-
-def _unranged(pattern: str) -> str:
-    return ".".join("*" if part.startswith("[") else part for part in pattern.split("."))
-
-
-def _inside(path: str, names: Iterable[str]) -> frozenset[str]:
-    return frozenset(name.removeprefix(path) for name in names if covers(path, name))
 
 
 def _check_blocks(pattern: str, graph: OpGraph) -> None:
@@ -176,6 +152,22 @@ def _check_blocks(pattern: str, graph: OpGraph) -> None:
             )
     raise PinConflictError(
         f"recompute {pattern}: matches no repeated block of {graph.name}{nearest(pattern, blocks)}"
+    )
+
+
+def _check_modes(pins: Pins, block: str) -> None:
+    if pins.recompute_values(block, BLOCK_MODES):
+        return
+    culprits = [
+        f"recompute {pattern}={mode}"
+        for pattern, mode in pins.recompute_modules.items()
+        if covers(pattern, block)
+    ]
+    if pins.recompute is not None:
+        culprits.insert(0, f"recompute={pins.recompute}")
+    culprits += [f"forbid recompute={mode}" for mode in sorted(pins.forbid.get("recompute", ()), key=str)]
+    raise PinConflictError(
+        f"{' and '.join(culprits)} leave {block} none of {', '.join(BLOCK_MODES)}; drop one of them"
     )
 
 

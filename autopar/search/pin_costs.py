@@ -7,11 +7,9 @@ from dataclasses import replace
 
 from autopar.errors import PinConflictError
 from autopar.plan import PinCost, Plan
-from autopar.search.branch import BranchAndBound, Progress
 from autopar.search.outcome import Solved
 from autopar.search.pins import Pins
-from autopar.search.placement import placed
-from autopar.search.planner import TOLERANCE, Planner
+from autopar.search.planner import Planner
 
 MOST_WORK = 8000
 """Arrivals in the queues of all these searches together, each a fraction of a millisecond to three: seconds
@@ -21,9 +19,11 @@ MOST_OF_ONE = 3000
 """Of them, those of one search, so that one pin does not leave the others without a price."""
 
 
-def pin_costs(
-    search: Callable[[Pins], float | None], pins: Pins, step_s: float
-) -> tuple[tuple[PinCost, ...], tuple[str, ...]]:
+PinCosts = tuple[tuple[PinCost, ...], tuple[str, ...]]
+"""What pins cost, and the pins without a price."""
+
+
+def pin_costs(search: Callable[[Pins], float | None], pins: Pins, step_s: float) -> PinCosts:
     """For every pin the seconds that a step takes longer for it, all others kept; and the pins without a
     price.
 
@@ -42,14 +42,14 @@ def pin_costs(
     return tuple(found), tuple(unpriced)
 
 
-def with_pin_costs(plan: Plan, pricer: PinPricer) -> Plan:
+def with_pin_costs(plan: Plan, costs: PinCosts) -> Plan:
     """The plan, with what each of its pins costs, and a warning that names those without a price."""
-    costs, unpriced = pricer.costs()
+    priced, unpriced = costs
     warnings = plan.warnings
     if unpriced:
         remark = f"there was no time to find out what these pins cost: {', '.join(unpriced)}"
         warnings = (*warnings, remark)
-    return plan.model_copy(update={"pin_costs": costs, "warnings": warnings})
+    return plan.model_copy(update={"pin_costs": priced, "warnings": warnings})
 
 
 class PinPricer:
@@ -63,8 +63,8 @@ class PinPricer:
         self.best = best
         self.work = work
 
-    def costs(self) -> tuple[tuple[PinCost, ...], tuple[str, ...]]:
-        """What each pin costs, and the pins without a price, as `pin_costs`."""
+    def costs(self) -> PinCosts:
+        """As `pin_costs`."""
         return pin_costs(self._step_s, self.pins, self.best.evaluated.step_s)
 
     def _step_s(self, pins: Pins) -> float | None:
@@ -83,22 +83,19 @@ class PinPricer:
         """The better of `best` and what pins allow; None where the work, or the time, did not suffice."""
         if self.work <= 0:
             return None
-        planner = self.planner.under(pins)
+        planner = silenced(self.planner.under(pins))
         try:
-            search = BranchAndBound(planner, planner.layouts, TOLERANCE, _silent, planner.deadline)
+            found = planner.search(best, most_work=min(self.work, MOST_OF_ONE))
         except PinConflictError:
             return best  # what the pin asks for is not even tried without it
         except KeyboardInterrupt:
             self.work = 0
             return None
-        search.most_work = min(self.work, MOST_OF_ONE)
-        search.outcome.best = best
-        found = search.run().best
-        self.work = 0 if search.stopped == "interrupted" else self.work - search.work
-        if search.stopped is not None or found is None:
-            return None
-        return found if found is best else placed(found, planner.evaluator)
+        self.work = 0 if found.stopped == "interrupted" else self.work - found.work
+        return None if found.stopped else found.best or best
 
 
-def _silent(progress: Progress) -> None:
-    """These searches are short: their progress is not told."""
+def silenced(planner: Planner) -> Planner:
+    """The planner, which tells nobody of its progress: searches without a pin are short."""
+    planner.report = lambda progress: None
+    return planner

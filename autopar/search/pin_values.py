@@ -73,7 +73,7 @@ def check_values(pins: Pins) -> None:
             PinnedPlacement.parse(path, axis, text)
     for path, mode in pins.recompute_modules.items():
         check_pattern(path)
-        if mode not in BLOCK_MODES:
+        if mode.removeprefix("!") not in BLOCK_MODES:
             _unknown(f"recompute {path}", mode, BLOCK_MODES)
     for path in (*pins.cut_before, *(part for paths in pins.keep_together for part in together(paths))):
         check_pattern(path)

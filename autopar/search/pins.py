@@ -39,7 +39,8 @@ class Pins:
         placements: by module or parameter, then by mesh axis, how the parameters lie on it: `Shard(0)`,
             `Replicate`, or the strategy key of the ops that read them; with `!` before it, how they may not.
             Of a module's parameters those that lack the dimension are left free.
-        recompute_modules: by block, what its backward computes again: none, selective or full.
+        recompute_modules: by block, what its backward computes again: none, selective or full; with `!`
+            before it, what it does not.
         cut_before: modules with which a pipeline stage must begin.
         keep_together: modules that stay on one stage; `a + b` keeps two, and what is between them.
 
@@ -140,15 +141,21 @@ class Pins:
 
     def recompute_of(self, path: str) -> RecomputeMode | None:
         """What the backward of a block computes again, where that is pinned."""
-        found = [mode for pattern, mode in self.recompute_modules.items() if covers(pattern, path)]
+        found = [mode for mode in self._modes_of(path) if not mode.startswith("!")]
         return cast("RecomputeMode | None", found[-1] if found else self.recompute)
 
     def recompute_values(self, path: str, usual: Iterable[str]) -> tuple[str, ...]:
         """The ways to compute a block again that are left to try: the pinned one, else those of the `usual`
-        that are not forbidden."""
+        that are not forbidden; none where what is pinned is forbidden to this block."""
         mode = self.recompute_of(path)
-        banned = self.forbid.get("recompute", ())
-        return (mode,) if mode is not None else tuple(name for name in usual if name not in banned)
+        banned = {text.removeprefix("!") for text in self._modes_of(path) if text.startswith("!")}
+        if mode is None:
+            return tuple(name for name in usual if name not in banned | {*self.forbid.get("recompute", ())})
+        return () if mode in banned else (mode,)
+
+    def _modes_of(self, path: str) -> list[str]:
+        """All that is asked of what a block computes again."""
+        return [mode for pattern, mode in self.recompute_modules.items() if covers(pattern, path)]
 
     def must_cut(self, units: Sequence[HasModules]) -> tuple[int, ...]:
         """The units with which a stage must begin (`autopar.search.pin_stages`)."""

@@ -21,6 +21,7 @@ from autopar.search.given import even_cuts
 from autopar.search.mixed import Mixer
 from autopar.search.outcome import Solved, better, rank
 from autopar.search.pin_conflicts import minimal_conflict
+from autopar.search.pin_forms import told_apart
 from autopar.search.pin_space import PinSpace
 from autopar.search.pins import Pins
 from autopar.search.placement import placed, placed_chain
@@ -60,8 +61,8 @@ class SearchResult:
 
     `runners_up` are the best of other meshes, in order; `baselines` plain DDP and FSDP by name, None where
     the batch does not divide over the devices. `pruned` counts the candidates that were dropped, by why;
-    `stopped` says what ended the search before its proof. `unplaced` is the best with its axes in the usual
-    order: what the search compares.
+    `stopped` says what ended the search before its proof, `work` how much was looked at. `unplaced` is the
+    best with its axes in the usual order: what the search compares.
     """
 
     best: Solved | None
@@ -72,6 +73,7 @@ class SearchResult:
     num_solved: int
     pruned: dict[str, int] = field(default_factory=dict)
     stopped: str | None = None
+    work: int = 0
     unplaced: Solved | None = None
 
 
@@ -98,12 +100,12 @@ class Planner:
     ) -> None:
         self.effort = effort or Effort()
         self.cluster = cluster
-        self.capture = capture
         self.policy = policy
         self.global_batch = global_batch
         self.whole_space = whole_space
         self.num_runners_up = num_runners_up
         self.pins = pins or Pins()
+        self.capture = capture = told_apart(capture, self.pins)
         self.pin_space = PinSpace(self.pins, capture.graph)
         self.bounds = Bounds(capture, cluster, policy, era)
         self.evaluator = Evaluator(cluster, policy, era)
@@ -122,7 +124,8 @@ class Planner:
             vars(other).pop(name, None)
         other.pins, other.pin_space = pins, PinSpace(pins, self.capture.graph)
         if pins.placements != self.pins.placements:
-            other.programs = self.programs.under(pins)
+            other.capture = told_apart(self.capture, pins)
+            other.programs = self.programs.under(pins, other.capture)
         left = other.pin_space
         if other.programs is not self.programs or left.of_units != self.pin_space.of_units:
             other.layer = StageLayer(other.programs, self.evaluator, left.options, left.where)
@@ -210,16 +213,20 @@ class Planner:
 
     # --- the search -----------------------------------------------------------------------------------------
 
-    def search(self, incumbent: Solved | None = None, tolerance: float = TOLERANCE) -> SearchResult:
+    def search(
+        self, incumbent: Solved | None = None, tolerance: float = TOLERANCE, most_work: int | None = None
+    ) -> SearchResult:
         """The best plan, every mesh in the usual order of axes until it is found, then in its best one.
 
         With an `incumbent`, the unplaced best of another cluster, only what is better counts; the bound is of
-        both. The `tolerance` is the gap at which the search is done. Raises PinConflictError when the pins
-        leave no candidate at all, and SearchTimeoutError when the time limit passes before there is any plan.
+        both. The `tolerance` is the gap at which the search is done. With `most_work` it stops after that,
+        and looks for nothing beside the best. Raises PinConflictError when the pins leave no candidate at
+        all, and SearchTimeoutError when the time limit passes before there is any plan.
         """
         search = BranchAndBound(self, self.layouts, tolerance, self.report, self.deadline)
-        search.outcome.best = incumbent
-        outcome = search.run(self.num_runners_up)
+        search.outcome.best, search.most_work = incumbent, most_work
+        num_beside = self.num_runners_up if most_work is None else 0
+        outcome = search.run(num_beside)
         if outcome.best is None and search.stopped is not None:
             raise SearchTimeoutError(
                 f"no plan yet when the search was stopped ({search.stopped}): "
@@ -227,17 +234,19 @@ class Planner:
             )
         self.effort.solved("candidates", Size(search.num_candidates, 1, search.num_candidates))
         best = None if outcome.best is incumbent else outcome.best
-        found = () if best is None else (best, *outcome.runners_up(self.num_runners_up))
+        found = () if best is None else (best, *outcome.runners_up(num_beside))
+        has_baselines = best is not None and most_work is None
         found = tuple(sorted((placed(each, self.evaluator) for each in found), key=rank))
         return SearchResult(
             best=found[0] if found else None,
             runners_up=found[1:],
-            baselines={} if best is None else {name: self._baseline(name) for name in BASELINES},
+            baselines={name: self._baseline(name) for name in BASELINES} if has_baselines else {},
             bound_s=search.bound_s,
             num_candidates=search.num_candidates,
             num_solved=outcome.num_priced,
             pruned=outcome.pruned,
             stopped=search.stopped,
+            work=search.work,
             unplaced=best,
         )
 

@@ -89,6 +89,7 @@ class PoolSearch:
         self.floors = RouteFloors(legs, lcm(*sizes))
         self.best: PricedRoute | None = None
         self.alone: tuple[int, SearchResult] | None = None
+        self.most_work: int | None = None
         self.solved: list[PricedRoute] = []
         self._conflicts: list[str] = []
         self._tried_alone: dict[int, SearchResult] = {}
@@ -101,6 +102,12 @@ class PoolSearch:
     def num_candidates(self) -> int:
         """Routes, and pools by themselves."""
         return len(self.routes) + len(self.planners)
+
+    @property
+    def work(self) -> int:
+        """How much was looked at, whatever the machine's load; the search stops at `most_work`, and then
+        looks for nothing beside the best."""
+        return self._arrivals + sum(found.work for found in self._tried_alone.values())
 
     @property
     def best_s(self) -> float:
@@ -167,9 +174,7 @@ class PoolSearch:
                 self._push(self.floors.device_s(route), RouteNode(route))
             else:
                 self._fate[route] = "memory floor"
-        while self._queue and self._queue[0][0] < self._enough_s:
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                break
+        while self._queue and self._queue[0][0] < self._enough_s and not self._is_over():
             floor_s, _, node = self._queue[0]
             found = list(self._expand(floor_s, node))
             heapq.heappop(self._queue)
@@ -178,15 +183,20 @@ class PoolSearch:
             self._tell()
         # A pool by itself has to beat what goes through all of them: the better that is, the less to search.
         for pool, floor_s in sorted(self._untried_s.items(), key=lambda each: each[1]):
-            is_late = self.deadline is not None and time.monotonic() > self.deadline
-            if floor_s < self._enough_s and (not is_late or self.best_s == float("inf")):
+            if floor_s < self._enough_s and (self.best_s == float("inf") or not self._is_over()):
                 self._search_alone(pool)
                 self._tell()
             if self._stopped_alone == "interrupted":
                 break
         if self._stopped_alone is None and self._open_s < self._enough_s:
-            return "time limit"
+            return self._is_over()
         return self._stopped_alone
+
+    def _is_over(self) -> str | None:
+        """What stops the search before its proof, if anything does."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return "time limit"
+        return "work limit" if self.most_work is not None and self.work > self.most_work else None
 
     @property
     def _stopped_alone(self) -> str | None:
@@ -279,7 +289,8 @@ class PoolSearch:
         known = [each for each in (self._found_alone, through) if each is not None]
         try:
             best = min(known, key=lambda each: each.evaluated.step_s, default=None)
-            found = planner.search(best, TOLERANCE)
+            left = None if self.most_work is None else self.most_work - self.work
+            found = planner.search(best, TOLERANCE, left)
         except PinConflictError as error:
             self._fate[pool] = "pins"
             del self._untried_s[pool]

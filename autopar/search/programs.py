@@ -76,6 +76,7 @@ class Programs:
     ) -> None:
         self.capture = capture
         self.effort = effort or Effort()
+        self.shorten = shorten
         self.shallow = shallow(capture) if shorten else Shallow(capture, {})
         self.cluster = cluster
         self.era = era
@@ -90,8 +91,14 @@ class Programs:
         self.least = LeastPrograms(self)
         self.depths = OtherDepths(self)
 
-    def under(self, rules: Rules) -> Programs:
-        """The same model under other rules, of which replicas and whole parameters know nothing."""
+    def under(self, rules: Rules, capture: Capture) -> Programs:
+        """The same model under other rules, of which replicas and whole parameters know nothing unless they
+        tell other blocks apart, as its capture then does."""
+        if capture is not self.capture:
+            return Programs(
+                capture, self.cluster, self.era, rules=rules, shorten=self.shorten,
+                low_precision=self.low_precision, effort=self.effort,
+            )  # fmt: skip
         other = copy(self)
         other.rules, other._ilps = rules, {}
         other.least, other.depths = LeastPrograms(other), OtherDepths(other)

@@ -56,26 +56,31 @@ def make_replica(whole: OpGraph, dp: Assignment | None, cp: int, split: Split | 
     gathered: tuple[str, ...] = ()
     if dp is not None:
         assignments["dp"], keys["dp"] = dp, strategy_keys(whole, dp)
-        local = _with_blocks(localize(local, dp))
+        local = _with_blocks(localize(local, dp), whole)
         gathered = tuple(op.name for op in gathered_ops(whole, dp))
     outer = local.graph
     if cp > 1:
         assignments["cp"] = (split or context_parallel)(outer, cp)
         keys["cp"] = strategy_keys(outer, assignments["cp"])
-        local = _with_blocks(localize(local, assignments["cp"]))
+        local = _with_blocks(localize(local, assignments["cp"]), whole)
     return Replica(whole, outer, local, assignments, keys, gathered)
 
 
-def _with_blocks(local: Localized) -> Localized:
-    return replace(local, graph=replace(local.graph, blocks=find_blocks(local.graph)))
+def _with_blocks(local: Localized, whole: OpGraph) -> Localized:
+    """With its blocks, those told apart that are so in the graph it was made from."""
+    forms = {block.path: block.form for block in whole.blocks}
+    blocks = (replace(block, form=forms.get(block.path, 0)) for block in find_blocks(local.graph))
+    return replace(local, graph=replace(local.graph, blocks=tuple(blocks)))
 
 
 def strategy_keys(graph: OpGraph, assignment: Assignment) -> dict[str, str]:
-    """Strategy keys by the names of representative ops, and of the ops that do otherwise than these."""
+    """Strategy keys by the names of the first ops of their class, and of the ops that do otherwise than
+    these."""
     keys = [strategy.key for strategy in assignment.choice]
+    classes = replace(graph, blocks=tuple(replace(block, form=0) for block in graph.blocks))
     return {
         op.name: key
-        for index, (op, key, like) in enumerate(zip(graph.ops, keys, graph.representative, strict=True))
+        for index, (op, key, like) in enumerate(zip(graph.ops, keys, classes.representative, strict=True))
         if index == like or key != keys[like]
     }
 

@@ -18,7 +18,7 @@ class Runs(Protocol):
         """The sum of a run's values."""
         ...
 
-    def largest(self, values: Sequence[float]) -> Array:
+    def largest(self, values: Sequence[float] | Array) -> Array:
         """The largest of a run's values."""
         ...
 
@@ -42,7 +42,7 @@ class AllRuns:
         found: Array = np.subtract.outer(-prefix, -prefix)
         return found
 
-    def largest(self, values: Sequence[float]) -> Array:
+    def largest(self, values: Sequence[float] | Array) -> Array:
         table = np.zeros((self.num_units + 1, self.num_units + 1))
         for i in range(self.num_units):
             table[i, i + 1 :] = np.maximum.accumulate(np.asarray(values[i:], dtype=np.float64))
@@ -66,7 +66,7 @@ class GivenRuns:
         found: Array = np.add.reduceat(np.asarray(values, dtype=np.float64), self.starts)
         return found
 
-    def largest(self, values: Sequence[float]) -> Array:
+    def largest(self, values: Sequence[float] | Array) -> Array:
         found: Array = np.maximum.reduceat(np.asarray(values, dtype=np.float64), self.starts)
         return found
 
@@ -91,7 +91,7 @@ class RankRuns:
     def sums(self, values: Sequence[float] | Array) -> Array:
         return np.bincount(self.ranks, self.stages.sums(values)).astype(np.float64)
 
-    def largest(self, values: Sequence[float]) -> Array:
+    def largest(self, values: Sequence[float] | Array) -> Array:
         return self._largest(self.stages.largest(values))
 
     def last(self, values: Sequence[float] | Array) -> Array:

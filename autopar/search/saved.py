@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 from autopar.plan import RecomputeMode
@@ -40,8 +41,9 @@ class Saved:
     peak_bytes: int = 0
     phase: Phase = "backward"
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
+        """Bytes kept."""
         return sum(self.storages.values()) + self.internal_bytes
 
     @property

@@ -1,7 +1,7 @@
 """A deep model made shallow for the search: of a long run of equal blocks the first, one in the middle, and
 the last; of one whose blocks take turns, as sliding and full attention do, of every kind.
 
-Blocks of one class share their strategies, so all that a search must know of the others is how many there
+Blocks of one kind share their strategies, so all that a search must know of the others is how many there
 are: the middle ones stand for them. What was found is carried back to the full depth (`programs`), where it
 is priced again.
 """
@@ -17,7 +17,7 @@ from graphs.ir import Block, Op, OpGraph, Ref, map_refs
 from graphs.periods import periodic
 
 Turn = tuple[Block, ...]
-"""Blocks of one or several classes, which neighbouring turns repeat in the same order."""
+"""Blocks of one or several kinds, which neighbouring turns repeat in the same order."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ def _runs(graph: OpGraph, borders: frozenset[str]) -> list[tuple[Turn, ...]]:
 
 def _turns(blocks: Sequence[Block]) -> Iterator[tuple[Turn, ...]]:
     """The runs among adjacent blocks."""
-    classes = [block.block_class for block in blocks]
+    kinds = [block.kind for block in blocks]
 
     def number_of(start: int, period: int) -> int:
-        pairs = zip(classes[start:], classes[start + period :], strict=False)
+        pairs = zip(kinds[start:], kinds[start + period :], strict=False)
         return (sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) + period) // period
 
     for start, period, number in periodic(len(blocks), number_of):

@@ -10,11 +10,11 @@ from autopar.plan import Parallelism
 from autopar.pricing import Pricer
 from autopar.search.data_axes import (
     DataTraffic,
-    data_groups,
     data_traffic,
     device_policy,
     least_accumulation_s,
     least_update_s,
+    sharding_degree,
     updated_elements,
 )
 from autopar.search.pieces import Bucket
@@ -53,13 +53,9 @@ def accumulating(sums: RunSums, p: Parallelism, machine: Machine) -> RunSums:
 def moved_once(table: StageTable, p: Parallelism, machine: Machine) -> Once:
     """What moves for each unit; parameters that units share count for the first."""
     update_s = least_update_s(p, machine.policy, machine.pricer)
-    known: dict[tuple[float, ...], tuple[float, ...]] = {}
-    columns = []
-    for unit in zip(*table.unit_elements, table.element_bytes, strict=True):
-        if unit not in known:
-            known[unit] = _unit_once(*unit, p, machine, update_s)
-        columns.append(known[unit])
-    return Once(*np.array(columns).T)
+    kinds, places = table.parameter_kinds
+    each = np.array([_unit_once(*kind, p, machine, update_s) for kind in kinds])
+    return Once(*each[places].T)
 
 
 def held_bytes(table: StageTable, sums: RunSums, p: Parallelism, machine: Machine) -> Array:
@@ -67,10 +63,10 @@ def held_bytes(table: StageTable, sums: RunSums, p: Parallelism, machine: Machin
     `autopar.search.ledger` counts it."""
     policy, held = machine.policy, np.zeros_like(sums.forward_s)
     for is_expert, elements in zip((False, True), sums.elements, strict=True):
-        degree = data_groups(p, experts=is_expert)[0].size
+        degree = sharding_degree(p, experts=is_expert)
         held += state_bytes(p, policy, degree) * elements
     moving = sums.working_bytes + cached_bytes(table, sums, machine)
-    if machine.moves and data_groups(p)[0].size > 1 and p.zero_stage >= 2:
+    if machine.moves and p.zero_stage >= 2 and sharding_degree(p) > 1:
         is_block = sums.block_elements > 0
         largest = np.where(is_block, sums.block_elements, sums.root_elements)
         moving = moving + (policy.gathered_bytes + policy.gradient_bytes) * largest

@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.search.pieces import num_weights
 from autopar.search.runs import AllRuns, Array, GivenRuns, RankRuns, Runs
@@ -48,8 +49,8 @@ class RunSums:
         self.num_sharding_units = np.maximum(1.0, runs.sums(table.unit_has_parameters))
         self.elements = tuple(runs.sums(elements) for elements in table.unit_elements)
         self.elements_before = runs.before(np.sum(table.unit_elements, axis=0))
-        self.block_elements = runs.largest(table.elements_of(blocks=True))
-        self.root_elements = runs.sums(table.elements_of(blocks=False))
+        self.block_elements = runs.largest(table.block_elements)
+        self.root_elements = runs.sums(table.root_elements)
         self.largest_weights = runs.largest(table.unit_weights)
         self.saved_bytes = runs.sums(table.unit_saved_bytes)
         self.working_bytes = runs.last(table.unit_working_bytes)
@@ -132,29 +133,45 @@ class StageTable:
         return 1 - self.chain.era.tensor_parallel_overlap
 
     @cached_property
-    def unit_has_parameters(self) -> list[float]:
+    def unit_has_parameters(self) -> Array:
         """1 for units that are gathered and reduced by themselves."""
-        return [float(bool(unit.parameters)) for unit in self.chain.units]
+        return np.array([float(bool(unit.parameters)) for unit in self.chain.units])
 
     @cached_property
-    def unit_elements(self) -> tuple[list[float], list[float]]:
+    def unit_elements(self) -> tuple[Array, Array]:
         """Elements of dense parameters and of experts, each for the first unit that has it."""
         seen: set[str] = set()
-        sizes: tuple[list[float], list[float]] = ([], [])
-        for unit in self.chain.units:
-            fresh = [self.chain.parameters[name] for name in unit.parameters if name not in seen]
-            seen.update(unit.parameters)
-            for is_expert, found in enumerate(sizes):
-                found.append(float(sum(s.num_elements for s in fresh if s.is_expert is bool(is_expert))))
-        return sizes
-
-    def elements_of(self, *, blocks: bool) -> list[float]:
-        """The same together, 0 outside of blocks, or in them."""
-        both = zip(self.chain.units, *self.unit_elements, strict=True)
-        return [sum(sizes) if unit.is_block is blocks else 0.0 for unit, *sizes in both]
+        sizes = np.zeros((2, self.num_units))
+        for index, unit in enumerate(self.chain.units):
+            for name in unit.parameters:
+                if name not in seen:
+                    seen.add(name)
+                    shard = self.chain.parameters[name]
+                    sizes[int(shard.is_expert), index] += shard.num_elements
+        return sizes[0], sizes[1]
 
     @cached_property
-    def element_bytes(self) -> list[float]:
+    def block_elements(self) -> Array:
+        """The same together, 0 outside of blocks."""
+        found: Array = sum(self.unit_elements) * np.array([unit.is_block for unit in self.chain.units])
+        return found
+
+    @cached_property
+    def root_elements(self) -> Array:
+        """The same together, 0 in blocks."""
+        found: Array = sum(self.unit_elements) - self.block_elements
+        return found
+
+    @cached_property
+    def parameter_kinds(self) -> tuple[list[tuple[float, float, float]], NDArray[np.intp]]:
+        """What units may have of parameters: elements of dense ones, of experts, and the bytes of each; and
+        which of these every unit has."""
+        units = [*zip(*map(Array.tolist, self.unit_elements), self._element_bytes, strict=True)]
+        kinds = list(dict.fromkeys(units))
+        return kinds, np.array([kinds.index(unit) for unit in units])
+
+    @property
+    def _element_bytes(self) -> list[float]:
         """Bytes of an element of each unit's parameters."""
         found = []
         for unit in self.chain.units:
@@ -164,12 +181,12 @@ class StageTable:
         return found
 
     @cached_property
-    def unit_weights(self) -> list[float]:
+    def unit_weights(self) -> Array:
         """Elements of a block's weights, one matrix of every stack."""
-        return [num_weights(unit, self.chain.parameters) for unit in self.chain.units]
+        return np.array([num_weights(unit, self.chain.parameters) for unit in self.chain.units])
 
     @cached_property
-    def unit_saved_bytes(self) -> list[float]:
+    def unit_saved_bytes(self) -> Array:
         """What each unit keeps that none before it does, with its fastest variant."""
         seen: set[str] = set()
         sizes = []
@@ -178,13 +195,13 @@ class StageTable:
             fresh = sum(size for storage, size in saved.storages.items() if storage not in seen)
             seen.update(saved.storages)
             sizes.append(float(fresh + saved.internal_bytes))
-        return sizes
+        return np.array(sizes)
 
     @cached_property
-    def unit_working_bytes(self) -> list[float]:
+    def unit_working_bytes(self) -> Array:
         """What each unit holds beside what it keeps."""
         pairs = zip(self.chain.units, self.base, strict=True)
-        return [float(unit.saved[name].working_bytes) for unit, name in pairs]
+        return np.array([float(unit.saved[name].working_bytes) for unit, name in pairs])
 
     def own_bytes(self, index: int, name: str) -> float:
         """What a unit keeps under a name, but for what it does not keep otherwise and others may keep too:
@@ -207,12 +224,9 @@ class StageTable:
     @cached_property
     def segments(self) -> list[Segment]:
         """What units can free, the cheapest first."""
-        kinds: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        for index, (unit, names) in enumerate(zip(self.chain.units, self.options, strict=True)):
-            kinds.setdefault((id(unit.recompute_s), names), []).append(index)
         found = []
-        for (_, names), indices in kinds.items():
-            unit = self.chain.units[indices[0]]
+        for indices in self._kinds:
+            unit, names = self.chain.units[indices[0]], self.options[indices[0]]
             members = np.zeros(self.num_units)
             members[indices] = 1
             for one, other in pairwise(names):
@@ -221,6 +235,33 @@ class StageTable:
                     seconds = unit.recompute_s[other] - unit.recompute_s[one]
                     found.append(Segment(seconds / freed, float(freed), members))
         return sorted(found, key=lambda segment: segment.rate)
+
+    @cached_property
+    def freed_within(self) -> tuple[Array, Array]:
+        """How much each unit can keep less than its fastest variant if it works on no more than so much, the
+        total after every such step: bytes worked on, and bytes freed beyond the step before, both [unit,
+        step]."""
+        most = max(map(len, self.options))
+        working, freed = np.full((self.num_units, most), np.inf), np.zeros((self.num_units, most))
+        for indices in self._kinds:
+            unit, names = self.chain.units[indices[0]], self.options[indices[0]]
+            base_bytes = unit.saved[names[0]].num_bytes
+            steps = sorted(
+                (unit.saved[name].working_bytes, base_bytes - self.own_bytes(indices[0], name))
+                for name in names
+            )
+            totals = np.maximum.accumulate([0.0, *(total for _, total in steps)])
+            working[indices, : len(steps)] = [size for size, _ in steps]
+            freed[indices, : len(steps)] = np.diff(totals)
+        return working, freed
+
+    @cached_property
+    def _kinds(self) -> list[list[int]]:
+        """The units that are alike, up to the names of what they keep."""
+        found: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for index, (unit, names) in enumerate(zip(self.chain.units, self.options, strict=True)):
+            found.setdefault((id(unit.recompute_s), names), []).append(index)
+        return list(found.values())
 
     # --- all units together ---------------------------------------------------------------------------------
 

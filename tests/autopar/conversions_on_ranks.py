@@ -143,7 +143,7 @@ def check_experts() -> int:
     mine = torch.bincount(rows.detach()[:, 0].long(), minlength=num_experts).chunk(size)
     assert mine[rank].cumsum(0).tolist() == here.tolist()
     assert sum(map(len, found)) == 3 * int(mine[rank].sum())
-    back = experts.from_experts(rows * rows, routes, everybody())
+    back = experts.from_experts(rows * rows, routes, len(x), everybody())
     torch.testing.assert_close(back, x * x)
     back.sum().backward()
     torch.testing.assert_close(x.grad, 2 * x)

@@ -156,16 +156,18 @@ def test_an_op_is_random_where_it_draws_numbers(target: str, args: tuple[object,
 
 
 class Denoising(nn.Module):
-    """Its loss is free of the noise, if both that read it read the same."""
+    """Its loss is free of the noise, if both that read it read the same. It is drawn for every sample, or
+    once for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_shared: bool = False) -> None:
         super().__init__()
+        self.is_shared = is_shared
         self.first = nn.Linear(8, 8, bias=False)
         self.second = nn.Parameter(torch.randn(8))
         self.double()
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        noise = torch.randn_like(x)
+        noise = torch.randn_like(x[0] if self.is_shared else x)
         return F.mse_loss((self.first(x) + noise) + self.second, target + 0.5 * noise + 0.5 * noise)
 
 
@@ -183,18 +185,42 @@ class Denoising(nn.Module):
     ids=str,
 )
 def test_noise_is_the_same_wherever_it_is_read(tmp_path: Path, degrees: dict[str, object]) -> None:
+    directory, source = saved(Denoising(), degrees, tmp_path)
+    assert source.count("randn_like.default(") == 1
+    outcome = shared_pool().run(directory / "parity.py", 2)
+    assert f"{outcome.verdict} {outcome.output}".startswith("equal"), source
+
+
+def saved(model: Denoising, degrees: dict[str, object], directory: Path) -> tuple[Path, str]:
+    """The program of a model and what the original does, in a directory, and its source."""
+
     def inputs(batch: int) -> dict[str, Tensor]:
         rows = torch.arange(8.0 * 16 * batch, dtype=torch.float64).view(batch, 16, 8)
         return {"x": rows.sin(), "target": rows.cos()}
 
     torch.manual_seed(0)
-    model = Denoising()
     parallelism = Parallelism.model_validate({"microbatch_size": 2, **degrees})
     captured = capture(model, inputs, name="denoising")
-    plan = autopar.evaluate(captured, "local-cpu*2", parallelism=parallelism)
+    plan = autopar.evaluate(captured, f"local-cpu*{parallelism.world_size}", parallelism=parallelism)
     program = autopar.compile(captured, plan)
-    directory = program.save(tmp_path / "program")
-    autopar.save_reference(program, model, inputs, directory)
-    assert program.source.count("randn_like.default(") == 1
-    outcome = shared_pool().run(directory / "parity.py", 2)
-    assert f"{outcome.verdict} {outcome.output}".startswith("equal"), program.source
+    program.save(directory / "program")
+    autopar.save_reference(program, model, inputs, directory / "program")
+    return directory / "program", program.source
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_what_samples_share_and_positions_split_is_drawn_alike_and_apart(
+    tmp_path: Path, recompute: str
+) -> None:
+    """Replicas draw the same noise, context ranks each its own part of it, compiled or not."""
+    degrees: dict[str, object] = {"dp_replicate": 2, "cp": 2, "recompute": recompute}
+    directory, source = saved(Denoising(is_shared=True), degrees, tmp_path)
+    assert "drawn_together(lambda: drawn_apart(self.cp, lambda: " in " ".join(source.split()).replace(
+        "( ", "("
+    )
+    outcome = shared_pool().run(directory / "parity.py", 4)
+    assert f"{outcome.verdict} {outcome.output}".startswith("equal"), source
+    found = shared_pool().run(DRIVER.with_name("noise_on_ranks.py"), 4, directory)
+    assert (found.verdict, found.output) == ("equal", "")

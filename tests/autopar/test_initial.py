@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import autopar
-from autopar.rewrite.initial import SAVED, initial_values
+from autopar.rewrite.initial import initial_values
+from autopar.rewrite.initial_notes import SAVED
 from autopar.runtime.initial import Recipe, initialize
 from autopar.runtime.layout import Split
 from graphs.memoryless import build_without_memory
@@ -200,6 +201,45 @@ def test_a_program_is_initialised_as_the_model_is() -> None:
     text = autopar.compile(model, plan, inputs=case("gpt2").inputs).files["train.py"]
     assert '(("normal_", 0.0, 0.02),): [' in text
     assert "initialize(stage, mesh, PLACEMENTS, INITIAL)" in text
+
+
+class Stranger(nn.Module):
+    """Initialised by ops that write elsewhere than in their first operand, and by putting others in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.drawn, self.product, self.first, self.second, self.outside = _matrices(5)
+        self.swapped, self.replaced, self.follower = _matrices(3)
+        self.norm(torch.randn(8, 4))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.drawn.normal_()
+        torch.mul(self.product, 2, out=self.product)
+        torch._foreach_mul_([self.first, self.second], 0.5)
+        torch.normal(0.0, 1.0, (4, 4), out=self.outside)
+        torch.linalg.qr(torch.randn(4, 4), out=(self.inner.weight, torch.empty(4, 4)))
+        copies = [torch.empty(4, 4)]
+        torch._foreach_copy_(copies, [self.first])
+        self.follower.copy_(copies[0])
+        self.swapped.data = torch.zeros(4, 4)
+        self.replaced = nn.Parameter(torch.zeros(4, 4))
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+def test_a_stranger_changes_nothing_and_what_it_does_is_not_guessed() -> None:
+    model = Stranger()
+    before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    initial = initial_values(model)
+    for name, value in model.state_dict(keep_vars=True).items():
+        assert value is before[name][0]
+        assert torch.equal(value, before[name][1]), f"{name} was changed"
+    told = {name: recipe[0][0] for name, recipe in initial.recipes.items() if recipe != SAVED}
+    drawn = {"norm.weight": "fill_", "norm.bias": "fill_", "inner.bias": "uniform_", "drawn": "normal_"}
+    assert told == drawn
+    for name, value in initial.values.items():
+        assert torch.equal(value, before[name][1]), "what cannot be told is what the model holds"
 
 
 def test_masks_and_weights_of_eight_bits_keep_their_values() -> None:

@@ -162,6 +162,10 @@ def test_blocks_are_left_what_is_not_forbidden() -> None:
     pins = Pins(recompute_modules={"layers.0": "full"}, forbid={"recompute": ["none"]})
     assert pins.recompute_values("layers.0", ("none", "keep-1", "full")) == ("full",)
     assert pins.recompute_values("layers.1", ("none", "keep-1", "full")) == ("keep-1", "full")
+    pins = Pins(recompute_modules={"layers.*": "!full", "layers.1": "!none", "layers.2": "full"})
+    assert pins.recompute_values("layers.0", ("none", "keep-1", "full")) == ("none", "keep-1")
+    assert pins.recompute_values("layers.1", ("none", "keep-1", "full")) == ("keep-1",)
+    assert pins.recompute_values("layers.2", ("none", "keep-1", "full")) == ()
 
 
 def test_named_units_are_those_of_the_chain() -> None:
@@ -221,13 +225,21 @@ def test_cuts_by_module(pins: dict[str, Any], must: tuple[int, ...], may: tuple[
         ({"cut_before": ("layers.9",)}, "layers.9 matches no module of tower; did you mean 'layers.5'"),
         ({"cut_before": ("layers.2.up",)}, "no stage can begin there; did you mean 'layers.2'"),
         ({"placements": {"layer.*.up": {"tp": "Shard(0)"}}}, "did you mean 'layers.*.up'"),
-        ({"placements": {"layers.3.up": {"tp": "S(0)"}}}, "1 of the 6 alike blocks .* pin layers.*.up"),
+        (
+            {"recompute": "full", "recompute_modules": {"layers.[2-3]": "!full", "layers.3": "none"}},
+            "recompute=full and recompute layers.[2-3]=!full leave layers.2 none of none, selective, full",
+        ),
+        (
+            {"recompute_modules": {"layers.2": "!none"}, "forbid": {"recompute": ["full", "selective"]}},
+            "recompute layers.2=!none and forbid recompute=full and forbid recompute=selective leave",
+        ),
         ({"placements": {"layers.*.up": {"tp": "Shard(2)"}}}, "none of its parameters has that dimension"),
         ({"placements": {"head": {"tp": "shard"}}}, "is no placement; write"),
         ({"placements": {"head": {"dp": "Shard(0)"}}}, "on the data axes zero_stage and dp_shard say"),
         ({"recompute_modules": {"layers.2.up": "full"}}, "lies inside the block layers.2"),
         ({"recompute_modules": {"layer.2": "full"}}, "matches no repeated block of tower; did you mean"),
         ({"recompute_modules": {"layers.2": "ful"}}, "did you mean 'full'"),
+        ({"recompute_modules": {"layers.2": "!ful"}}, "layers.2=!ful is unknown; choose one of none, "),
         ({"cut_before": ("layers.[4-2]",)}, "no list of numbers"),
     ],
 )  # fmt: skip

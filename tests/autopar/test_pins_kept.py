@@ -171,6 +171,14 @@ CASES = [
         computes_again(full="01235"),
     ),
     Case(
+        "--recompute-module layers.[3-4]=!none",
+        'recompute_modules: {"layers.[3-4]": "!none"}',
+        {"recompute_modules": {"layers.[3-4]": "!none"}},
+        lambda plan: (
+            {path for each in plan.recomputation for path in each.blocks} == {"layers.3", "layers.4"}
+        ),
+    ),
+    Case(
         "--forbid recompute=none --forbid recompute=selective",
         "forbid: {recompute: [none, selective]}",
         {"forbid": {"recompute": ["none", "selective"]}},

@@ -25,6 +25,9 @@ FORMS = [
     trial("llama", dtype=FP32, cp=2),
     trial("gpt2", dtype=FP32, cp=2, heads=True),
     trial("mixtral", dp_replicate=2, ep=2),
+    trial("deepseekv3", dp_replicate=2, ep=2, recompute="selective"),
+    trial("qwen3moe", dp_shard=2, ep=2, zero_stage=3, recompute="full"),
+    trial("mixtral", tp=2),
     trial("llama", dtype=FP32, pp=2, num_microbatches=2, recompute="full"),
     trial(
         "gpt2", dtype=FP32, pp=2, num_microbatches=4, num_virtual_stages=2, schedule="InterleavedZeroBubble"
@@ -32,7 +35,11 @@ FORMS = [
 ]
 
 
-INDUCTOR_FORMS = [trial("mlp", dtype=FP32, tp=2), trial("mlp", dtype=FP32, dp_shard=2, zero_stage=3)]
+INDUCTOR_FORMS = [
+    trial("mlp", dtype=FP32, tp=2),
+    trial("mlp", dtype=FP32, dp_shard=2, zero_stage=3),
+    trial("mixtral", dp_replicate=2, ep=2),
+]
 
 
 @pytest.mark.slow
