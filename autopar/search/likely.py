@@ -58,6 +58,10 @@ TRUST = 0.5
 """How far what a draft took longer is believed of others: the power of it that counts."""
 
 
+Degrees = tuple[int, int, int, bool]
+"""Those by which programs differ most: tensor, context and expert; and whether schedules hide communication."""
+
+
 class Drafted(NamedTuple):
     """A way with the stages of a program."""
 
@@ -72,16 +76,18 @@ class Open(NamedTuple):
 
     kind: Layout | Scheduled | Parallelism
     likely_s: tuple[float, ...]
+    overlapping: bool
+    """With schedules that hide communication, or with the others."""
 
     @property
-    def degrees(self) -> tuple[int, int, int]:
-        """Those by which programs differ most."""
+    def degrees(self) -> Degrees:
+        """What has much to do with how far off the mark an expectation is."""
         layout = self.kind.layout if isinstance(self.kind, Scheduled) else self.kind
-        return layout.tp, layout.cp, layout.ep
+        return layout.tp, layout.cp, layout.ep, self.overlapping
 
     def closer(self, kind: Scheduled | Parallelism, likely_s: float) -> Open:
         """After a closer look at it, or at a part of it."""
-        return Open(kind, (*self.likely_s, max(self.likely_s[-1], likely_s)))
+        return Open(kind, (*self.likely_s, max(self.likely_s[-1], likely_s)), self.overlapping)
 
 
 class Expected:
@@ -125,7 +131,7 @@ class LikelyWays:
         self.planner = planner
         self.candidates = candidates
         self.outcome = outcome
-        self._open: defaultdict[tuple[int, int, int], Expected] = defaultdict(Expected)
+        self._open: defaultdict[Degrees, Expected] = defaultdict(Expected)
         self._drafted: list[tuple[float, int, Drafted]] = []
         self._best_draft_s = float("inf")
         self._patience = PATIENCE / 4
@@ -133,7 +139,10 @@ class LikelyWays:
 
     def add(self, layout: Layout) -> None:
         """All ways to run a layout."""
-        self._add(Open(layout, (self.planner.way_floors.likely_s(layout),)))
+        for overlapping in (False, True):
+            if self.candidates.number(layout, overlapping=overlapping):
+                likely_s = self.planner.way_floors.likely_s(layout, overlapping=overlapping)
+                self._add(Open(layout, (likely_s,), overlapping))
 
     def add_draft(self, p: Parallelism, program: Program, draft: Draft) -> None:
         """A way that was cut into stages."""
@@ -161,14 +170,14 @@ class LikelyWays:
     def _pop(self) -> Open | None:
         """What is expected to take least, if that is less than the best."""
         firsts = ((*expected.first(), degrees) for degrees, expected in self._open.items())
-        least_s, looks, degrees = min(firsts, default=(float("inf"), 0, (1, 1, 1)))
+        least_s, looks, degrees = min(firsts, default=(float("inf"), 0, (1, 1, 1, False)))
         return self._open[degrees].pop(looks) if least_s < self.outcome.best_s else None
 
     def _closer(self, item: Open) -> Iterator[Open]:
         floors, kind = self.planner.way_floors, item.kind
         match kind:
             case Layout():
-                for scheduled in self.candidates.schedules(kind):
+                for scheduled in self.candidates.schedules(kind, overlapping=item.overlapping):
                     yield item.closer(scheduled, floors.likely_s(scheduled))
             case Scheduled() if floors.busiest_s(kind, None) < float("inf"):
                 for p in self.candidates.fitting(kind):

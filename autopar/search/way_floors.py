@@ -109,12 +109,20 @@ class WayFloors:
         # Memory may drive a way to other programs: what is closed by this is closed for all.
         return program if p.tp == 1 else self.floors.programs.least.relaxed(p, trades=False)
 
-    def likely_s(self, kind: Layout | Scheduled | Parallelism) -> float:
-        """About what a way takes, or the best of a schedule or a layout, as far as is known without its
-        program: were all its stages alike, and nothing hidden."""
+    def likely_s(self, kind: Layout | Scheduled | Parallelism, *, overlapping: bool = False) -> float:
+        """About what a way takes, or the best of a schedule or, with schedules that hide communication or
+        with others, of a layout, as far as is known without its program: were all its stages alike, and the
+        data axes hid nothing."""
         p = kind if isinstance(kind, Parallelism) else self.freest(kind)
         device = self.floors.known(p.microbatch_size, p.ep)
+        if isinstance(kind, Layout):
+            alone = least_alone(p.pp, p.num_microbatches) if overlapping else None
+        else:
+            alone = self.layer.alone(p) if p.schedule in OVERLAPPING_SCHEDULES else None
         microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
+        if alone is not None:
+            computed_s = self.floors.computed_s(p.microbatch_size, p.tp, p.ep) / p.cp
+            microbatch_s = self._hiding_s(p, device, microbatch_s, computed_s, alone)
         microbatch_s += self.floors.smallest_more_s(p.ep)
         whole_s = microbatch_s + self.bounds.more_s(p, device)
         if isinstance(kind, Layout):  # with the bubble of four stages a rank
