@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -44,16 +43,13 @@ from autopar.search.nodes import (
     SmallerNode,
     WayNode,
 )
+from autopar.search.other_programs import NEGLIGIBLE, OtherPrograms
 from autopar.search.outcome import Outcome, Solved
-from autopar.search.programs import MEMORY_PRICES
 from autopar.search.space import Layout, Scheduled
 
 if TYPE_CHECKING:
     from autopar.search.planner import Planner
 
-
-NEGLIGIBLE = 1e-3
-"""What other programs could gain that is not worth making them: a part of the gap."""
 
 DIVES_EVERY = 1.03
 """By how much the work grows from one dive to the next: so their number grows like its logarithm."""
@@ -66,13 +62,6 @@ LOOKS_EVERY = 1.5
 
 PROGRAMS_EVERY = 3
 """The programs after which it looks ahead again anyway: they are most of the work of large models."""
-
-RIGOUR = 4
-"""The bounds over any program that a way gets, one after the other: two relaxations, and the chains of the
-second, the latter twice, as what is learnt of one way helps the next."""
-
-FEW_RIGOUR = 2
-"""Those of ways with one stage a rank, the cuts of which have no chains."""
 
 MOST_DIVES = 3
 """How often a dive is repeated that hit upon something that does not fit."""
@@ -117,6 +106,7 @@ class BranchAndBound:
         self.deadline = deadline
         self.outcome = Outcome()
         self.likely = LikelyWays(planner, self.candidates, self.outcome)
+        self.others = OtherPrograms(planner, self.outcome)
         self.stopped: str | None = None
         self.most_work: int | None = None
         self._queue: list[tuple[float, int, Node]] = []
@@ -125,10 +115,6 @@ class BranchAndBound:
         self._num_programs = 0  # made since the search last looked ahead
         self._next_look = FIRST_LOOK
         self._reported = 0
-        # By level of price, what a way takes with a program for all blocks: the draft, until it was solved.
-        self._uniform_s: defaultdict[Parallelism, dict[int, float]] = defaultdict(dict)
-        # Ways whose fastest program looked no slower than any, with what none can beat.
-        self._left: dict[Parallelism, tuple[float, SmallerNode]] = {}
 
     @property
     def num_candidates(self) -> int:
@@ -156,7 +142,9 @@ class BranchAndBound:
         return min(self.outcome.best_s, self.floor_s, self.outcome.floor_s)
 
     def run(self, num_runners_up: int = 0) -> Outcome:
-        """Search until the best is proven, and price some more meshes, or until time or the user says so."""
+        """Search until the best is proven, and price some more meshes beside what was found, or until time or
+        the user says so."""
+        incumbent = self.outcome.best
         try:
             self._run()
         except KeyboardInterrupt:
@@ -164,7 +152,7 @@ class BranchAndBound:
         if self.stopped is not None and self.outcome.best is None:
             with suppress(KeyboardInterrupt):
                 self._rescue()
-        if self.stopped is None:
+        if self.stopped is None and self.outcome.best is not incumbent:
             with suppress(KeyboardInterrupt):  # the proof stands
                 self._price_more(num_runners_up)
         self._count_left()
@@ -299,9 +287,9 @@ class BranchAndBound:
             case WayNode():
                 yield from self._solve(floor_s, node)
             case SmallerNode():
-                yield from self._close_smaller(floor_s, node)
+                yield from self.others.closer(floor_s, node, self._enough_s)
             case MixedNode():
-                self._solve_mixed(node)
+                self.others.solve_mixed(node)
 
     def _closer(self, floor_s: float, node: ScheduledNode) -> Iterator[tuple[float, Node]]:
         """A closer look at a schedule; or its ways, once there is no other."""
@@ -340,7 +328,7 @@ class BranchAndBound:
         assert program is not None
         draft = self.planner.layer.draft(program, p)
         if draft is not None:
-            self._uniform_s[p][program.key.price_level] = draft.bound_s
+            self.others.note(p, program.key.price_level, draft.bound_s)
             drafted = node._replace(draft=draft)
             self.likely.add_draft(p, program, draft)
             yield max(floor_s, draft.bound_s), drafted
@@ -363,51 +351,8 @@ class BranchAndBound:
         if not solved.evaluated.fits:
             self.outcome.leave(floor_s)
         step_s = solved.evaluated.step_s if solved.evaluated.fits else float("inf")
-        self._uniform_s[node.p][node.program.key.price_level] = step_s
-        fastest_s = self._least_uniform_s(node.p)
-        if node.p in self._left and fastest_s * (1 - self.tolerance) > self._left[node.p][1].fastest_s:
-            least_s, smaller = self._left.pop(node.p)
-            yield least_s, smaller._replace(fastest_s=fastest_s)
-
-    def _close_smaller(self, floor_s: float, node: SmallerNode) -> Iterator[tuple[float, Node]]:
-        """Make a smaller program where any could still be faster."""
-        p, price, fastest_s, rigour = node
-        if rigour < (RIGOUR if p.num_virtual_stages > 1 else FEW_RIGOUR):
-            least = self.planner.programs.least.relaxed(p, trades=rigour > 0)
-            draft = self.planner.layer.draft(least, p)
-            if draft is not None:
-                if rigour > 1:
-                    draft = self.planner.layer.tightened(least, p, draft, self._enough_s)
-                yield max(floor_s, draft.bound_s), node._replace(rigour=rigour + 1)
-            elif fastest_s == float("inf"):
-                self.outcome.decide(p, "out of memory")
-        elif price == len(MEMORY_PRICES):
-            self.outcome.leave(floor_s)
-            yield from self._mix(floor_s, p)
-        elif floor_s >= max(fastest_s, self._least_uniform_s(p)) * (1 - NEGLIGIBLE):
-            self.outcome.leave(floor_s)
-            self._left[p] = floor_s, node
-        else:
-            yield floor_s, WayNode(p, self.planner.programs.program(p, price), is_close=True)
-
-    def _mix(self, floor_s: float, p: Parallelism) -> Iterator[tuple[float, Node]]:
-        """Let the blocks of a way choose between its programs."""
-        for blend in self.planner.mixer.blends(p):
-            draft = self.planner.layer.draft(blend.program, p)
-            if draft is not None:
-                yield max(floor_s, draft.bound_s), MixedNode(p, blend, draft)
-
-    def _solve_mixed(self, node: MixedNode) -> None:
-        """Price a way with several programs, where that promises more than one for all."""
-        p, blend, draft = node
-        if draft.bound_s < min(self.outcome.best_s, self._least_uniform_s(p) * (1 - NEGLIGIBLE)):
-            solved = self.planner.mixer.solve(p, blend, draft, self.outcome.best_s)
-            if solved is not None:
-                self.outcome.offer(p, solved)
-
-    def _least_uniform_s(self, p: Parallelism) -> float:
-        """What a way takes with the best program for all blocks, as far as is known."""
-        return min(self._uniform_s[p].values(), default=float("inf"))
+        self.others.note(node.p, node.program.key.price_level, step_s)
+        yield from self.others.reopened(node.p, self.tolerance)
 
     def _count_left(self) -> None:
         """What is still in the queue, or in what there is not opened yet."""

@@ -93,7 +93,7 @@ class LeastPrograms:
         """No context axis of `cp` ranks adds less to a microbatch, beside a tensor axis of `tp`."""
         key = (microbatch_size, tp, cp)
         if key not in self._context_floors_s:
-            graph = self.programs.shallow.capture.at(microbatch_size)
+            graph = self.programs.graph(microbatch_size)
             pricer = self.programs.pricer(1, cp, 1, tp)
             counts = self.programs.shallow.counts
             found_s = (counts[op.name] * exchange_floor_s(op, graph, pricer, tp) for op in graph.ops)

@@ -59,7 +59,8 @@ TRUST = 0.5
 
 
 Degrees = tuple[int, int, int, bool]
-"""Those by which programs differ most: tensor, context and expert; and whether schedules hide communication."""
+"""Those by which programs differ most, tensor, context and expert; and whether schedules hide
+communication."""
 
 
 class Drafted(NamedTuple):

@@ -42,7 +42,7 @@ class LegTimes:
     which a leg begins there.
 
     `ways` are the ways in which the leg can be run, each with its `num_stages` stages, on which `in_flight`
-    microbatches are in flight.
+    microbatches are in flight; what is no run of units takes forever there.
     """
 
     before_s: tuple[Array, Array]
@@ -143,10 +143,13 @@ def _between(legs: Sequence[LegTimes], seams: Sequence[int], m: int, limit_s: fl
     bound_s = 0.0
     for leg, (first, last) in zip(legs, pairwise(seams), strict=True):
         offsets = offsets.plus(float(leg.send_s[first]), float(leg.send_s[first]))
+        spans = [_spans(leg, stages, first, last, offsets, m) for stages in leg.ways]
         if not first:
-            once_s = min(_first_once_s(leg, stages, last, offsets, m, limit_s) for stages in leg.ways)
+            once_s = min(_first_once_s(stages, limit_s) for stages in spans)
+            if once_s == np.inf:
+                return None
             offsets = offsets._replace(first_once_s=once_s)
-        tried = (cheapest(_values(leg, stages, first, last, offsets, m)) for stages in leg.ways)
+        tried = (cheapest([span.values_s(offsets.first_once_s) for span in stages]) for stages in spans)
         found = {number: cut for number, cut in enumerate(tried) if cut is not None}
         way = min(found, key=lambda number: found[number].bound_s, default=None)
         if way is None or found[way].bound_s >= limit_s:
@@ -167,34 +170,42 @@ def _path_s(legs: Sequence[LegTimes], seams: Sequence[int]) -> float:
     )
 
 
-def _first_once_s(
-    leg: LegTimes, stages: Sequence[StageTimes], last: int, offsets: Offsets, m: int, limit_s: float
-) -> float:
-    """The least that the first stage does once a step if the others stay below the limit; infinite where they
-    cannot."""
-    rest_s = np.where(np.arange(last + 1) < last, np.inf, 0.0)
-    for values in reversed(_values(leg, stages, 0, last, offsets, m)[1:]):
-        rest_s = np.maximum(values, rest_s).min(axis=1)
-    once_s = stages[0].once_s[0, : last + 1]
-    return float(np.min(once_s[1:], initial=np.inf, where=rest_s[1:] < limit_s))
+class _Span(NamedTuple):
+    """V of the runs of units between two seams as one of a leg's stages, in its parts."""
+
+    busy_s: Array
+    return_s: Array
+    once_s: Array
+
+    def values_s(self, first_once_s: float = 0.0) -> Array:
+        """V where the first rank has so much to do once a step."""
+        values_s: Array = self.busy_s + np.maximum(self.return_s + first_once_s, self.once_s)
+        return values_s
 
 
-def _values(
+def _spans(
     leg: LegTimes, stages: Sequence[StageTimes], first: int, last: int, offsets: Offsets, m: int
-) -> list[Array]:
-    """V of the runs of units [first, last), for each stage."""
+) -> list[_Span]:
+    """Those of the runs of units [first, last), for each stage."""
     here = slice(first, last + 1)
     forward_s, backward_s = (before[here] - before[first] for before in leg.before_s)
     arrival_s, return_s = offsets.arrival_s + forward_s, offsets.return_s + backward_s
     after_s = offsets.path_s - arrival_s - return_s
-    no_run = np.tri(len(arrival_s), dtype=bool)
-    known: dict[tuple[int, int], Array] = {}
+    known: dict[tuple[int, int], _Span] = {}
     keys = [(id(times), flight) for times, flight in zip(stages, leg.in_flight, strict=True)]
     for key, times in zip(keys, stages, strict=True):
-        if key in known:
-            continue
-        own = StageTimes(*(seconds[here, here] for seconds in times))
-        last_s = np.maximum(return_s[:, None] + offsets.first_once_s, own.once_s)
-        values_s = arrival_s[:, None] + busy_s(own, after_s, m, key[1]) + last_s
-        known[key] = np.where(no_run, np.inf, values_s)
+        if key not in known:
+            own = StageTimes(*(seconds[here, here] for seconds in times))
+            taken_s = arrival_s[:, None] + busy_s(own, after_s, m, key[1])
+            known[key] = _Span(taken_s, return_s[:, None], own.once_s)
     return [known[key] for key in keys]
+
+
+def _first_once_s(spans: Sequence[_Span], limit_s: float) -> float:
+    """The least that the first stage does once a step if the others stay below the limit; infinite where they
+    cannot."""
+    once_s = spans[0].once_s[0]
+    rest_s = np.where(np.arange(len(once_s)) < len(once_s) - 1, np.inf, 0.0)
+    for span in reversed(spans[1:]):
+        rest_s = np.maximum(span.values_s(), rest_s).min(axis=1)
+    return float(np.min(once_s[1:], initial=np.inf, where=rest_s[1:] < limit_s))

@@ -30,8 +30,10 @@ from autopar.search.describe import (
     stage_plan,
 )
 from autopar.search.infeasible import infeasible
+from autopar.search.pin_costs import with_pin_costs
 from autopar.search.placement import rank_groups
 from autopar.search.pool_legs import Legs
+from autopar.search.pool_pin_costs import PoolPinPricer
 from autopar.search.pool_prices import PricedLeg, PricedRoute, Prices
 from autopar.search.pools import PoolSearch, PoolsResult, Report
 from autopar.search.summaries import cluster_summary, model_summary
@@ -40,16 +42,19 @@ from hardware_db import Pools
 from hardware_db.pools import collective_library
 
 
-def plan_pools(planner_of: PlannerOf, pools: Pools, time_limit_s: float | None, report: Report) -> Plan:
+def plan_pools(
+    planner_of: PlannerOf, pools: Pools, time_limit_s: float | None, report: Report, *, price_pins: bool
+) -> Plan:
     """The best plan for pools: by a search of the shallow model, or of the full one where that did not tell
     the truth. Raises as `autopar.plan`."""
     started = time.monotonic()
     for shorten in (True, False):
         legs = Legs([planner_of(pool, shorten) for pool in pools.pools], pools)
-        result = PoolSearch(legs, time_limit_s, report).run()
+        search = PoolSearch(legs, time_limit_s, report)
+        result = search.run()
         plan = _through(legs, result, started) if result.best is not None else _alone(legs, result, started)
         if plan is not None:
-            return plan
+            return with_pin_costs(plan, PoolPinPricer(search, result).costs()) if price_pins else plan
     raise AssertionError("at full depth the search prices what the plan is made of")
 
 

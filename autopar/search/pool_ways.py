@@ -14,7 +14,7 @@ from autopar.search.runs import Array
 from autopar.search.stage_costs import Machine, Once, fitted_times, moved_once, room_bytes
 from autopar.search.stage_table import RunSums, StageTable
 from autopar.search.stage_times import StageTimes
-from autopar.search.stages import Where
+from autopar.search.stages import Where, legal
 from costmodel import Overlap
 
 
@@ -72,9 +72,7 @@ def leg_times(table: StageTable, ways: Iterable[Way], num_stages: int) -> LegTim
 def stage(way: Way, flight: int, overlap: Overlap, where: Where) -> StageTimes:
     """What all runs take as stages with so many microbatches in flight, where they may be stages."""
     times = fitted_times(way.sums, way.once, overlap, way.room_bytes / flight)
-    if where is not None:
-        times.microbatch_s[~where] = np.inf
-    return times
+    return times._replace(microbatch_s=legal(times.microbatch_s, where))
 
 
 def fastest(ways: Sequence[StageTimes]) -> StageTimes:

@@ -3,7 +3,8 @@
     route        one device's arithmetic, divided over all of each leg           `RouteFloors.device_s`
       ↓          the least that strategies on the tensor axis take               `RouteFloors.tensor_s`
       ↓          each leg's own program, messages at the seams                   `RouteCuts.floor_s`
-      ↓          stages cut, memory met with fractions of variants               `RouteCuts.least_s`
+      ↓          stages cut, as if memory were no matter                         `RouteCuts.least_s`
+      ↓          the same, memory met with fractions of variants                 there too
       ↓          the same for each way to shard the legs                         `RouteCuts.cut`
     plan         whole variants, exact schedule and memory                       `Prices.solve`
 
@@ -105,9 +106,9 @@ class PoolSearch:
 
     @property
     def work(self) -> int:
-        """How much was looked at, whatever the machine's load; the search stops at `most_work`, and then
-        looks for nothing beside the best."""
-        return self._arrivals + sum(found.work for found in self._tried_alone.values())
+        """How much was looked at, whatever the machine's load; the search stops at `most_work`."""
+        looked_at = self._arrivals - len(self.routes)
+        return looked_at + sum(found.work for found in self._tried_alone.values())
 
     @property
     def best_s(self) -> float:
@@ -230,9 +231,13 @@ class PoolSearch:
             case RouteNode(route, price, 1):
                 yield max(floor_s, self.cuts.floor_s(route, price)), node._replace(depth=2)
             case RouteNode(route, price, 2):
-                least_s = self.cuts.least_s(route, price, self.best_s)
+                least_s = self.cuts.least_s(route, price, self.best_s, fitting=False)
                 if least_s < float("inf"):
                     yield max(floor_s, least_s), node._replace(depth=3)
+            case RouteNode(route, price, 3):
+                least_s = self.cuts.least_s(route, price, self.best_s)
+                if least_s < float("inf"):
+                    yield max(floor_s, least_s), node._replace(depth=4)
                 else:
                     yield from self._smaller(floor_s, node)
             case RouteNode(_, _, _, cut, cutoff_s):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from functools import cache, partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment, Localized, localize
@@ -22,7 +22,7 @@ from autopar.search.axis_problem import All, AxisProblem, ClusterPrices, Custom
 from autopar.search.block_ilp import AxisSolution, BlockIlp, MemoryPrice
 from autopar.search.context import ContextProblem
 from autopar.search.effort import Effort, clocked
-from autopar.search.experts import deal_out_experts, routes_unseen
+from autopar.search.experts import deal_out_experts, num_experts, routes_unseen
 from autopar.search.least_programs import LeastPrograms
 from autopar.search.local_programs import Program, ProgramKey
 from autopar.search.other_depths import OtherDepths
@@ -56,6 +56,15 @@ class Rules(Protocol):
         ...
 
 
+class Unpriced(NamedTuple):
+    """A program whose experts are not dealt out: its local graph and chain, and what was chosen for it."""
+
+    graph: OpGraph
+    chain: Chain
+    solution: AxisSolution | None
+    keys: Mapping[str, Mapping[str, str]]
+
+
 class Programs:
     """Makes the programs of one model on one cluster, each once.
 
@@ -84,8 +93,11 @@ class Programs:
         self.pinned = PinnedStrategies(self.shallow.counts)
         self.rules = rules
         self.routes_itself = routes_unseen(capture.graph)
+        self._has_experts = num_experts(capture.graph) > 1
+        self._graphs: dict[int, OpGraph] = {}
         self._replicas: dict[tuple[int, int, int, int | None], Replica] = {}
         self._ilps: dict[ProgramKey, BlockIlp] = {}
+        self._made: dict[ProgramKey, Unpriced] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._propagated: Assignment | None = None
         self.least = LeastPrograms(self)
@@ -100,7 +112,7 @@ class Programs:
                 low_precision=self.low_precision, effort=self.effort,
             )  # fmt: skip
         other = copy(self)
-        other.rules, other._ilps = rules, {}
+        other.rules, other._ilps, other._made = rules, {}, {}
         other.least, other.depths = LeastPrograms(other), OtherDepths(other)
         other._programs = {key: made for key, made in self._programs.items() if key.tp == 1}
         return other
@@ -127,6 +139,12 @@ class Programs:
         """Whether the fastest program of a candidate was made."""
         return self.key(p, 0) in self._programs
 
+    def graph(self, batch: int) -> OpGraph:
+        """The shallow model's graph at a batch size."""
+        if batch not in self._graphs:
+            self._graphs[batch] = self.shallow.capture.at(batch)
+        return self._graphs[batch]
+
     def replica(
         self, microbatch_size: int, data_size: int, cp: int = 1, beside_tp: int | None = None
     ) -> Replica:
@@ -134,7 +152,7 @@ class Programs:
         customary way, or in the cheapest one beside a tensor axis of `beside_tp` ranks."""
         key = (microbatch_size, data_size, cp, beside_tp)
         if key not in self._replicas:
-            whole = self.shallow.capture.at(microbatch_size * data_size)
+            whole = self.graph(microbatch_size * data_size)
             dp = self._propagate(whole, data_size) if data_size > 1 else None
             split = None if beside_tp is None else partial(self._split_context, data_size, beside_tp)
             self._replicas[key] = make_replica(whole, dp, cp, split)
@@ -183,21 +201,39 @@ class Programs:
     @clocked("local programs")
     def _make(self, key: ProgramKey) -> Program:
         self.effort.solved("local programs")
-        replica = self.replica_of(key)
-        keys = dict(replica.keys)
-        local, solution = replica.local, None
-        if key.tp > 1:
-            solution = self._solution(key)
-            keys["tp"] = strategy_keys(local.graph, solution.assignment)
-            local = localize(local, solution.assignment)
-        return Program(key, self.chain(replica.whole, local, key, self.shallow.repeats), solution, keys)
+        graph, chain, solution, keys = self._unpriced(key._replace(ep=1))
+        pricer = self._pricer(key)
+        if key.ep > 1:
+            chain = deal_out_experts(chain.doing(pricer.kernels.graph(graph)), graph, key.ep)
+        return Program(key, chain.priced(pricer), solution, keys)
+
+    def _unpriced(self, key: ProgramKey) -> Unpriced:
+        """The same for any number of ranks that experts are dealt out over."""
+        if key not in self._made:
+            replica = self.replica_of(key)
+            keys = dict(replica.keys)
+            local, solution = replica.local, None
+            if key.tp > 1:
+                solution = self._solution(key)
+                keys["tp"] = strategy_keys(local.graph, solution.assignment)
+                local = localize(local, solution.assignment)
+            chain = build_chain(replica.whole, local, self._pricer(key).kernels, self.shallow.repeats)
+            made = Unpriced(local.graph, chain, solution, keys)
+            if not self._has_experts:
+                return made
+            self._made[key] = made
+        return self._made[key]
 
     def chain(self, whole: OpGraph, local: Localized, key: ProgramKey, repeats: Mapping[str, int]) -> Chain:
-        pricer = self.pricer(key.data_size, key.cp, key.ep, key.tp)
+        """The chain of a local graph at this cluster's prices."""
+        pricer = self._pricer(key)
         chain = build_chain(whole, local, pricer.kernels, repeats)
         if key.ep > 1:
             chain = deal_out_experts(chain, local.graph, key.ep)
         return chain.priced(pricer)
+
+    def _pricer(self, key: ProgramKey) -> Pricer:
+        return self.pricer(key.data_size, key.cp, key.ep, key.tp)
 
     @clocked("operators")
     def ilp(self, key: ProgramKey) -> BlockIlp:

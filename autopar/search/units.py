@@ -42,6 +42,7 @@ class Unit:
 
     Attributes:
         first_op: name of its first op, conversions that were inserted for it apart.
+        start: where it begins in the local graph, those conversions included.
         modules: the modules its ops belong to; of a block, the block alone.
         is_block: whether it is a repeated block, so whether it may be recomputed.
         kernels: what each of its ops makes a rank do.
@@ -62,6 +63,7 @@ class Unit:
     saved: Mapping[str, Saved]
     parameters: tuple[str, ...]
     received_bytes: int
+    start: int = 0
     kernels: tuple[Kernels, ...] = ()
     again: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     results: tuple[Result, ...] = ()
@@ -148,6 +150,15 @@ class Chain:
     units: tuple[Unit, ...]
     parameters: Mapping[str, ParameterShard]
     era: Software
+
+    def doing(self, kernels: Sequence[Kernels]) -> Chain:
+        """The chain without prices where the ops of its local graph make a rank do something else."""
+        known: dict[int, tuple[Kernels, ...]] = {}  # copies of a unit go on sharing theirs
+        for unit in self.units:
+            known.setdefault(id(unit.kernels), tuple(kernels[unit.start : unit.start + len(unit.kernels)]))
+        return replace(
+            self, units=tuple(replace(unit, kernels=known[id(unit.kernels)]) for unit in self.units)
+        )
 
     def priced(self, pricer: Pricer) -> Chain:
         """The chain with what its units cost under a pricer."""
@@ -360,6 +371,7 @@ class _Builder:
                 )
             ),
             received_bytes=received_bytes,
+            start=start,
         )
 
     def copy(self, unit: Unit, number: int) -> Unit:
