@@ -35,6 +35,10 @@ ROUNDING = 1e-9
 """By which part what is freed may fall short of what must be."""
 
 
+MOST_ROUNDS = 32
+"""Microbatches of a step for each rank up to which its order is simulated."""
+
+
 class EvenStages:
     """The stages of one chain in schedules whose cuts memory has no say in."""
 
@@ -234,7 +238,10 @@ class EvenStages:
     ) -> float:
         """What the schedule takes with these cuts in its own order, nothing computed again and nothing
         gathered: no step of the program takes less. Otherwise as `schedule_floor_s`; `sends_s` are the
-        messages between stages."""
+        messages between stages. 0 where rounds of microbatches are so many that the bubble, which is all
+        that the busiest rank does not know of, is not worth the simulation."""
+        if p.num_microbatches > MOST_ROUNDS * p.pp:
+            return 0.0
         key = (p.schedule, p.pp, p.num_microbatches, cuts, accumulation_s, sends_s)
         if key not in self._orders_s:
             sums = self.table.sums(cuts).accumulating(accumulation_s)
