@@ -11,7 +11,8 @@ before:
     drafts        stages of a program                                   `StageLayer.draft`
 
 What has no program yet is expected to take as many times longer as the best draft of its degrees turned out
-to take, seen from the same queue, or somewhat less; degrees without a draft are taken at their word.
+to take, seen from the same queue, or somewhat less; degrees without a draft are taken almost at their word.
+Schedules that hide communication are kept apart from those that do not: their drafts say little of others.
 What is expected to take least is looked at more closely, until that leads nowhere. The drafts are what to
 price.
 """
@@ -39,6 +40,10 @@ PATIENCE = 12
 
 NUM_LOOKS = 4
 """At layouts, at schedules, at ways, and at these more closely."""
+
+AT_FIRST = (1.1, 1.08, 1.03, 1.0)
+"""How many times longer than likely ways are expected to take, by the number of looks, before a draft tells:
+what was looked at less closely disappoints more."""
 
 LOOKS_EACH = 64
 """How many closer looks count as much as a draft."""
@@ -93,11 +98,12 @@ class Open(NamedTuple):
 
 class Expected:
     """Queues by what is likely, one for each number of looks, of what has the same degrees; `slower` tells
-    how many times longer than was likely the best draft of these takes, seen from each queue."""
+    how many times longer than was likely the best draft of these takes, seen from each queue, and `AT_FIRST`
+    before there is one."""
 
     def __init__(self) -> None:
         self.queues: list[list[tuple[float, int, Open]]] = [[] for _ in range(NUM_LOOKS)]
-        self.slower = [1.0] * NUM_LOOKS
+        self.slower = list(AT_FIRST)
         self._has_learnt = False
 
     def push(self, item: Open, tie: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autopar.plan import Parallelism
-from autopar.search.likely import MISFIT, TRUST, Expected, Open
+from autopar.search.likely import AT_FIRST, MISFIT, TRUST, Expected, Open
 from autopar.search.space import Layout
 
 LAYOUT = Layout(microbatch_size=1, tp=2, cp=1, ep=1, dp=2, pp=2, num_microbatches=8)
@@ -39,7 +39,7 @@ def test_what_does_not_fit_makes_its_likes_less_likely_until_one_fits() -> None:
     expected = Expected()
     expected.learn_misfit()
     expected.learn_misfit()
-    assert expected.slower == pytest.approx([MISFIT**2] * 4)
+    assert expected.slower == pytest.approx([MISFIT**2 * slower for slower in AT_FIRST])
     expected.learn(Open(P, (8.0, 8.0, 8.0, 8.0), False), 8.0)
     expected.learn_misfit()
     assert expected.slower == [1.0] * 4
