@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.plan import Parallelism
+from autopar.search.run_sums import RunSums
 from autopar.search.runs import Array
 from autopar.search.stage_costs import Machine, accumulating, cached_bytes, moved_once, room_bytes, run_times
-from autopar.search.stage_table import RunSums, StageTable
+from autopar.search.stage_table import StageTable
 from autopar.search.stages import Where, cheapest, legal
 from costmodel import pipeline_lower_bound_s, rank_finish_s
 from costmodel.events import overlap_saving_s

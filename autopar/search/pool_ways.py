@@ -10,9 +10,10 @@ import numpy as np
 from autopar.plan import Parallelism
 from autopar.search.data_axes import least_accumulation_s
 from autopar.search.pool_cuts import LegTimes
+from autopar.search.run_sums import RunSums
 from autopar.search.runs import Array
 from autopar.search.stage_costs import Machine, Once, fitted_times, moved_once, room_bytes
-from autopar.search.stage_table import RunSums, StageTable
+from autopar.search.stage_table import StageTable
 from autopar.search.stage_times import StageTimes
 from autopar.search.stages import Where, legal
 from costmodel import Overlap

@@ -18,8 +18,9 @@ from autopar.search.data_axes import (
     updated_elements,
 )
 from autopar.search.pieces import Bucket
+from autopar.search.run_sums import RunSums
 from autopar.search.runs import Array
-from autopar.search.stage_table import RunSums, StageTable
+from autopar.search.stage_table import StageTable
 from autopar.search.stage_times import StageTimes, stage_times
 from costmodel import OptimizerPolicy, Overlap, model_state_ledger
 

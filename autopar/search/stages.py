@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.plan import Parallelism
+from autopar.search.run_sums import RunSums
 from autopar.search.runs import Array
 from autopar.search.stage_costs import Machine, accumulating, fitted_times, moved_once, room_bytes
-from autopar.search.stage_table import RunSums, StageTable
+from autopar.search.stage_table import StageTable
 from autopar.search.stage_times import StageTimes, busy_s
 from costmodel import peak_in_flight
 
