@@ -119,7 +119,7 @@ def plan(
 
     Of a machine whose links can be switched, every shape of so many chips is tried. Where nothing fits, the
     optimizer's states are offloaded to the hosts, and the plan's warnings say so. Pools get a pipeline
-    through them, or the best plan for one of them where that is faster; their pins are not priced.
+    through them, or the best plan for one of them where that is faster.
 
     Raises InfeasibleError when nothing fits, PinConflictError when the pins leave nothing to choose, or ask
     for what the space has not, SearchTimeoutError when the limit passes first, CostModelError for an unknown
@@ -147,7 +147,7 @@ def plan(
 
     if isinstance(machine, Pools):
         check_model(settings, capture.graph)
-        return plan_pools(planner_of, machine, time_limit_s, tell)
+        return plan_pools(planner_of, machine, time_limit_s, tell, price_pins=price_pins)
     check_pins(settings, capture.graph, machine.num_devices, global_batch)
     found = attempts.settled(planner_of, slice_shapes(machine))
     plan = found.plan(solve_s=time.monotonic() - started)

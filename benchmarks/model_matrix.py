@@ -44,11 +44,15 @@ class Column:
 
     @property
     def num_devices(self) -> int:
-        if self.num_searched:
-            return self.num_searched
-        return prod(
-            size for axis in ("dp", "cp", "tp", "pp") if isinstance(size := self.settings.get(axis, 1), int)
-        )
+        return self.num_searched or self._product("dp", "cp", "tp", "pp")
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a step; the search decides how many of them a microbatch has."""
+        return MICROBATCH_SIZE * (4 if self.num_searched else self.num_microbatches * self._product("dp"))
+
+    def _product(self, *axes: str) -> int:
+        return prod(size for axis in axes if isinstance(size := self.settings.get(axis, 1), int))
 
     def applies_to(self, model: str) -> bool:
         return "ep" not in self.settings or model in EXPERTS
@@ -110,16 +114,13 @@ def dtype_of(model: str, column: Column) -> torch.dtype:
 def compiled(given: Original, column: Column) -> Program:
     """The program of a model under the plan of a column."""
     cluster = f"local-cpu*{column.num_devices}"
-    replicas = column.settings.get("dp", 1)
-    assert isinstance(replicas, int)
-    global_batch = MICROBATCH_SIZE * column.num_microbatches * replicas
     if column.num_searched:
-        plan = autopar.plan(given.capture, cluster, global_batch=4 * MICROBATCH_SIZE)
+        plan = autopar.plan(given.capture, cluster, global_batch=column.global_batch)
     else:
         plan = autopar.evaluate(
             given.capture,
             cluster,
-            global_batch=global_batch,
+            global_batch=column.global_batch,
             microbatch_size=MICROBATCH_SIZE,
             policy=column.policy,
             **column.settings,  # type: ignore[arg-type]  # of the types that evaluate checks itself
@@ -134,8 +135,8 @@ def measure(model: str, runner: CaseRunner) -> dict[str, Result]:
         if column.applies_to(model):
             given = original(model, dtype_of(model, column))
             result = runner.check(given, partial(compiled, given, column))
-            if column.policy and is_rounding(result, model, given):
-                note = ROUNDING_NOTE.format(own_rounding(model, torch.bfloat16))
+            if column.policy and is_rounding(result, model, column.global_batch, given):
+                note = ROUNDING_NOTE.format(own_rounding(model, torch.bfloat16, column.global_batch))
                 result = replace(result, kind="equal", text=note)
             found[label] = result
     return found

@@ -13,6 +13,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec,
 
 from graphs import ir
 from graphs.leaves import has_values, parameters_of, with_leaves_of
+from graphs.order import in_order_of_use
 from graphs.trace import Tracer
 
 
@@ -53,7 +54,7 @@ class _Assembler:
             loss=_loss(outputs, trace.tensors),
             modules={},
         )
-        return with_leaves_of(graph, self._model)
+        return with_leaves_of(in_order_of_use(graph), self._model)
 
     def _argument(self, spec: InputSpec) -> Any:
         """What stands for an argument of the exported program: a fake tensor, or a plain value."""

@@ -27,6 +27,7 @@ from graphs.canonical import Bound, bind, unbind
 from graphs.errors import DATA_DEPENDENT_ADVICE, CaptureError, DataDependentError, UnsupportedOpError
 from graphs.forms import canonical_form
 from graphs.functionalize import Versions, functional_form, is_in_place
+from graphs.order import module_of
 
 _PURE_ASSERTIONS = frozenset({"aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar"})
 _INLINED_REGIONS = frozenset(
@@ -36,7 +37,8 @@ _INLINED_REGIONS = frozenset(
 
 @dataclass
 class Trace:
-    """The recorded operators; names are provisional, and every tensor still owns its storage."""
+    """The recorded operators; names are provisional, every tensor still owns its storage, and modules are
+    calls of modules (`graphs.order`)."""
 
     ops: list[ir.Op] = field(default_factory=list)
     tensors: dict[str, ir.Tensor] = field(default_factory=dict)
@@ -87,7 +89,7 @@ class Tracer:
                 return tuple(torch.fx.map_arg(node.args[0], read))
             elif node.op == "call_function":
                 self._node = node
-                self._module = _module_path(node) if "nn_module_stack" in node.meta else self._module
+                self._module = _call_path(node) if "nn_module_stack" in node.meta else self._module
                 with self._explained(node):
                     args = torch.fx.map_arg(node.args, read)
                     kwargs = torch.fx.map_arg(node.kwargs, read)
@@ -221,7 +223,7 @@ class Tracer:
             ) from error
 
     def _where(self, node: Node) -> Mapping[str, str | None]:
-        return {"module": self._module, "source": source_line(node)}
+        return {"module": module_of(self._module), "source": source_line(node)}
 
 
 def source_line(node: Node) -> str | None:
@@ -231,8 +233,10 @@ def source_line(node: Node) -> str | None:
     return "{}:{}: {}".format(*own[-1]) if own else None
 
 
-def _module_path(node: Node) -> str:
-    """Path of the innermost module of a node; a second call of the same module is marked `@1` by torch."""
+def _call_path(node: Node) -> str:
+    """Path of the innermost module of a node, with torch's mark of a second call, `@1`, and of later ones."""
     stack = node.meta["nn_module_stack"]
-    path: str = next(reversed(stack.values()))[0] if stack else ""
-    return re.sub(r"@\d+", "", path)
+    if not stack:
+        return ""
+    key, (path, _) = next(reversed(stack.items()))
+    return module_of(path) + "".join(re.findall(r"@\d+$", key))

@@ -114,11 +114,12 @@ class EvenStages:
             unit_bytes, _, _ = self._saved
             kept_bytes = unit_bytes.cumsum()
             later_bytes = kept_bytes[[*(cut - 1 for cut in cuts[1:]), -1]][stages] - kept_bytes
-            sizes = (working - later_bytes[:, None]).ravel()
-            order = sizes.argsort(kind="stable")[: np.isfinite(sizes).sum()]
-            steps = np.zeros((len(cuts), len(order)))
-            steps[stages.repeat(working.shape[1])[order], range(len(order))] = freed.ravel()[order]
-            self._known_freed[cuts] = sizes[order], steps.cumsum(axis=1)
+            worked = working - later_bytes[:, None]
+            there = np.isfinite(worked)
+            sizes, place = np.unique(worked[there], return_inverse=True)
+            steps = np.zeros((len(cuts), len(sizes)))
+            np.add.at(steps, (stages[there.nonzero()[0]], place), freed[there])
+            self._known_freed[cuts] = sizes, steps.cumsum(axis=1)
         return self._known_freed[cuts]
 
     def kept_bytes(self, p: Parallelism, cuts: tuple[int, ...]) -> Array:

@@ -8,7 +8,8 @@ from autopar.errors import PinConflictError
 from autopar.search.pin_costs import MOST_OF_ONE, MOST_WORK, PinCosts, pin_costs, silenced
 from autopar.search.pins import Pins
 from autopar.search.pool_legs import Legs
-from autopar.search.pools import PoolSearch, PoolsResult
+from autopar.search.pool_outcome import PoolsResult
+from autopar.search.pools import PoolSearch
 
 
 class PoolPinPricer:

@@ -33,9 +33,10 @@ from autopar.search.infeasible import infeasible
 from autopar.search.pin_costs import with_pin_costs
 from autopar.search.placement import rank_groups
 from autopar.search.pool_legs import Legs
+from autopar.search.pool_outcome import PoolsResult
 from autopar.search.pool_pin_costs import PoolPinPricer
 from autopar.search.pool_prices import PricedLeg, PricedRoute, Prices
-from autopar.search.pools import PoolSearch, PoolsResult, Report
+from autopar.search.pools import PoolSearch, Report
 from autopar.search.summaries import cluster_summary, model_summary
 from autopar.search.wording import duration
 from hardware_db import Pools

@@ -18,8 +18,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import islice
 from math import lcm
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from autopar.search.pool_bounds import RouteCuts
 from autopar.search.pool_cuts import RouteCut
 from autopar.search.pool_floors import RouteFloors
 from autopar.search.pool_legs import Legs
+from autopar.search.pool_outcome import PoolsResult, best_by_mesh
 from autopar.search.pool_prices import PricedRoute, Prices
 from autopar.search.pool_routes import SCHEDULE, Route, routes
 from autopar.search.programs import MEMORY_PRICES
@@ -42,6 +42,9 @@ TOLERANCE = 1e-2
 
 PROMISING = 0.95
 """A route's price is some percent above its bound: below this part of the best, the bound promises more."""
+
+NEGLIGIBLE = 1e-3
+"""What memory costs that is not worth making other programs: a part of the gap."""
 
 Report = Callable[[str, int, int], None]
 """Told what was found so far, how many candidates are decided, and of how many."""
@@ -56,23 +59,6 @@ class RouteNode(NamedTuple):
     depth: int = 0
     cut: RouteCut | None = None
     cutoff_s: float = float("inf")
-
-
-@dataclass(frozen=True)
-class PoolsResult:
-    """What the search found: the best route, None where none fits or where `alone`, a pool and what was found
-    on it, is faster. `runners_up` are the best routes with other pools, degrees or order; `pruned` counts
-    candidates by why they were dropped; `tried_alone` are the pools that were searched by themselves."""
-
-    best: PricedRoute | None
-    alone: tuple[int, SearchResult] | None
-    runners_up: tuple[PricedRoute, ...]
-    bound_s: float
-    num_candidates: int
-    num_solved: int
-    pruned: dict[str, int]
-    tried_alone: Mapping[int, SearchResult]
-    stopped: str | None = None
 
 
 class PoolSearch:
@@ -97,6 +83,7 @@ class PoolSearch:
         self._fate: dict[Route | int, str] = {}
         self._queue: list[tuple[float, int, RouteNode]] = []
         self._arrivals = 0
+        self._smaller_made: set[RouteNode] = set()
         self._untried_s: dict[int, float] = {}  # floors of the pools that were not searched by themselves
 
     @property
@@ -154,7 +141,7 @@ class PoolSearch:
         num_solved = fates.pop("solved", 0)
         fates[stopped or "time floor"] += self.num_candidates - len(self._fate)
         is_alone = self._alone_s <= self.best_s
-        others = (each for each in self._best_by_mesh() if is_alone or each is not self.best)
+        others = (each for each in best_by_mesh(self.solved) if is_alone or each is not self.best)
         return PoolsResult(
             best=None if is_alone else self.best,
             alone=self.alone if is_alone else None,
@@ -239,6 +226,8 @@ class PoolSearch:
                 if least_s < float("inf"):
                     yield max(floor_s, least_s), node._replace(depth=4)
                 else:
+                    self._fate.setdefault(route, "out of memory")
+                if least_s > floor_s * (1 + NEGLIGIBLE):
                     yield from self._smaller(floor_s, node)
             case RouteNode(_, _, _, cut, cutoff_s):
                 if cut is None or cutoff_s > self.best_s:  # the nearer the cutoff, the tighter the bound
@@ -267,7 +256,8 @@ class PoolSearch:
             self._fate.setdefault(node.route, "out of memory")
         bases = (self.legs.table(leg, node.price).base for leg in node.route.legs)
         if any(leg.choices != base for leg, base in zip(priced.legs, bases, strict=True)):
-            yield from self._smaller(floor_s, node)
+            least_s = self.cuts.least_s(node.route, node.price, self.best_s, fitting=False)
+            yield from self._smaller(least_s, node)
 
     def _note(self, priced: PricedRoute) -> None:
         if priced.fits:
@@ -276,15 +266,13 @@ class PoolSearch:
                 self.best = priced
 
     def _smaller(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, RouteNode]]:
-        """The same route with programs of the next price of memory, which take no less; nothing where it was
-        not for memory."""
-        least_s = self.cuts.least_s(node.route, node.price, self.best_s, fitting=False)
-        if least_s == float("inf"):
-            return
-        self._fate.setdefault(node.route, "out of memory")
-        price = node.price + 1
-        if price < len(MEMORY_PRICES) and any(leg.layout.tp > 1 for leg in node.route.legs):
-            yield max(floor_s, least_s), RouteNode(node.route, price, depth=1)
+        """The same route with programs of the next price of memory, once: they take no less than these would
+        if memory were no matter, which is the floor."""
+        smaller = RouteNode(node.route, node.price + 1, depth=1)
+        has_others = smaller.price < len(MEMORY_PRICES) and any(leg.layout.tp > 1 for leg in node.route.legs)
+        if has_others and smaller not in self._smaller_made:
+            self._smaller_made.add(smaller)
+            yield floor_s, smaller
 
     def _search_alone(self, pool: int) -> None:
         """Search one pool for what is better than the best so far."""
@@ -315,15 +303,6 @@ class PoolSearch:
             return priced.bound_s
         cut = self.cuts.cut(priced.route, priced.course.memory_price, self.best_s)
         return self.best_s if cut is None else max(priced.bound_s, cut.bound_s)
-
-    # --- what to say ----------------------------------------------------------------------------------------
-
-    def _best_by_mesh(self) -> Iterable[PricedRoute]:
-        """The best of every combination of pools and degrees."""
-        found: dict[tuple[object, ...], PricedRoute] = {}
-        for priced in sorted(self.solved, key=lambda each: each.rank):
-            found.setdefault(tuple((leg.pool, leg.layout[1:6]) for leg in priced.route.legs), priced)
-        return found.values()
 
     def _so_far(self) -> str:
         return f"search: {'no plan yet' if self.best_s == float('inf') else duration(self.best_s)}"

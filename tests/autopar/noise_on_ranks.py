@@ -26,7 +26,7 @@ class _Noise(TorchDispatchMode):
     """Keeps what `randn_like` draws."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
+        super().__init__()
         self.found: list[Tensor] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -34,6 +34,11 @@ TRIALS = {
         trial("mixtral", searched=True, dp_replicate=2, ep=2, pp=2, num_microbatches=4),
         trial("mixtral", searched=True, dp_replicate=4, ep=4),
     ),
+    8: (
+        trial("mixtral", dp_replicate=2, ep=2, tp=2, pp=2, num_microbatches=2),
+        trial("deepseekv3", dp_shard=2, ep=2, cp=2, pp=2, zero_stage=3, num_microbatches=2),
+        trial("qwen3moe", dp_shard=2, ep=2, cp=2, tp=2, zero_stage=1),
+    ),
 }
 
 

@@ -56,6 +56,9 @@ TRIALS = {
         trial("llama", dp_replicate=2, tp=2, pp=2, num_microbatches=2),
         trial("gpt2", dp_shard=2, tp=2, pp=2, zero_stage=3, num_microbatches=2, recompute="full"),
         trial("gpt2", 7, dp_replicate=2, tp=2, pp=2, num_microbatches=2),
+        trial("llama", dp_shard=2, cp=2, tp=2, zero_stage=3, recompute="full", num_microbatches=2),
+        trial("gpt2", 1, dp_shard=2, cp=2, pp=2, zero_stage=3, num_microbatches=2),
+        trial("llama", searched=True, dp_replicate=2, tp=2, pp=2, num_microbatches=2),
     ),
 }
 

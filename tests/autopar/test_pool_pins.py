@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
+from autopar import api
+from autopar.plan import Plan
 from autopar.request import training_policy
 from autopar.search.pin_stages import named_units
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
 from autopar.search.pool_legs import Legs
+from autopar.search.pool_pin_costs import PoolPinPricer
 from autopar.search.pool_prices import PricedRoute
-from autopar.search.pools import PoolSearch
+from autopar.search.pools import TOLERANCE, PoolSearch
 from tests.autopar.small_models import tower
 from tests.autopar.test_pools import two_pools
 
@@ -111,3 +114,46 @@ def test_fewer_microbatches_than_stages_are_for_the_whole_space() -> None:
 )
 def test_what_no_pipeline_through_pools_can_do_leaves_none(pins: dict[str, Any]) -> None:
     assert not search_under(Pins.merged(pins)).routes
+
+
+def planned(pins: Pins, **settings: Any) -> Plan:
+    model = tower(width=2048, depth=12, vocabulary=512)
+    return api.plan(model, two_pools(), global_batch=64, pins=pins, **settings)
+
+
+@pytest.mark.parametrize(
+    ("pins", "num_pools"),
+    [
+        ({"pp": 3, "tp": 1, "forbid": {"zero_stage": {2}}}, 2),
+        ({"cut_before": ("layers.2",), "recompute": "full", "microbatch_size": 1}, 2),
+        ({"pp": 1, "tp": 2}, 0),
+        ({"microbatch_size": 1, "tp": 2, "placements": {"layers.3.up": {"tp": "Shard(1)"}}}, 2),
+    ],
+    ids=str,
+)
+def test_what_a_pin_costs_is_what_a_search_without_it_finds(pins: dict[str, Any], num_pools: int) -> None:
+    pinned = Pins(**pins)
+    plan = planned(pinned)
+    assert len(plan.pools) == num_pools
+    assert [each.pin for each in plan.pin_costs] == [text for text, _ in pinned.parts()]
+    for each, (_, without) in zip(plan.pin_costs, pinned.parts(), strict=True):
+        found_s = planned(without, price_pins=False).prediction.step_s
+        assert each.step_s + each.cost_s == pytest.approx(plan.prediction.step_s)
+        assert each.step_s == pytest.approx(found_s, rel=TOLERANCE), each.pin
+    assert max(each.cost_s for each in plan.pin_costs) > 0
+    assert "what each pin costs" in plan.explain()
+    assert not planned(pinned, price_pins=False).pin_costs
+
+
+def test_pins_whose_price_is_too_much_work_are_named() -> None:
+    search = search_under(Pins(tp=1, microbatch_size=1))
+    result = search.run()
+    assert PoolPinPricer(search, result, work=3).costs() == ((), ("microbatch_size=1", "tp=1"))
+    costs, unpriced = PoolPinPricer(search, result).costs()
+    assert ([each.pin for each in costs], unpriced) == (["microbatch_size=1", "tp=1"], ())
+
+
+def test_a_search_that_was_stopped_does_not_price_pins() -> None:
+    plan = planned(Pins(tp=1), time_limit_s=0.0)
+    assert not plan.pin_costs
+    assert plan.warnings[-1] == "there was no time to find out what these pins cost: tp=1"

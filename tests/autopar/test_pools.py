@@ -25,7 +25,9 @@ from autopar.search.pool_legs import Legs
 from autopar.search.pool_prices import Prices
 from autopar.search.pool_routes import routes
 from autopar.search.pools import TOLERANCE, PoolSearch
+from autopar.search.programs import MEMORY_PRICES
 from autopar.search.stage_times import StageTimes
+from autopar.search.stages import legal
 from costmodel import peak_in_flight, simulate
 from hardware_db import Cluster, Pools, join_pools
 from tests.autopar.small_models import cluster, tower
@@ -64,20 +66,21 @@ def planned(factor: float = 3.0, **settings: Any) -> Plan:
     return api.plan(capture, two_pools(factor=factor), **{"global_batch": 64, "pp": 2, **settings})
 
 
-@pytest.mark.parametrize("memory_bytes", [16e9, 220e6])
-def test_comes_within_the_tolerance_of_every_cut_way_and_assignment(memory_bytes: float) -> None:
-    pools = two_pools(memory_bytes)
-    found = search_of(pools, Pins(tp=1))
+@pytest.mark.parametrize(("tp", "memory_bytes"), [(1, 16e9), (1, 220e6), (2, 16e9), (2, 220e6), (2, 160e6)])
+def test_comes_within_the_tolerance_of_every_cut_way_and_assignment(tp: int, memory_bytes: float) -> None:
+    pools, pins = two_pools(memory_bytes), Pins(tp=tp)
+    found = search_of(pools, pins)
     result = found.run()
-    legs = search_of(pools, Pins(tp=1)).legs
+    legs = search_of(pools, pins).legs
     prices, num_units = Prices(legs), legs.planners[0].num_units
     alone = [planner.search().best for planner in legs.planners]
     best_s = min((each.evaluated.step_s for each in alone if each is not None), default=inf)
     for route in routes(legs.planners):
         inner = combinations(range(1, num_units), route.num_stages - 1)
         numbers = (range(len(legs.ways(leg))) for leg in route.legs)
-        for cuts, ways in product(inner, list(product(*numbers))):
-            priced = prices.solve(route, 0, RouteCut((0, *cuts), ways, 0.0))
+        levels = range(len(MEMORY_PRICES) if tp > 1 else 1)
+        for cuts, ways, level in product(inner, list(product(*numbers)), levels):
+            priced = prices.solve(route, level, RouteCut((0, *cuts), ways, 0.0))
             if priced.fits:
                 best_s = min(best_s, priced.step_s)
     assert found.best_s <= best_s * (1 + TOLERANCE)
@@ -94,7 +97,7 @@ def random_legs(random: np.random.Generator, num_stages: tuple[int, ...], m: int
         forward_s, backward_s = random.uniform(0.5, 2.0, (2, num_units)) * random.uniform(0.5, 3.0)
         leg = LegTimes.of(forward_s, backward_s, p)
         both = [np.subtract.outer(-before, -before) for before in leg.before_s]
-        stages = [StageTimes(both[0] + both[1], both[0], 0 * both[0])] * p
+        stages = [StageTimes(legal(both[0] + both[1], None), both[0], 0 * both[0])] * p
         own, flights = tuple(flights[:p]), flights[p:]
         send_s = random.uniform(0.0, 0.4, num_units) * bool(legs)
         legs.append(replace(leg, in_flight=own, ways=[stages], send_s=send_s))
@@ -166,6 +169,24 @@ def test_groups_lie_inside_their_pool() -> None:
     assert ranks == set(range(plan.cluster.num_devices))
     assert [pool.first_stage for pool in plan.pools] == [0, plan.pools[0].parallelism.pp]
     assert len({pool.parallelism.global_batch for pool in plan.pools}) == 1
+
+
+@pytest.mark.parametrize("num_looks", [0, 40, 100])
+def test_a_search_out_of_time_returns_the_best_so_far_with_its_gap(
+    num_looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock stands still until the search has looked at it so many times."""
+    search = search_of(two_pools(), depth=12)
+    best_s = search_of(two_pools(), depth=12).run().bound_s
+    ticks = iter([0.0] * num_looks)
+    monkeypatch.setattr("autopar.search.pools.time.monotonic", lambda: next(ticks, 2.0))
+    search.deadline = 1.0
+    result = search.run()
+    assert result.stopped == "time limit"
+    assert result.best is not None or result.alone is not None
+    assert 0 < result.bound_s < best_s * (1 + TOLERANCE)
+    assert search.best_s >= best_s * (1 - 1e-9)
+    assert result.num_solved + sum(result.pruned.values()) == result.num_candidates
 
 
 def test_equal_pools_are_planned_as_one_cluster() -> None:

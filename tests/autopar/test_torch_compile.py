@@ -26,7 +26,7 @@ FORMS = [
     trial("gpt2", dtype=FP32, cp=2, heads=True),
     trial("mixtral", dp_replicate=2, ep=2),
     trial("deepseekv3", dp_replicate=2, ep=2, recompute="selective"),
-    trial("qwen3moe", dp_shard=2, ep=2, zero_stage=3, recompute="full"),
+    trial("qwen3moe", dp_shard=2, ep=2, zero_stage=3),
     trial("mixtral", tp=2),
     trial("llama", dtype=FP32, pp=2, num_microbatches=2, recompute="full"),
     trial(
