@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from autopar.plan import Parallelism
 from autopar.search.run_sums import RunSums
-from autopar.search.runs import Array
+from autopar.search.runs import AllRuns, Array
 from autopar.search.stage_costs import Machine, accumulating, cached_bytes, moved_once, room_bytes, run_times
 from autopar.search.stage_table import StageTable
 from autopar.search.stages import Where, cheapest, legal
@@ -57,7 +57,8 @@ class EvenStages:
         if num_stages > self.table.num_units:
             return None
         if num_stages not in self._cuts:
-            values = legal(self.table.all_runs.forward_s + self.table.all_runs.backward_s, where)
+            unit_s = self.table.unit_forward_s + self.table.unit_backward_s
+            values = legal(AllRuns(self.table.num_units).sums(unit_s), where)
             found = cheapest([values] * num_stages)
             self._cuts[num_stages] = None if found is None else found.cuts
         return self._cuts[num_stages]

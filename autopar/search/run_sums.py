@@ -12,7 +12,6 @@ so the linear program is solved by taking the cheapest seconds a byte first, for
 from __future__ import annotations
 
 from copy import copy
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,85 +23,36 @@ if TYPE_CHECKING:
 
 
 class RunSums:
-    """The sums of a chain that no parallelism changes, over some runs of its units; each once it is asked
-    for."""
+    """The sums of a chain that no parallelism changes, over some runs of its units.
+
+    Attributes:
+        forward_s, backward_s: the passes of a run; communication_s: what of each is communication.
+        arrival_s, return_s: the forward and the backward of all that comes before it.
+        num_sharding_units: units that are gathered and reduced by themselves, or one for all.
+        elements: of dense parameters and of experts; elements_before: of both, before the run.
+        block_elements: of the largest block; root_elements: outside of blocks; largest_weights: of the
+            weights of the largest block, one matrix of every stack.
+        saved_bytes: what a run keeps of a microbatch with the fastest variants; working_bytes: what its last
+            unit holds beside what is kept.
+        segments: what its units can free, the cheapest first: seconds a byte, bytes each, and how many units.
+    """
 
     def __init__(self, table: StageTable, runs: Runs) -> None:
         self.runs = runs
-        self._table = table
-
-    @cached_property
-    def forward_s(self) -> Array:
-        """The forward of a run."""
-        return self.runs.sums(self._table.unit_forward_s)
-
-    @cached_property
-    def backward_s(self) -> Array:
-        """Its backward."""
-        return self.runs.sums(self._table.unit_backward_s)
-
-    @cached_property
-    def communication_s(self) -> tuple[Array, Array]:
-        """What of both is communication."""
-        forward_s, backward_s = self._table.unit_communication_s
-        return self.runs.sums(forward_s), self.runs.sums(backward_s)
-
-    @cached_property
-    def arrival_s(self) -> Array:
-        """The forward of all that comes before a run."""
-        return self.runs.before(self._table.unit_forward_s)
-
-    @cached_property
-    def return_s(self) -> Array:
-        """The backward of all that comes before a run."""
-        return self.runs.before(self._table.unit_backward_s)
-
-    @cached_property
-    def num_sharding_units(self) -> Array:
-        """Units that are gathered and reduced by themselves, or one for all."""
-        return np.maximum(1.0, self.runs.sums(self._table.unit_has_parameters))
-
-    @cached_property
-    def elements(self) -> tuple[Array, Array]:
-        """Elements of dense parameters and of experts."""
-        dense, experts = self._table.unit_elements
-        return self.runs.sums(dense), self.runs.sums(experts)
-
-    @cached_property
-    def elements_before(self) -> Array:
-        """Elements of all parameters before a run."""
-        dense, experts = self._table.unit_elements
-        return self.runs.before(dense + experts)
-
-    @cached_property
-    def block_elements(self) -> Array:
-        """Elements of the largest block."""
-        return self.runs.largest(self._table.block_elements)
-
-    @cached_property
-    def root_elements(self) -> Array:
-        """Elements outside of blocks."""
-        return self.runs.sums(self._table.root_elements)
-
-    @cached_property
-    def largest_weights(self) -> Array:
-        """Elements of the weights of the largest block, one matrix of every stack."""
-        return self.runs.largest(self._table.unit_weights)
-
-    @cached_property
-    def saved_bytes(self) -> Array:
-        """What a run keeps of a microbatch with the fastest variants."""
-        return self.runs.sums(self._table.unit_saved_bytes)
-
-    @cached_property
-    def working_bytes(self) -> Array:
-        """What its last unit holds beside what is kept."""
-        return self.runs.last(self._table.unit_working_bytes)
-
-    @cached_property
-    def segments(self) -> list[tuple[float, float, Array]]:
-        """What its units can free, the cheapest first: seconds a byte, bytes each, and how many units."""
-        return [(s.rate, s.freed_bytes, self.runs.sums(s.members)) for s in self._table.segments]
+        self.forward_s = runs.sums(table.unit_forward_s)
+        self.backward_s = runs.sums(table.unit_backward_s)
+        self.communication_s = tuple(map(runs.sums, table.unit_communication_s))
+        self.arrival_s = runs.before(table.unit_forward_s)
+        self.return_s = runs.before(table.unit_backward_s)
+        self.num_sharding_units = np.maximum(1.0, runs.sums(table.unit_has_parameters))
+        self.elements = tuple(map(runs.sums, table.unit_elements))
+        self.elements_before = runs.before(np.sum(table.unit_elements, axis=0))
+        self.block_elements = runs.largest(table.block_elements)
+        self.root_elements = runs.sums(table.root_elements)
+        self.largest_weights = runs.largest(table.unit_weights)
+        self.saved_bytes = runs.sums(table.unit_saved_bytes)
+        self.working_bytes = runs.last(table.unit_working_bytes)
+        self.segments = [(s.rate, s.freed_bytes, runs.sums(s.members)) for s in table.segments]
 
     def accumulating(self, seconds: float) -> RunSums:
         """The same where each parameter's gradient takes so long to be added to those of other
