@@ -287,10 +287,14 @@ def handwritten(name: str, rounds: int) -> Paired:
         return Paired(**json.loads((directory / "paired.json").read_text()))
 
 
+MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+"""Memory that is freed stays with the process: else one side, by chance, gets pages anew at every step."""
+
+
 def apart(kind: str, name: str, rounds: int) -> str:
     """The row of a model or a form, measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.emitted", "row", kind, name, "--rounds", str(rounds)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **MEMORY, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return done.stdout.splitlines()[-1]
 

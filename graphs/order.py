@@ -2,7 +2,8 @@
 
 A model may call one module several times in an order that means nothing: Gemma 3 asks its rotary embedding
 for the tables of every kind of layer, and goes over a set of these kinds, which has another order in every
-process. Such calls are put in the order in which their results are first read.
+process. Such calls are put in the order in which their results are first read: calls of one module that
+follow each other, with no modules inside of it and no op of others between them.
 """
 
 from __future__ import annotations

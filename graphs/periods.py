@@ -36,8 +36,9 @@ def periodic(length: int, number_of: Callable[[int, int], int]) -> Iterator[Repe
     while start < length:
         best: Repeat | None = None
         for period in range(1, MAX_PERIOD + 1):
-            if best and _left_out(period, (length - start) // period) <= _left_out(best.period, best.number):
-                break  # nor can a longer period leave out more
+            most_left_out = length - start - (MIN_INSTANCES - 1) * period
+            if best and most_left_out <= _left_out(best.period, best.number):
+                break  # and longer periods leave out less
             number = number_of(start, period)
             if number >= MIN_INSTANCES and (
                 not best or _left_out(period, number) > _left_out(best.period, best.number)

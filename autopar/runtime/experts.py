@@ -1,8 +1,8 @@
 """Rows to their experts and back, and their products with them.
 
 How many rows an expert gets is known only when they are there. `torch.compile` traces what it cannot see
-through as ops of their own, in namespace `autopar`: the exchange, whose result has an unknown number of rows,
-and products by group in precisions in which it has none.
+through as ops of their own, in namespace `autopar`: the exchange, whose result has an unknown number of
+rows, and products by group in precisions in which it has none.
 """
 
 from __future__ import annotations

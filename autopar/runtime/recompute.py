@@ -22,7 +22,7 @@ KINDS = {
     "products": r"aten::(mm|addmm|convolution|_grouped_mm)|autopar::rows_by_group",
     "batched_products": r"aten::(bmm|baddbmm)",
     "attention": r"aten::_scaled_dot_product\w*",
-    "collectives": r"_c10d_functional::(all|reduce)_\w+",
+    "collectives": r"_c10d_functional::(all|reduce)_\w+|autopar::moved_rows",
     "received": r"_c10d_functional::\w+",  # what waits for the collective before it, and goes with it
 }
 """The ops whose results may be kept; the first pattern that fits counts."""

@@ -35,8 +35,7 @@ from costmodel.orders import (
 ROUNDING = 1e-9
 """By which part what is freed may fall short of what must be."""
 
-
-MOST_ROUNDS = 32
+MOST_ROUNDS = 64
 """Microbatches of a step for each rank up to which its order is simulated."""
 
 

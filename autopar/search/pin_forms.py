@@ -29,12 +29,15 @@ def told_apart(capture: Capture, pins: Pins) -> Capture:
 def _with_forms(graph: OpGraph, pins: Pins) -> tuple[Block, ...]:
     names = [name for p in graph.parameters for name in (p.name, *p.aliases)]
     placements = [pin for axis in PINNED_AXES for pin in placements_of(pins, axis)]
-    covered = [[name for name in (*names, *graph.modules) if pin.covers(name)] for pin in placements]
+    covered = [
+        ((pin.axis, pin.text), [name for name in (*names, *graph.modules) if pin.covers(name)])
+        for pin in placements
+    ]
     forms: dict[int, dict[object, int]] = {}
     blocks = []
     for block in graph.blocks:
         of_class = forms.setdefault(block.block_class, {})
-        asked = tuple(_inside(block.path, names) for names in covered)
+        asked = frozenset((*what, name) for what, names in covered for name in _inside(block.path, names))
         blocks.append(replace(block, form=of_class.setdefault(asked, len(of_class))))
     return tuple(blocks)
 

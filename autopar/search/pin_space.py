@@ -90,10 +90,14 @@ class PinSpace:
         )
 
     def _variants(self, block: Unit, path: str) -> tuple[str, ...]:
-        """Those worth a choice; where they are all forbidden, the other modes."""
-        return self.pins.recompute_values(path, block.frontier) or self.pins.recompute_values(
+        """Those worth a choice; where they are all forbidden, the other modes. Raises PinConflictError where
+        the pins leave none."""
+        found = self.pins.recompute_values(path, block.frontier) or self.pins.recompute_values(
             path, RECOMPUTE_MODES
         )
+        if not found:
+            raise PinConflictError(f"the pins leave block {path!r} no way to recompute; free one of them")
+        return found
 
     # --- placements -----------------------------------------------------------------------------------------
 

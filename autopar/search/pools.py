@@ -82,7 +82,8 @@ class PoolSearch:
         self._tried_alone: dict[int, SearchResult] = {}
         self._fate: dict[Route | int, str] = {}
         self._queue: list[tuple[float, int, RouteNode]] = []
-        self._arrivals = 0
+        self._arrivals = self._num_first = 0
+        self._gave_up: str | None = None  # why a pool by itself was searched without a plan
         self._smaller_made: set[RouteNode] = set()
         self._untried_s: dict[int, float] = {}  # floors of the pools that were not searched by themselves
 
@@ -94,8 +95,7 @@ class PoolSearch:
     @property
     def work(self) -> int:
         """How much was looked at, whatever the machine's load; the search stops at `most_work`."""
-        looked_at = self._arrivals - len(self.routes)
-        return looked_at + sum(found.work for found in self._tried_alone.values())
+        return self._arrivals - self._num_first + sum(found.work for found in self._tried_alone.values())
 
     @property
     def best_s(self) -> float:
@@ -162,6 +162,7 @@ class PoolSearch:
                 self._push(self.floors.device_s(route), RouteNode(route))
             else:
                 self._fate[route] = "memory floor"
+        self._num_first = self._arrivals
         while self._queue and self._queue[0][0] < self._enough_s and not self._is_over():
             floor_s, _, node = self._queue[0]
             found = list(self._expand(floor_s, node))
@@ -189,7 +190,8 @@ class PoolSearch:
     @property
     def _stopped_alone(self) -> str | None:
         """What stopped the search of a pool by itself, if anything did."""
-        return next((found.stopped for found in self._tried_alone.values() if found.stopped), None)
+        stops = (found.stopped for found in self._tried_alone.values() if found.stopped)
+        return self._gave_up or next(stops, None)
 
     def _tell(self) -> None:
         num_left = len(self._queue) + len(self._untried_s)
@@ -243,6 +245,8 @@ class PoolSearch:
             if node.cut is None and cut.bound_s < PROMISING * self.best_s:
                 self._note(self.prices.solve(node.route, node.price, cut))
             yield max(floor_s, cut.bound_s), known
+        else:  # what is over the cutoff may be so for want of memory
+            yield from self._without_memory(node)
 
     def _solve(self, floor_s: float, node: RouteNode, cut: RouteCut) -> Iterator[tuple[float, RouteNode]]:
         """Price a route; where memory binds, smaller programs may do better."""
@@ -256,14 +260,19 @@ class PoolSearch:
             self._fate.setdefault(node.route, "out of memory")
         bases = (self.legs.table(leg, node.price).base for leg in node.route.legs)
         if any(leg.choices != base for leg, base in zip(priced.legs, bases, strict=True)):
-            least_s = self.cuts.least_s(node.route, node.price, self.best_s, fitting=False)
-            yield from self._smaller(least_s, node)
+            yield from self._without_memory(node)
 
     def _note(self, priced: PricedRoute) -> None:
         if priced.fits:
             self._fate[priced.route] = "solved"
             if self.best is None or priced.rank < self.best.rank:
                 self.best = priced
+
+    def _without_memory(self, node: RouteNode) -> Iterator[tuple[float, RouteNode]]:
+        """Smaller programs of a route, unless it is over the cutoff whatever memory there is."""
+        least_s = self.cuts.least_s(node.route, node.price, self.best_s, fitting=False)
+        if least_s < float("inf"):
+            yield from self._smaller(least_s, node)
 
     def _smaller(self, floor_s: float, node: RouteNode) -> Iterator[tuple[float, RouteNode]]:
         """The same route with programs of the next price of memory, once: they take no less than these would
@@ -290,6 +299,7 @@ class PoolSearch:
             self._conflicts.append(str(error))
             return
         except SearchTimeoutError:  # its floor stays open
+            self._gave_up = self._is_over() or "interrupted"
             return
         del self._untried_s[pool]
         self._tried_alone[pool] = found

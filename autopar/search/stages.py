@@ -93,10 +93,9 @@ def _messages_s(send_s: Array, stage: int, num_stages: int) -> tuple[Array, Arra
 
 def legal(values: Array, where: Where) -> Array:
     """The values, infinite where there is no run, or none that may be a stage."""
-    values[~np.triu(np.ones_like(values, dtype=bool), 1)] = np.inf
-    if where is not None:
-        values[~where] = np.inf
-    return values
+    may_be = np.triu(np.ones_like(values, dtype=bool), 1)
+    found: Array = np.where(may_be if where is None else may_be & where, values, np.inf)
+    return found
 
 
 def cheapest(values: Sequence[Array]) -> Cut | None:

@@ -69,6 +69,10 @@ def test_blocks_of_which_pins_ask_something_else_are_of_another_form() -> None:
     assert told_apart(found, pins) is found
     assert told_apart(found, Pins()).graph.blocks == deep().graph.blocks
     assert told_apart(deep(), pins_of({"layers.*.up": "Shard(1)"})) is deep()
+    alike = told_apart(deep(), pins_of({"layers.3.up": "Shard(1)", "layers.8.up": "Shard(1)"}))
+    assert [block.form for block in alike.graph.blocks] == [0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0]
+    every = told_apart(deep(), pins_of({f"layers.{index}.up": "Shard(1)" for index in range(DEPTH)}))
+    assert every.graph.blocks == deep().graph.blocks
     # A run of equal blocks is still made shallow: of the last seven three stay.
     assert len(shallow(found).capture.graph.blocks) == 3 + 1 + 1 + 3
 

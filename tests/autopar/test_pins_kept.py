@@ -274,6 +274,14 @@ def test_the_command_line_plans_with_pins_and_says_what_they_cost(
 # --- what pins cost -----------------------------------------------------------------------------------------
 
 
+def test_a_pin_without_which_the_others_contradict_each_other_costs_nothing() -> None:
+    pins = Pins(recompute="full", recompute_modules={"layers.3": "selective", "layers.[3]": "!full"})
+    plan = planned(pins, price_pins=True)
+    costs = {each.pin: each.cost_s for each in plan.pin_costs}
+    assert costs["recompute layers.3=selective"] == 0.0
+    assert costs["recompute=full"] > 0.0
+
+
 def test_what_a_pin_costs_is_what_a_search_without_it_finds() -> None:
     pins = Pins(tp=2, recompute="full", cut_before=("layers.0",), forbid={"microbatch_size": {2}})
     plan = planned(pins, price_pins=True)

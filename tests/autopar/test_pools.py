@@ -13,7 +13,13 @@ import pytest
 
 from autopar import api
 from autopar.compiler import compile
-from autopar.errors import AutoparError, InfeasibleError, PinConflictError, RewriteError
+from autopar.errors import (
+    AutoparError,
+    InfeasibleError,
+    PinConflictError,
+    RewriteError,
+    SearchTimeoutError,
+)
 from autopar.launch.spec import job_of
 from autopar.plan import Plan
 from autopar.report.view import view
@@ -177,16 +183,40 @@ def test_a_search_out_of_time_returns_the_best_so_far_with_its_gap(
 ) -> None:
     """The clock stands still until the search has looked at it so many times."""
     search = search_of(two_pools(), depth=12)
-    best_s = search_of(two_pools(), depth=12).run().bound_s
+    bound_s = search_of(two_pools(), depth=12).run().bound_s
     ticks = iter([0.0] * num_looks)
     monkeypatch.setattr("autopar.search.pools.time.monotonic", lambda: next(ticks, 2.0))
     search.deadline = 1.0
     result = search.run()
     assert result.stopped == "time limit"
     assert result.best is not None or result.alone is not None
-    assert 0 < result.bound_s < best_s * (1 + TOLERANCE)
-    assert search.best_s >= best_s * (1 - 1e-9)
+    assert 0 < result.bound_s < bound_s * (1 + TOLERANCE)
+    assert search.best_s >= bound_s * (1 - 1e-9)
     assert result.num_solved + sum(result.pruned.values()) == result.num_candidates
+
+
+def test_an_interrupt_before_a_pool_alone_has_a_plan_stops_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = search_of(two_pools())
+
+    def interrupted(*_: object) -> None:
+        raise SearchTimeoutError("no plan yet when the search was stopped (interrupted)")
+
+    for planner in search.planners:
+        monkeypatch.setattr(planner, "search", interrupted)
+    result = search.run()
+    assert result.stopped == "interrupted"
+    assert result.best is not None
+    assert not result.tried_alone
+    assert result.bound_s < search.best_s
+
+
+def test_work_counts_from_what_may_fit() -> None:
+    search = search_of(two_pools(memory_bytes=100e6))
+    assert search.work == 0
+    search.run()
+    assert search.work >= 0
 
 
 def test_equal_pools_are_planned_as_one_cluster() -> None:
