@@ -202,10 +202,7 @@ class Programs:
     def _make(self, key: ProgramKey) -> Program:
         self.effort.solved("local programs")
         graph, chain, solution, keys = self._unpriced(key._replace(ep=1))
-        pricer = self._pricer(key)
-        if key.ep > 1:
-            chain = deal_out_experts(chain.doing(pricer.kernels.graph(graph)), graph, key.ep)
-        return Program(key, chain.priced(pricer), solution, keys)
+        return Program(key, self._priced(chain, graph, key), solution, keys)
 
     def _unpriced(self, key: ProgramKey) -> Unpriced:
         """The same for any number of ranks that experts are dealt out over."""
@@ -226,10 +223,14 @@ class Programs:
 
     def chain(self, whole: OpGraph, local: Localized, key: ProgramKey, repeats: Mapping[str, int]) -> Chain:
         """The chain of a local graph at this cluster's prices."""
+        chain = build_chain(whole, local, self._pricer(key._replace(ep=1)).kernels, repeats)
+        return self._priced(chain, local.graph, key)
+
+    def _priced(self, chain: Chain, graph: OpGraph, key: ProgramKey) -> Chain:
+        """A chain whose experts are not dealt out yet, as the key says and with prices."""
         pricer = self._pricer(key)
-        chain = build_chain(whole, local, pricer.kernels, repeats)
         if key.ep > 1:
-            chain = deal_out_experts(chain, local.graph, key.ep)
+            chain = deal_out_experts(chain.doing(pricer.kernels.graph(graph)), graph, key.ep)
         return chain.priced(pricer)
 
     def _pricer(self, key: ProgramKey) -> Pricer:
