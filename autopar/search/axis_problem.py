@@ -6,12 +6,12 @@ by `autopar.pricing`. `block_ilp` chooses among them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from autopar.localize import Assignment, Localized, localize
+from autopar.localize import Assignment, Localized, local_shape, localize, splits_causal_rows
 from autopar.op_kinds import kind_of
 from autopar.placements import PR, RP, RR, Shard, State
 from autopar.pricing import OpCost, Pricer, total
@@ -242,15 +242,36 @@ class AxisProblem:
             one, others = kinds[index].get(kind, (op, 0))
             kinds[index][kind] = one, others + count
         return {
-            index: tuple(
-                total(
-                    self.prices.op(self._local_op(one, strategy), traffic).times(count)
-                    for one, count in kinds[index].values()
-                )
-                for strategy in offered
-            )
+            index: tuple(self._costs(tuple(kinds[index].values()), offered, traffic))
             for index, offered in self.offered.items()
         }
+
+    def _costs(
+        self, kinds: tuple[tuple[Op, int], ...], offered: tuple[Strategy, ...], traffic: Traffic
+    ) -> Iterator[OpCost]:
+        """What ops that differ in their traffic alone, so many of each, cost under each strategy; it is the
+        same under those that leave a rank the same work."""
+        known: dict[object, OpCost] = {}
+        for strategy in offered:
+            work = self._work(kinds[0][0], strategy)
+            if work not in known:
+                locals_ = ((self._local_op(op, strategy), count) for op, count in kinds)
+                known[work] = total(self.prices.op(local, traffic).times(count) for local, count in locals_)
+            yield known[work]
+
+    def _work(self, op: Op, strategy: Strategy) -> object:
+        """What a strategy leaves of an op to a rank: strategies for which this is equal cost the same."""
+        if self._is_special(op, strategy):
+            return strategy
+        states = zip((*op.inputs, *op.outputs), (*strategy.operands, *strategy.results), strict=True)
+        shapes = tuple(
+            local_shape(self.graph.tensors[name].shape, state, self.size) for name, state in states
+        )
+        return strategy.factor is not None, shapes
+
+    def _is_special(self, op: Op, strategy: Strategy) -> bool:
+        """Whether a rank does anything but the same op on its parts of the operands."""
+        return strategy.implementation is not None or splits_causal_rows(op, strategy, self.graph)
 
     def _local_op(self, op: Op, strategy: Strategy) -> OpGraph:
         """The local form of one op alone, its operands already in the states that the strategy asks."""

@@ -102,7 +102,6 @@ class BlockIlp:
         self.parameter_bytes: dict[int, float] = {}
         self.parts: dict[int, Part] = {}
         self.op_computed_s: dict[int, float] = {}
-        self._floors_s: dict[tuple[float, ...], float] = {}
         self.x = {index: self._choose(index) for index in problem.instances}
         self.y = {tensors.name: self._store(tensors) for tensors in problem.parameter_classes}
         for tensors in problem.tensor_classes:
@@ -259,53 +258,6 @@ class BlockIlp:
         op = reader.op if maker is None else maker[0]
         num_bytes = problem.graph.tensors[tensors.name].num_bytes / problem.parts(state)
         return Part(op, tensors.count, num_bytes, tensors, maker is not None, (made, state))
-
-    def computed_s(self, start: int, stop: int) -> float:
-        """What ops `[start, stop)` compute at least, whatever that communicates."""
-        problem = self.problem
-        ops = {problem.graph.representative[index] for index in range(start, stop)}
-        return sum(problem.computed_s[index] / problem.instances[index] for index in sorted(ops))
-
-    @clocked("operator floors")
-    def floor_s(
-        self,
-        start: int,
-        stop: int,
-        price: float = 0.0,
-        again_s: Mapping[int, float] | None = None,
-        *,
-        hides: bool = False,
-    ) -> float:
-        """What ops `[start, stop)`, one block or ops outside of all, take at least, with the sums of what
-        they make and the other conversions of what they read, whatever is chosen anywhere.
-
-        With `again_s`, the least seconds in which some of the ops run again, their results and those of
-        conversions are kept at so many seconds a byte, or made again, whichever costs less. Where something
-        else `hides` what is communicated, it costs nothing, but for what is made again.
-        """
-        graph = self.problem.graph
-        ops = {graph.representative[index] for index in range(start, stop)}
-        read = {name for op in graph.ops[start:stop] for name in op.inputs}
-        made = {name for op in graph.ops[start:stop] for name in op.outputs}
-        costs = [0.0] * len(self.model.costs)
-        for variable, part in self.parts.items():
-            near = made if part.is_made else read
-            if part.op not in ops or (part.tensors and near.isdisjoint(part.tensors.members)):
-                continue
-            time_s = self.op_computed_s.get(variable, 0.0) if hides else self.model.costs[variable]
-            costs[variable] = time_s / part.num_instances
-            if again_s is not None:
-                if part.tensors is None:
-                    least_s = again_s.get(part.op, 0.0)
-                else:
-                    least_s = self.problem.conversion_again_s(part.tensors.name, *part.states)
-                costs[variable] += min(price * part.result_bytes, least_s)
-        key = tuple(costs)
-        if key not in self._floors_s:
-            solution = solve(self.model.priced(costs, relaxed=True))
-            self.effort.solved("operator floors", solution.size)
-            self._floors_s[key] = solution.bound
-        return self._floors_s[key]
 
     def _assignment(self, values: Sequence[float]) -> Assignment:
         problem = self.problem

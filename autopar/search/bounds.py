@@ -88,6 +88,7 @@ class Bounds:
         self.graph: OpGraph = capture.graph
         self.batch = 2  # the reference batch of a capture
         self._known: dict[tuple[object, ...], DataAxes] = {}
+        self._block_states: dict[tuple[object, ...], float] = {}
 
     @cached_property
     def saved_bytes(self) -> dict[Recompute, float]:
@@ -172,11 +173,14 @@ class Bounds:
 
     def block_state_bytes(self, p: Parallelism) -> float:
         """Model states of any one block on a rank, at least."""
-        held = (
-            held_states(_split(elements, p), p, self.policy).total_bytes
-            for elements in self._block_parameters
-        )
-        return min(held, default=0.0)
+        key = _state_axes(p)
+        if key not in self._block_states:
+            held = (
+                held_states(_split(elements, p), p, self.policy).total_bytes
+                for elements in self._block_parameters
+            )
+            self._block_states[key] = min(held, default=0.0)
+        return self._block_states[key]
 
     @cached_property
     def working_bytes(self) -> float:
@@ -237,7 +241,7 @@ class Bounds:
 
     def _data(self, p: Parallelism) -> DataAxes:
         """What the data axes do, whatever the schedule."""
-        key = (p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate, p.zero_stage, p.offload, p.num_microbatches)
+        key = (*_state_axes(p), p.num_microbatches)
         if key not in self._known:
             elements = _split(self._parameters, p)
             traffic_s = [self._traffic_s(p, number, is_expert) for is_expert, number in elements.items()]
@@ -292,6 +296,11 @@ class Bounds:
             return 0.0
         flights = _flights(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
         return len(self.graph.blocks) / float((1 / (state + saved * flights)).sum())
+
+
+def _state_axes(p: Parallelism) -> tuple[object, ...]:
+    """What model states of a rank depend on, beside the elements that its stages have."""
+    return p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate, p.zero_stage, p.offload
 
 
 def _split(elements: tuple[int, int], p: Parallelism) -> Elements:

@@ -33,9 +33,16 @@ class ContextProblem(AxisProblem):
     """
 
     def __init__(
-        self, graph: OpGraph, size: int, prices: Prices, counts: Sequence[int], *, whole_heads: bool
+        self,
+        graph: OpGraph,
+        size: int,
+        prices: Prices,
+        counts: Sequence[int],
+        *,
+        whole_heads: bool,
+        samples: Samples,
     ) -> None:
-        self._samples = Samples.of(graph)
+        self._samples = samples
         self._whole_heads = whole_heads
         super().__init__(graph, "cp", size, prices, counts)
 

@@ -6,14 +6,17 @@ Kept of each layout, as candidates ask for them again and again; what they rest 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from autopar.plan import Parallelism
+from autopar.pricing import Pricer
+from autopar.search.block_floor import BlockFloor
 from autopar.search.block_ilp import MANY_MICROBATCHES
 from autopar.search.context import exchange_floor_s
 from autopar.search.local_programs import Program, ProgramKey
 from autopar.search.relaxed import Stretch, relaxed
-from autopar.search.units import Chain, in_turns, stretches
+from autopar.search.units import in_turns, stretches
 from costmodel.orders import OVERLAPPING_SCHEDULES
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ class LeastPrograms:
         self._context_floors_s: dict[tuple[int, int, int], float] = {}
         self._relaxed: dict[tuple[ProgramKey, bool, bool], Program] = {}
         self._divided: dict[tuple[ProgramKey, bool], Program] = {}
+        self._stretches: dict[ProgramKey, list[Stretch | None]] = {}
 
     def divided(self, p: Parallelism, multiple: int) -> Program:
         """What one device does, divided over the ranks of a candidate's layout, with the least that these
@@ -40,13 +44,14 @@ class LeastPrograms:
             return self.programs.program(p)
         key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
         if (key, hides) not in self._divided:
-            device = self.programs.device(p.microbatch_size, p.ep).chain
-            pricer = self.programs.pricer(1, 1, p.ep, 1)
+            device, pricer = self.programs.device(p.microbatch_size, p.ep).chain, self._device_pricer(p.ep)
             where: list[Stretch | None] = [None] * len(device.units)
             if p.tp > 1 and p.ep == 1:
-                of_all = _floor_key(multiple * p.microbatch_size, p.tp)
-                where = self._stretches(of_all, device, p.cp * multiple)
-            chain = relaxed(device, None, p.tp, p.cp, pricer, where, trades=False, hides=hides)
+                where = self._in_problem(_floor_key(multiple * p.microbatch_size, p.tp))
+            chain = relaxed(
+                device, None, p.tp, p.cp, pricer, where, part=1 / (p.cp * multiple), trades=False,
+                hides=hides,
+            )  # fmt: skip
             self._divided[key, hides] = Program(key, chain, None, {})
         return self._divided[key, hides]
 
@@ -55,27 +60,39 @@ class LeastPrograms:
         strategies. A quick one without `trades` (`autopar.search.relaxed`)."""
         key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
         if (key, trades, hides) not in self._relaxed:
-            device = self.programs.device(p.microbatch_size, p.ep).chain
-            where = self._stretches(key, device)
-            fastest, pricer = self.programs.program(p).chain, self.programs.pricer(1, 1, p.ep, 1)
+            device, pricer = self.programs.device(p.microbatch_size, p.ep).chain, self._device_pricer(p.ep)
+            fastest, where = self.programs.program(p).chain, self._in_problem(key)
             chain = relaxed(device, fastest, p.tp, p.cp, pricer, where, trades=trades, hides=hides)
             self._relaxed[key, trades, hides] = Program(key, chain, None, {})
         return self._relaxed[key, trades, hides]
 
-    def _stretches(self, key: ProgramKey, device: Chain, parts: int = 1) -> list[Stretch | None]:
-        """Where units are in the axis's problem, of which experts that are dealt out are no part, and of
-        which a candidate does one of so many parts."""
+    def _device_pricer(self, ep: int) -> Pricer:
+        return self.programs.pricer(1, 1, ep, 1)
+
+    def _in_problem(self, key: ProgramKey) -> list[Stretch | None]:
+        """Where units are in the axis's problem, of which experts that are dealt out are no part."""
+        if key not in self._stretches:
+            self._stretches[key] = list(self._found_in_problem(key))
+        return self._stretches[key]
+
+    def _found_in_problem(self, key: ProgramKey) -> Iterator[Stretch | None]:
+        units = self.programs.device(key.microbatch_size, key.ep).chain.units
         if key.ep > 1:
-            return [None] * len(device.units)
+            yield from [None] * len(units)
+            return
         replica, ilp = self.programs.replica_of(key), self.programs.ilp(key)
-        worth_s = SMALLEST_SHARE * sum(unit.cost.total_s for unit in device.units)
-        repeats = self.programs.shallow.repeats
+        worth_s = SMALLEST_SHARE * sum(unit.cost.total_s for unit in units)
+        pricer, repeats = self._device_pricer(key.ep), self.programs.shallow.repeats
         runs = [(run, repeats.get(run[2] or "", 1)) for run in stretches(replica.whole, replica.local.graph)]
-        found: list[Stretch | None] = []
-        for (start, stop, block), _ in in_turns(runs):
-            seconds = repeats.get(block or "", 1) * device.units[len(found)].cost.total_s
-            found.append(Stretch(ilp, start, stop, 1 / parts) if seconds > worth_s else None)
-        return found
+        known: dict[tuple[int, int], Stretch] = {}
+        for unit, ((start, stop, block), _) in zip(units, in_turns(runs), strict=True):
+            if repeats.get(block or "", 1) * unit.cost.total_s <= worth_s:
+                yield None
+                continue
+            if (start, stop) not in known:
+                floor = BlockFloor(ilp, start, stop)
+                known[start, stop] = Stretch(floor, unit, key.tp * key.cp, pricer)
+            yield known[start, stop]
 
     def floor_s(self, microbatch_size: int, tp: int) -> float:
         """No program of a tensor axis of `tp` ranks takes less for a microbatch, whatever memory costs.

@@ -78,7 +78,7 @@ class RouteFloors:
             return self._device_leg(leg)
         p = parallelism(microbatch_size=SMALL, num_microbatches=MANY_MICROBATCHES, tp=layout.tp, ep=layout.ep,
                         dp_shard=layout.dp)  # fmt: skip
-        table = planner.layer.table(planner.programs.least.relaxed(p))
+        table = planner.layer.table(planner.programs.least.relaxed(p, trades=False))
         return self._scaled(leg, table, layout.microbatch_size / SMALL)
 
     def _scaled(self, leg: Leg, table: StageTable, share: float) -> LegTimes:

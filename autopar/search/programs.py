@@ -8,6 +8,7 @@ localize again, price.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from copy import copy
 from functools import cache, partial
@@ -15,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment, Localized, localize
-from autopar.placements import Shard
+from autopar.placements import Placement, Shard
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer
 from autopar.search.axis_problem import All, AxisProblem, ClusterPrices, Custom
@@ -27,7 +28,7 @@ from autopar.search.least_programs import LeastPrograms
 from autopar.search.local_programs import Program, ProgramKey
 from autopar.search.other_depths import OtherDepths
 from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
-from autopar.search.replicas import Replica, make_replica, strategy_keys
+from autopar.search.replicas import Replica, Samples, make_replica, strategy_keys
 from autopar.search.shallow import Shallow, local_counts, shallow
 from autopar.search.space import parallelism
 from autopar.search.units import Chain, build_chain
@@ -100,6 +101,7 @@ class Programs:
         self._made: dict[ProgramKey, Unpriced] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._propagated: Assignment | None = None
+        self._samples: defaultdict[int, dict[int, Mapping[str, Placement]]] = defaultdict(dict)
         self.least = LeastPrograms(self)
         self.depths = OtherDepths(self)
 
@@ -166,7 +168,9 @@ class Programs:
     def _split_context(self, data_size: int, tp: int, graph: OpGraph, cp: int) -> Assignment:
         prices = ClusterPrices(self.pricer(data_size, cp, 1, tp), "cp", frozenset(graph.parameter_tensors))
         counts = local_counts(graph.ops, self.shallow.counts)
-        return ContextProblem(graph, cp, prices, counts, whole_heads=tp > 1).solution(self.effort)
+        samples = Samples.of(graph, self._samples[data_size])
+        problem = ContextProblem(graph, cp, prices, counts, whole_heads=tp > 1, samples=samples)
+        return problem.solution(self.effort)
 
     def key(self, p: Parallelism, price_level: int) -> ProgramKey:
         if p.tp == 1:

@@ -26,11 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from autopar.pricing import OpCost, Pricer
-from autopar.search.block_ilp import BlockIlp
+from autopar.search.block_floor import BlockFloor
 from autopar.search.saved import Saved
 from autopar.search.units import Chain, ParameterShard, Unit
 
@@ -40,23 +41,34 @@ MOST_PRICES = 5
 _ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stretch:
-    """The ops `[start, stop)` of a unit in the block problem, of whose microbatch and positions this is a
-    `part`: prices being what they are, it takes that part of the time at least."""
+    """The ops of a unit in the problem of an axis, with their `floor` there; `unit` is what one device does
+    of the same microbatch, which `degree` ranks share."""
 
-    ilp: BlockIlp
-    start: int
-    stop: int
-    part: float = 1.0
+    floor: BlockFloor
+    unit: Unit
+    degree: int
+    pricer: Pricer
 
-    def floor_s(self) -> float:
-        """What the unit takes at least, with its collectives."""
-        return self.part * self.ilp.floor_s(self.start, self.stop)
+    def traded_s(self, price: float, *, hides: bool) -> float:
+        """h(λ) of the module."""
+        entering_s = price * self.unit.saved["full"].num_bytes / self.degree
+        always_s, again_s = self._again_s
+        return always_s + entering_s + self.floor.least_s(price, again_s, hides=hides)
 
-    def computed_s(self) -> float:
-        """What it computes at least."""
-        return self.part * self.ilp.computed_s(self.start, self.stop)
+    @cached_property
+    def _again_s(self) -> tuple[float, dict[int, float]]:
+        """What always runs again, and the least seconds in which each op's results are made again."""
+        unit, graph = self.unit, self.floor.problem.graph
+        forward_s = [self.pricer.priced(kernels).forward_total_s / self.degree for kernels in unit.kernels]
+        always_s = sum(s for s, again in zip(forward_s, unit.again["selective"], strict=True) if again)
+        members = range(self.floor.start, self.floor.stop)
+        at = {graph.ops[index].name: graph.representative[index] for index in members}
+        return always_s, {
+            at[result.name]: forward_s[result.op] if unit.again["full"][result.op] else 0.0
+            for result in unit.results
+        }
 
 
 class Line(NamedTuple):
@@ -77,13 +89,16 @@ def relaxed(
     pricer: Pricer,
     stretches: Sequence[Stretch | None],
     *,
+    part: float = 1.0,
     trades: bool = True,
     hides: bool = False,
 ) -> Chain:
     """The bound of all programs on `tp` `cp` ranks, given the program of one device and its prices, the
     fastest of all programs, if it was made, and where units are in the block problem; without that, their
-    collectives are left out. Without `trades` blocks that compute again are thought to communicate no more
-    than others; what is not arithmetic `hides` behind other units' arithmetic in some schedules."""
+    collectives are left out. Prices being what they are, a `part` of the problem's microbatch and positions
+    takes that part of its time at least. Without `trades` blocks that compute again are thought to
+    communicate no more than others; what is not arithmetic `hides` behind other units' arithmetic in some
+    schedules."""
     degree = tp * cp
     known: dict[tuple[int, Stretch | None], Unit] = {}
     units = []
@@ -91,7 +106,7 @@ def relaxed(
     for unit, like, stretch in zip(device.units, likes, stretches, strict=True):
         kind = (id(unit.recompute_s), stretch)
         if kind not in known:
-            known[kind] = _Least(unit, like, degree, pricer, stretch, hides).unit(trades)
+            known[kind] = _Least(unit, like, degree, pricer, stretch, part, hides).unit(trades)
         # Units that share what they compute again still do.
         least = known[kind]
         units.append(
@@ -129,19 +144,27 @@ class _Least:
     """The least of one kind of unit."""
 
     def __init__(
-        self, unit: Unit, like: Unit | None, degree: int, pricer: Pricer, stretch: Stretch | None, hides: bool
+        self,
+        unit: Unit,
+        like: Unit | None,
+        degree: int,
+        pricer: Pricer,
+        stretch: Stretch | None,
+        part: float,
+        hides: bool,
     ) -> None:
         self.device = unit
         self.fastest = like
         self.degree = degree
         self.pricer = pricer
         self.stretch = stretch
+        self.part = part
         self.hides = hides
         self.time_s = unit.cost.total_s / degree
         self.computed_s = (unit.cost.forward_s + unit.cost.backward_s) / degree
         if stretch is not None:
-            self.time_s = max(self.time_s, stretch.floor_s())
-            self.computed_s = max(self.computed_s, stretch.computed_s())
+            self.time_s = max(self.time_s, part * stretch.floor.least_s())
+            self.computed_s = max(self.computed_s, part * stretch.floor.computed_s)
 
     @property
     def least_s(self) -> float:
@@ -190,9 +213,11 @@ class _Least:
     def _frontier(self) -> Iterator[tuple[float, float]]:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""
         most, least = (self.device.saved[mode].num_bytes / self.degree for mode in ("none", "full"))
+        assert self.stretch is not None, "units without one do not trade"
         lines = [Line(0.0, self.least_s), *self._device_lines()]
         for price in self._prices():
-            lines.append(Line(price, min(self.least_s + price * most, self._traded_s(price))))
+            traded_s = self.part * self.stretch.traded_s(price, hides=self.hides)
+            lines.append(Line(price, min(self.least_s + price * most, traded_s)))
 
         def seconds(num_bytes: float) -> float:
             return max(line.seconds_at(num_bytes) for line in lines)
@@ -226,24 +251,6 @@ class _Least:
             if freed > 0:
                 found.add((unit.recompute_s[other] - unit.recompute_s[one]) / freed)
         return _spread(sorted(found), MOST_PRICES)
-
-    def _traded_s(self, price: float) -> float:
-        """h(λ) of the module."""
-        assert self.stretch is not None
-        unit, graph = self.device, self.stretch.ilp.problem.graph
-        forward_s = [self.pricer.priced(kernels).forward_total_s / self.degree for kernels in unit.kernels]
-        always_s = sum(s for s, again in zip(forward_s, unit.again["selective"], strict=True) if again)
-        members = range(self.stretch.start, self.stretch.stop)
-        at = {graph.ops[index].name: graph.representative[index] for index in members}
-        again_s = {
-            at[result.name]: forward_s[result.op] if unit.again["full"][result.op] else 0.0
-            for result in unit.results
-        }
-        entering = price * unit.saved["full"].num_bytes / self.degree
-        results_s = self.stretch.ilp.floor_s(
-            self.stretch.start, self.stretch.stop, price, again_s, hides=self.hides
-        )
-        return always_s + entering + results_s
 
 
 def _passes(forward_s: float, backward_s: float, weight_s: float) -> OpCost:

@@ -121,16 +121,27 @@ class Samples:
     placements: Mapping[str, Placement]
 
     @staticmethod
-    def of(graph: OpGraph) -> Samples:
-        """The samples of a graph."""
+    def of(graph: OpGraph, known: dict[int, Mapping[str, Placement]] | None = None) -> Samples:
+        """The samples of a graph.
+
+        `known` has the placements of the same graph at other batch sizes, by the number of parts, and is
+        added to: they hold for all where no sections depend on the size.
+        """
         batch = max(
             (graph.tensors[name].shape[0] for name in graph.inputs if graph.tensors[name].shape), default=1
         )
         if batch == 1:
             return Samples(1, {})
         parts = next(n for n in range(2, batch + 1) if batch % n == 0)
+        if known is not None and parts in known:
+            return Samples(batch, known[parts])
         split = data_parallel(graph, parts)
-        return Samples(batch, {name: split.state_of(graph, name).value for name in graph.tensors})
+        placements = {name: split.state_of(graph, name).value for name in graph.tensors}
+        if known is not None and not any(
+            isinstance(value, Shard) and value.sections for value in placements.values()
+        ):
+            known[parts] = placements
+        return Samples(batch, placements)
 
     def are_split(self, op: Op, strategy: Strategy) -> bool:
         """Whether a strategy gives ranks some samples and not others."""
