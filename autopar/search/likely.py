@@ -10,9 +10,10 @@ before:
     close ways    even cuts and memory, of one device's work divided    `WayFloors.likely_close_s`
     drafts        stages of a program                                   `StageLayer.draft`
 
-What has no program yet is expected to take as many times longer as the best draft of its degrees turned out
-to take, seen from the same queue, or somewhat less; degrees without a draft are taken almost at their word.
-Schedules that hide communication are kept apart from those that do not: their drafts say little of others.
+What has no program yet is expected to take as many times longer as the best draft of its degrees and
+schedule turned out to take, seen from the same queue, or somewhat less; those without a draft are taken
+almost at their word. Of layouts, which have no schedule yet, those with schedules that hide communication are
+kept apart from those with others: drafts of these say little of them.
 What is expected to take least is looked at more closely, until that leads nowhere. The drafts are what to
 price.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from autopar.plan import Parallelism
@@ -63,9 +64,9 @@ TRUST = 0.5
 """How far what a draft took longer is believed of others: the power of it that counts."""
 
 
-Degrees = tuple[int, int, int, bool]
-"""Those by which programs differ most, tensor, context and expert; and whether schedules hide
-communication."""
+Alike = tuple[int, int, int, str | bool]
+"""What is alike has the same degrees of those by which programs differ most, tensor, context and expert, and
+the same schedule; layouts, which have none, schedules that hide communication, or others."""
 
 
 class Drafted(NamedTuple):
@@ -86,8 +87,14 @@ class Open(NamedTuple):
     """With schedules that hide communication, or with the others."""
 
     @property
-    def degrees(self) -> Degrees:
+    def alike(self) -> Alike:
         """What has much to do with how far off the mark an expectation is."""
+        tp, cp, ep, overlapping = self.layouts_alike
+        return tp, cp, ep, overlapping if isinstance(self.kind, Layout) else self.kind.schedule
+
+    @property
+    def layouts_alike(self) -> tuple[int, int, int, bool]:
+        """The same of its layout."""
         layout = self.kind.layout if isinstance(self.kind, Scheduled) else self.kind
         return layout.tp, layout.cp, layout.ep, self.overlapping
 
@@ -97,7 +104,7 @@ class Open(NamedTuple):
 
 
 class Expected:
-    """Queues by what is likely, one for each number of looks, of what has the same degrees; `slower` tells
+    """Queues by what is likely, one for each number of looks, of what is alike; `slower` tells
     how many times longer than was likely the best draft of these takes, seen from each queue, and `AT_FIRST`
     before there is one."""
 
@@ -138,7 +145,7 @@ class LikelyWays:
         self.planner = planner
         self.candidates = candidates
         self.outcome = outcome
-        self._open: defaultdict[Degrees, Expected] = defaultdict(Expected)
+        self._open: defaultdict[Alike, Expected] = defaultdict(Expected)
         self._drafted: list[tuple[float, int, Drafted]] = []
         self._best_draft_s = float("inf")
         self._patience = PATIENCE / 4
@@ -172,13 +179,15 @@ class LikelyWays:
         self._patience = min(PATIENCE, 2 * self._patience)
 
     def _add(self, item: Open) -> None:
-        self._open[item.degrees].push(item, next(self._ties))
+        self._open[item.alike].push(item, next(self._ties))
 
     def _pop(self) -> Open | None:
         """What is expected to take least, if that is less than the best."""
-        firsts = ((*expected.first(), degrees) for degrees, expected in self._open.items())
-        least_s, looks, degrees = min(firsts, default=(float("inf"), 0, (1, 1, 1, False)))
-        return self._open[degrees].pop(looks) if least_s < self.outcome.best_s else None
+        firsts = ((*expected.first(), number) for number, expected in enumerate(self._open.values()))
+        least_s, looks, number = min(firsts, default=(float("inf"), 0, 0))
+        if least_s >= self.outcome.best_s:
+            return None
+        return next(islice(self._open.values(), number, None)).pop(looks)
 
     def _closer(self, item: Open) -> Iterator[Open]:
         floors, kind = self.planner.way_floors, item.kind
@@ -198,9 +207,11 @@ class LikelyWays:
         program = self.planner.programs.program(item.kind)
         draft = self.planner.layer.draft(program, item.kind)
         if draft is None:
-            self._open[item.degrees].learn_misfit()
+            self._open[item.alike].learn_misfit()
+            self._open[item.layouts_alike].learn_misfit()
         else:
-            self._open[item.degrees].learn(item, draft.bound_s)
+            self._open[item.alike].learn(item, draft.bound_s)
+            self._open[item.layouts_alike].learn(item, draft.bound_s)
             self.add_draft(item.kind, program, draft)
 
     def price(self, below_s: float = float("inf")) -> Solved | None:

@@ -49,4 +49,9 @@ def test_closer_looks_never_promise_more() -> None:
     item = Open(LAYOUT, (3.0,), True)
     assert item.closer(P, 2.0).likely_s == (3.0, 3.0)
     assert item.closer(P, 4.0).likely_s == (3.0, 4.0)
-    assert item.closer(P, 4.0).degrees == item.degrees == (2, 1, 1, True)
+
+
+def test_ways_are_alike_that_have_the_same_degrees_and_schedule() -> None:
+    item = Open(LAYOUT, (3.0,), True)
+    assert item.alike == item.layouts_alike == item.closer(P, 4.0).layouts_alike == (2, 1, 1, True)
+    assert item.closer(P, 4.0).alike == (2, 1, 1, "1F1B")
