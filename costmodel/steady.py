@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from costmodel.closed_forms import uniform_finish_s
-from costmodel.events import WorkTimes, ordered_steps, run_steps, work_times
+from costmodel.events import WorkTimes, ordered_steps, packed_steps, run_steps, work_times
 from costmodel.one_f_one_b import one_f_one_b_finish_s
 from costmodel.orders import OVERLAPPING_SCHEDULES, check_schedule, rank_orders
 
@@ -91,15 +91,14 @@ def _periodic_finish_s(
     repeats = whole_rounds and schedule_name not in ("GPipe", "LoopedBFS")
     num_short = 4 * num_stages + num_microbatches % num_stages  # two rounds beyond the longest warm-up
     while repeats and num_short < num_microbatches:
-        end_s, finish_s = run_steps(
-            ordered_steps(*shape, num_short, num_virtual)[0], times, num_stages, blocking_sends
-        )
+        steps = packed_steps(*shape, num_short, num_virtual)
+        end_s, finish_s = run_steps(steps, times, num_stages, blocking_sends)
         round_s = _round_s(end_s, _rounds_apart(*shape, num_short, num_virtual))
         if round_s is not None:
             num_more = (num_microbatches - num_short) // num_stages
             return tuple(finish + num_more * round_s for finish in finish_s)
         num_short += num_short // num_stages * num_stages
-    steps = ordered_steps(*shape, num_microbatches, num_virtual)[0]
+    steps = packed_steps(*shape, num_microbatches, num_virtual)
     return run_steps(steps, times, num_stages, blocking_sends)[1]
 
 

@@ -16,6 +16,7 @@ from graphs.ir import Block, OpGraph, Ref
 
 Range = tuple[int, int]
 _MIN_LEAVES = 3
+_PLAIN = frozenset({int, bool, str, type(None)})
 
 
 def find_blocks(graph: OpGraph) -> tuple[Block, ...]:
@@ -23,11 +24,10 @@ def find_blocks(graph: OpGraph) -> tuple[Block, ...]:
 
     The ops of an instance are contiguous. It depends on the graph alone, so it serves rewritten graphs too.
     """
-    found: list[tuple[Range, str, Hashable]] = []
-    tree = _module_tree(graph)
-    _collect(graph, tree, "", found)
+    found: list[tuple[Range, str, int]] = []
+    _collect(graph, _module_tree(graph), "", {}, found)
     found.sort()
-    classes: dict[Hashable, int] = {}
+    classes: dict[int, int] = {}
     return tuple(
         Block(path, classes.setdefault(form, len(classes)), start, stop)
         for (start, stop), path, form in found
@@ -62,16 +62,23 @@ def _collect(
     graph: OpGraph,
     tree: Mapping[str, Mapping[str, list[int]]],
     parent: str,
-    found: list[tuple[Range, str, Hashable]],
+    numbers: dict[Hashable, int],
+    found: list[tuple[Range, str, int]],
 ) -> None:
-    """Add the repeated children of a module, and look inside those that are not."""
+    """Add the repeated children of a module, and look inside those that are not.
+
+    Forms go by number: they are long, and take their time to compare.
+    """
     children = tree.get(parent, {})
     ranges = {
         child: (indices[0], indices[-1] + 1)
         for child, indices in children.items()
         if indices[-1] - indices[0] + 1 == len(indices)
     }
-    forms = {child: canonical_form(graph, child, extent) for child, extent in ranges.items()}
+    forms = {
+        child: numbers.setdefault(canonical_form(graph, child, extent), len(numbers))
+        for child, extent in ranges.items()
+    }
     counts = Counter(forms.values())
     repeated = {form for form, count in counts.items() if count > 1}
     for form in list(repeated):
@@ -82,7 +89,7 @@ def _collect(
         if child in forms and forms[child] in repeated:
             found.append((ranges[child], child, forms[child]))
         else:
-            _collect(graph, tree, child, found)
+            _collect(graph, tree, child, numbers, found)
 
 
 def _is_a_sequence(graph: OpGraph, members: list[str], ranges: Mapping[str, Range]) -> bool:
@@ -116,6 +123,8 @@ def canonical_form(graph: OpGraph, path: str, extent: Range) -> Hashable:
     local = 0
 
     def describe(value: Any) -> Hashable:
+        if type(value) in _PLAIN:
+            return (type(value), value)
         if isinstance(value, Ref):
             if value.name not in numbers:
                 numbers[value.name] = (
@@ -126,14 +135,14 @@ def canonical_form(graph: OpGraph, path: str, extent: Range) -> Hashable:
                 )
             return numbers[value.name]
         if isinstance(value, (tuple, list)):
-            return tuple(describe(item) for item in value)
+            return tuple([describe(item) for item in value])
         if isinstance(value, Mapping):
-            return tuple((key, describe(item)) for key, item in sorted(value.items()))
-        return (type(value).__name__, str(value))
+            return tuple([(key, describe(item)) for key, item in sorted(value.items())])
+        return (type(value), str(value))
 
     def spec(name: str) -> tuple[Hashable, ...]:
         tensor = graph.tensors[name]
-        return tensor.shape, str(tensor.dtype), tensor.requires_grad
+        return tensor.shape, tensor.dtype, tensor.requires_grad
 
     lines: list[Hashable] = []
     for op in graph.ops[slice(*extent)]:

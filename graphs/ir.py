@@ -7,7 +7,7 @@ an op are ordinary Python values in which a tensor stands as `Ref(name)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -40,6 +40,10 @@ class Tensor:
     dtype: torch.dtype
     requires_grad: bool
     storage: str
+
+    def renamed(self, name: str, storage: str) -> Tensor:
+        """The same value under another name, with the memory of another tensor."""
+        return Tensor(name, self.shape, self.dtype, self.requires_grad, storage)
 
     @property
     def num_elements(self) -> int:
@@ -85,7 +89,30 @@ class Op:
     inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", tuple(refs_in((self.args, dict(self.kwargs)))))
+        object.__setattr__(self, "inputs", tuple(refs_in((self.args, self.kwargs))))
+
+    def with_tensors(
+        self, rename: Callable[[str], str], *, name: str | None = None, module: str | None = None
+    ) -> Op:
+        """The op that does the same to other tensors, under a name and in a module of its own if they are
+        given."""
+
+        def renamed(tensor: str) -> Ref:
+            return Ref(rename(tensor))
+
+        return Op(
+            name or self.name,
+            self.target,
+            map_refs(self.args, renamed),
+            map_refs(self.kwargs, renamed),
+            tuple(map(rename, self.outputs)),
+            self.module if module is None else module,
+            self.flops,
+            tuple(map(rename, self.saved)),
+            self.saved_internal_bytes,
+            self.window,
+            self.rows,
+        )
 
     @property
     def output(self) -> str:
@@ -208,24 +235,33 @@ class OpGraph:
         return sum(op.flops for op in self.ops)
 
 
-def refs_in(value: Any) -> Iterator[str]:
+def refs_in(value: Any) -> list[str]:
     """Names of the tensors inside nested arguments, in order."""
     if isinstance(value, Ref):
-        yield value.name
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from refs_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from refs_in(item)
+        return [value.name]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    found: list[str] = []
+    for item in value:
+        if type(item) not in _PLAIN:
+            found += refs_in(item)
+    return found
 
 
 def map_refs(value: Any, function: Callable[[str], Any]) -> Any:
     """Nested arguments with every `Ref(name)` replaced by `function(name)`."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, Ref):
         return function(value.name)
     if isinstance(value, (tuple, list)):
         return type(value)([map_refs(item, function) for item in value])
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: map_refs(item, function) for key, item in value.items()}
     return value
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
+"""Types of most arguments: they hold no tensor."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import nn
 
 from graphs.uncollected import uncollected
@@ -24,5 +26,14 @@ def build_without_memory(factory: Callable[[], nn.Module]) -> nn.Module:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
-    with patch.object(nn.Module, "register_parameter", register_on_meta):
+    # Torch works out what it would draw for a meta tensor in Python, the longest part of building a model.
+    normal = torch.Tensor.normal_
+
+    def normal_in_memory(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return tensor if tensor.is_meta else normal(tensor, *args, **kwargs)
+
+    with (
+        patch.object(nn.Module, "register_parameter", register_on_meta),
+        patch.object(torch.Tensor, "normal_", normal_in_memory),
+    ):
         return factory()

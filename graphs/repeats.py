@@ -10,7 +10,7 @@ not show that, and the whole model is exported instead.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 
 from graphs.blocks import is_under, op_range
 from graphs.identical import identical_modules, settings_repeat
-from graphs.ir import Op, OpGraph, Ref, map_refs
+from graphs.ir import Op, OpGraph, Ref
 from graphs.leaves import with_leaves_of
 from graphs.periods import MIN_INSTANCES, periodic
 
@@ -150,10 +150,10 @@ def _with_clones(
             return names.get(name, name) if name in graph.producer else _moved(name, old, new)
 
         for op in segment:
-            ops.append(_clone(op, rename, _moved(op.module, old, new)))
+            ops.append(op.with_tensors(rename, module=_moved(op.module, old, new)))
             for name in op.outputs:
                 tensor = graph.tensors[name]
-                tensors[rename(name)] = replace(tensor, name=rename(name), storage=rename(tensor.storage))
+                tensors[rename(name)] = tensor.renamed(rename(name), rename(tensor.storage))
 
     for copy in range(missing):
         names = {old: _copy_name(new, copy - 1) for old, new in following.items()}
@@ -264,15 +264,4 @@ def _read_elsewhere(
         for index, segment in enumerate(segments)
         for op in segment
         for other in range(index - 1)
-    )
-
-
-def _clone(op: Op, rename: Callable[[str], str], module: str) -> Op:
-    return replace(
-        op,
-        args=map_refs(op.args, lambda name: Ref(rename(name))),
-        kwargs=map_refs(dict(op.kwargs), lambda name: Ref(rename(name))),
-        outputs=tuple(rename(name) for name in op.outputs),
-        module=module,
-        saved=tuple(rename(name) for name in op.saved),
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import keyword
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 
-from graphs.ir import Op, OpGraph, Ref, map_refs
+from graphs.ir import Op, OpGraph
 from graphs.simplify import simplified
 
 
@@ -50,9 +49,9 @@ def renamed(graph: OpGraph) -> OpGraph:
         )
         taken.update(results)
         names.update(zip(op.outputs, results, strict=True))
-        ops.append(_with_names(op, name, names))
+        ops.append(op.with_tensors(names.__getitem__, name=name))
     tensors = {
-        names[name]: replace(tensor, name=names[name], storage=names.get(tensor.storage, names[name]))
+        names[name]: tensor.renamed(names[name], names.get(tensor.storage, names[name]))
         for name, tensor in graph.tensors.items()
         if name in names
     }
@@ -62,17 +61,6 @@ def renamed(graph: OpGraph) -> OpGraph:
         tensors=tensors,
         outputs=tuple(names[name] for name in graph.outputs),
         loss=None if graph.loss is None else names[graph.loss],
-    )
-
-
-def _with_names(op: Op, name: str, names: Mapping[str, str]) -> Op:
-    return replace(
-        op,
-        name=name,
-        args=map_refs(op.args, lambda name: Ref(names[name])),
-        kwargs=map_refs(dict(op.kwargs), lambda name: Ref(names[name])),
-        outputs=tuple(names[name] for name in op.outputs),
-        saved=tuple(names[name] for name in op.saved),
     )
 
 

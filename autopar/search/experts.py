@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autopar.kernels import Kernels, Move
+from autopar.kernels import KernelMaker, Kernels, Move
 from autopar.search.units import Chain, Unit
 from graphs.ir import OpGraph
 
@@ -42,6 +42,25 @@ def _parameters_behind(graph: OpGraph, name: str) -> frozenset[str]:
             return frozenset()
         name = inputs[0]
     return frozenset({name} & set(graph.parameter_tensors))
+
+
+def with_own_experts(chain: Chain, graph: OpGraph, maker: KernelMaker) -> Chain:
+    """The chain of a local graph, without prices, where `maker` knows how many ranks share the experts: of
+    all kernels, only those of grouped products depend on it."""
+    parameters = frozenset(graph.parameter_tensors)
+    known: dict[int, tuple[Kernels, ...]] = {}  # copies of a unit go on sharing theirs
+
+    def own(unit: Unit) -> tuple[Kernels, ...]:
+        ops = graph.ops[unit.start : unit.start + len(unit.kernels)]
+        return tuple(
+            maker.op(op, graph.tensors, parameters=parameters) if GROUPED in op.target else kernels
+            for op, kernels in zip(ops, unit.kernels, strict=True)
+        )
+
+    for unit in chain.units:
+        if id(unit.kernels) not in known:
+            known[id(unit.kernels)] = own(unit)
+    return replace(chain, units=tuple(replace(unit, kernels=known[id(unit.kernels)]) for unit in chain.units))
 
 
 def deal_out_experts(chain: Chain, graph: OpGraph, size: int) -> Chain:

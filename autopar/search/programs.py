@@ -23,7 +23,7 @@ from autopar.search.axis_problem import All, AxisProblem, ClusterPrices, Custom
 from autopar.search.block_ilp import AxisSolution, BlockIlp, MemoryPrice
 from autopar.search.context import ContextProblem
 from autopar.search.effort import Effort, clocked
-from autopar.search.experts import deal_out_experts, num_experts, routes_unseen
+from autopar.search.experts import deal_out_experts, num_experts, routes_unseen, with_own_experts
 from autopar.search.least_programs import LeastPrograms
 from autopar.search.local_programs import Program, ProgramKey
 from autopar.search.other_depths import OtherDepths
@@ -234,7 +234,7 @@ class Programs:
         """A chain whose experts are not dealt out yet, as the key says and with prices."""
         pricer = self._pricer(key)
         if key.ep > 1:
-            chain = deal_out_experts(chain.doing(pricer.kernels.graph(graph)), graph, key.ep)
+            chain = deal_out_experts(with_own_experts(chain, graph, pricer.kernels), graph, key.ep)
         return chain.priced(pricer)
 
     def _pricer(self, key: ProgramKey) -> Pricer:

@@ -151,15 +151,6 @@ class Chain:
     parameters: Mapping[str, ParameterShard]
     era: Software
 
-    def doing(self, kernels: Sequence[Kernels]) -> Chain:
-        """The chain without prices where the ops of its local graph make a rank do something else."""
-        known: dict[int, tuple[Kernels, ...]] = {}  # copies of a unit go on sharing theirs
-        for unit in self.units:
-            known.setdefault(id(unit.kernels), tuple(kernels[unit.start : unit.start + len(unit.kernels)]))
-        return replace(
-            self, units=tuple(replace(unit, kernels=known[id(unit.kernels)]) for unit in self.units)
-        )
-
     def priced(self, pricer: Pricer) -> Chain:
         """The chain with what its units cost under a pricer."""
         known: dict[int, Unit] = {}

@@ -49,7 +49,7 @@ def arguments(op: Op) -> Arguments:
     count = 0
     for name, value in given:
         values[name] = value
-        tensors = len(list(refs_in(value)))
+        tensors = len(refs_in(value))
         if tensors:
             positions[name] = count
         count += tensors
