@@ -147,7 +147,7 @@ def overlap_saving_s(
     return forward_s + backward_s - at_once_s
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def ordered_steps(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int
 ) -> tuple[tuple[Step, ...], tuple[Op, ...]]:

@@ -276,10 +276,12 @@ class Bounds:
     def _pricer(self) -> Pricer:
         return Pricer(self.cluster, {}, self.software)
 
-    def memory_bytes(self, p: Parallelism) -> float:
-        """Whatever the program and the cuts, some rank holds this much."""
+    def memory_bytes(self, p: Parallelism, recompute: Recompute | None = None) -> float:
+        """Whatever the program and the cuts, some rank holds this much; with another way to `recompute`, if
+        it is given."""
         samples = p.microbatch_size / (p.tp * p.cp)
-        mode: Recompute = "full" if p.recompute == "mixed" else p.recompute
+        mode = recompute or p.recompute
+        mode = "full" if mode == "mixed" else mode
         held = (self._data(p).state_bytes + samples * self.saved_bytes[mode]) / p.pp
         if p.pp == 1:
             held += samples * self.working_bytes

@@ -32,14 +32,12 @@ class WayFloors:
 
     def may_fit(self, layout: Layout) -> bool:
         """Whether memory may suffice for some way to run a layout."""
-        return self._fits(self.freest(layout))
+        return self.way_may_fit(self.freest(layout))
 
     def way_may_fit(self, p: Parallelism) -> bool:
         """Whether memory may suffice for a way, whatever it computes again."""
-        return self._fits(p.model_copy(update={"recompute": self._recompute}))
-
-    def _fits(self, p: Parallelism) -> bool:
-        return self.bounds.memory_bytes(p) <= self.bounds.cluster.device.memory_bytes
+        memory_bytes = self.bounds.memory_bytes(p, self._recompute)
+        return memory_bytes <= self.bounds.cluster.device.memory_bytes
 
     def quick_layout_s(self, layout: Layout) -> float:
         """No way to run a layout takes less: the arithmetic of one device, divided over all."""
@@ -63,7 +61,7 @@ class WayFloors:
         """No way to run a layout with a schedule takes less, whatever the program, or with this one: nothing
         moves on the data axes. Infinite where memory allows none."""
         p = self.freest(scheduled)
-        if not self._fits(p):
+        if not self.way_may_fit(p):
             return float("inf")
         device = self.floors.known(p.microbatch_size, p.ep)
         step_s = self.bounds.pipeline_s(p, self._rank_s(p, device, program), device)
