@@ -211,7 +211,12 @@ def packed_steps(schedule_name: str, num_stages: int, num_microbatches: int, num
     """The work of `ordered_steps`, to keep: planners come back to a step for each of their programs."""
     steps, _ = ordered_steps(schedule_name, num_stages, num_microbatches, num_virtual)
     ranks, works, waits = zip(*steps, strict=True)
-    return PackedSteps(array("H", ranks), array("H", works), array("i", waits))
+    return PackedSteps(_packed(ranks), _packed(works), array("i", waits))
+
+
+def _packed(numbers: Sequence[int]) -> array[int]:
+    """Numbers from 0 on, in two bytes each unless thousands of stages make some of them larger."""
+    return array("H" if max(numbers) < 1 << 16 else "i", numbers)
 
 
 def run_steps(

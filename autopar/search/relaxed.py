@@ -24,7 +24,7 @@ least the sum over its ops of the least of their strategies; and all of what run
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, pairwise
@@ -112,22 +112,34 @@ def relaxed(
         units.append(
             replace(
                 unit, cost=least.cost, recompute_s=least.recompute_s, frontier=least.frontier,
-                saved=_saved(unit, least, degree), received_bytes=unit.received_bytes // degree,
+                saved=_Shares(unit, least, degree), received_bytes=unit.received_bytes // degree,
             )
         )  # fmt: skip
     parameters = {name: _shard(shard, tp) for name, shard in device.parameters.items()}
     return replace(device, units=tuple(units), parameters=parameters)
 
 
-def _saved(unit: Unit, like: Unit, degree: int) -> dict[str, Saved]:
-    """What a unit keeps under the names of one that shares its kernels."""
-    found = {name: _scaled(saved, degree) for name, saved in unit.saved.items()}
-    entering = found["full"]
-    for name, saved in like.saved.items():
-        if name not in found:
-            beside = saved.num_bytes - sum(entering.storages.values())
-            found[name] = Saved(entering.storages, beside, found["none"].peak_bytes)
-    return found
+class _Shares(Mapping[str, Saved]):
+    """What a unit keeps under each name on one of `degree` ranks, and under those of `least`, which shares
+    its kernels. Worked out when asked for: there are many layouts, and of each few names are looked at."""
+
+    def __init__(self, unit: Unit, least: Unit, degree: int) -> None:
+        self.whole = unit.saved
+        self.least = least.saved
+        self.degree = degree
+
+    def __getitem__(self, name: str) -> Saved:
+        if name in self.whole:
+            return _scaled(self.whole[name], self.degree)
+        entering = self["full"].storages
+        beside = self.least[name].num_bytes - sum(entering.values())
+        return Saved(entering, beside, self["none"].peak_bytes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.whole, **self.least})
+
+    def __len__(self) -> int:
+        return len(self.whole.keys() | self.least.keys())
 
 
 def _scaled(saved: Saved, degree: int) -> Saved:
