@@ -5,7 +5,7 @@ of n equal parts. So beside n ranks of tensor and context axes a unit takes at l
 device, keeps and receives at least 1/n of what it does there, and frees a byte for no fewer seconds.
 
 What it takes with its collectives, the relaxation of the block problem says for each unit by itself
-(`BlockIlp.floor_s`): the minimum over all strategies, forward and backward together. If a byte that is kept
+(`BlockFloor.least_s`): the minimum over all strategies, forward and backward together. If a byte that is kept
 costs λ seconds, a block that keeps everything costs T + λb at least, and one that computes again
 
     h(λ) = min over strategies of  Σ time + Σ min(λ bytes, again)  + what always runs again + λ what entered
