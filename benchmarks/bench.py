@@ -5,8 +5,9 @@
     .venv/bin/python -m benchmarks.bench --page docs/benchmarks.md
 
 Every row runs in a process of its own, from the model's name to the plan, as a user would call it, and
-nothing is cached between rows. Processor seconds count from the import of torch on; a busy machine makes them
-longer by up to a half. Prints tables in markdown.
+nothing is cached between rows. Processor seconds count from the import of torch on. A busy machine makes them
+longer, up to several times; a yardstick, the same work before and after each row, tells by how much. Prints
+tables in markdown.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +30,12 @@ BEGIN, END = "<!-- begin: made by benchmarks/bench.py -->", "<!-- end -->"
 MAX_GAP = 0.01
 PATIENCE_S = 900
 """A row that takes longer is stopped."""
+YARDSTICK_ROUNDS = 1_000_000
 _RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 HEAD = (
-    "row", "model", "devices", "CPU s", "limit", "process CPU s", "peak GB", "limit", "gap", "step s",
-    "solved", "verdict",
+    "row", "model", "devices", "CPU s", "limit", "process CPU s", "yardstick s", "peak GB", "limit", "gap",
+    "step s", "solved", "verdict",
 )  # fmt: skip
 LAYERS_HEAD = ("row", "layer", "problems", "variables", "rows", "integer", "CPU s")
 
@@ -64,12 +66,13 @@ class Row:
 class Result:
     """What a row took, and the plan; with an `error`, no plan.
 
-    `cpu_s` is processor time after the import of torch, `process_cpu_s` that of the whole process; `layers`
-    are those of the certificate.
+    `cpu_s` is processor time after the import of torch, `process_cpu_s` that of the whole process,
+    `yardstick_s` what fixed work took around it; `layers` are those of the certificate.
     """
 
     cpu_s: float = 0.0
     process_cpu_s: float = 0.0
+    yardstick_s: float = 0.0
     peak_bytes: float = 0.0
     num_devices: int = 0
     gap: float = 1.0
@@ -120,8 +123,20 @@ def measured(row: Row) -> Result:
     )
 
 
+def yardstick_s() -> float:
+    """Processor seconds of a fixed piece of work on Python's objects, which is what a search mostly does."""
+    before_s = time.process_time()
+    seen: dict[tuple[int, int], float] = {}
+    for number in range(YARDSTICK_ROUNDS):
+        place = number % 1009, number % 997
+        seen[place] = seen.get(place, 0.0) + number / 3
+    sorted(seen.items(), key=lambda item: item[1])
+    return time.process_time() - before_s
+
+
 def run(row: Row) -> Result:
     """`measured` in a fresh process."""
+    before_s = yardstick_s()
     command = [sys.executable, "-m", "benchmarks.bench", "--measure", row.name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
@@ -132,7 +147,8 @@ def run(row: Row) -> Result:
         return Result(error=f"stopped after {PATIENCE_S} s")
     if done.returncode:
         return Result(error=(done.stderr.strip().splitlines() or ["no message"])[-1])
-    return Result(**json.loads(done.stdout.splitlines()[-1]))
+    found = Result(**json.loads(done.stdout.splitlines()[-1]))
+    return replace(found, yardstick_s=(before_s + yardstick_s()) / 2)
 
 
 def misses(row: Row, result: Result) -> Iterator[str]:
@@ -160,6 +176,7 @@ def cells(row: Row, result: Result) -> tuple[str, ...]:
         f"{result.cpu_s:.1f}",
         "-" if row.max_cpu_s is None else f"{row.max_cpu_s:g}",
         f"{result.process_cpu_s:.1f}",
+        f"{result.yardstick_s:.2f}",
         f"{result.peak_bytes / 1e9:.2f}",
         "-" if row.max_bytes is None else f"{row.max_bytes / 1e9:g}",
         f"{result.gap:.2%}",
