@@ -195,8 +195,8 @@ def ordered_steps(
 
 @dataclass(frozen=True, slots=True)
 class PackedSteps:
-    """All work of a step as `ordered_steps` has it, in a twentieth of the memory: by rank, work, and position
-    of the step waited for."""
+    """All work of a step as `ordered_steps` has it, in less than a tenth of the memory: by rank, work, and
+    position of the step waited for."""
 
     ranks: array[int]
     works: array[int]

@@ -17,6 +17,8 @@ from graphs.ir import Block, OpGraph, Ref
 Range = tuple[int, int]
 _MIN_LEAVES = 3
 _PLAIN = frozenset({int, bool, str, type(None)})
+"""Types of arguments that are compared by themselves; others are by how they print, as floats, of which nan
+does not equal itself."""
 
 
 def find_blocks(graph: OpGraph) -> tuple[Block, ...]:

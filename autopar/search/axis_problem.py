@@ -255,8 +255,8 @@ class AxisProblem:
         for strategy in offered:
             work = self._work(kinds[0][0], strategy)
             if work not in known:
-                locals_ = ((self._local_op(op, strategy), count) for op, count in kinds)
-                known[work] = total(self.prices.op(local, traffic).times(count) for local, count in locals_)
+                parts = ((self._local_op(op, strategy), count) for op, count in kinds)
+                known[work] = total(self.prices.op(part, traffic).times(count) for part, count in parts)
             yield known[work]
 
     def _work(self, op: Op, strategy: Strategy) -> object:

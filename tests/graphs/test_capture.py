@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphs
 from tests.models import ALL, BERT, GPT2, LLAMA, MIXTRAL, T5, Case, case, tokens
@@ -208,3 +209,52 @@ def test_a_model_without_memory_gives_the_same_graph():
 def test_building_without_memory_keeps_ties():
     model = graphs.build_without_memory(GPT2.build)
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+class Drawn(nn.Module):
+    """A weight and a buffer, each drawn by `normal_`; the weight has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, bias=False)
+        self.weight = self.linear.weight
+        assert nn.init.normal_(self.weight) is self.weight
+        self.register_buffer("noise", torch.empty(4).normal_(3, 0.1))
+
+
+class NormalDraws(TorchDispatchMode):
+    """Notes the devices for which torch draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.normal_.default:
+            self.devices.append(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+def test_building_without_memory_draws_for_buffers_alone():
+    with NormalDraws() as draws:
+        torch.manual_seed(0)
+        model = graphs.build_without_memory(Drawn)
+        assert draws.devices == ["cpu"]
+        Drawn()
+        assert draws.devices == ["cpu"] * 3
+    assert model.weight is model.linear.weight
+    assert model.weight.is_meta
+    torch.testing.assert_close(model.get_buffer("noise").mean(), torch.tensor(3.0), rtol=0.1, atol=0)
+
+
+def test_torch_draws_again_once_a_model_could_not_be_built():
+    def factory() -> nn.Module:
+        assert torch.Tensor.normal_ is not normal
+        raise RuntimeError("no such model")
+
+    normal, register = torch.Tensor.normal_, nn.Module.register_parameter
+    with pytest.raises(RuntimeError, match="no such model"):
+        graphs.build_without_memory(factory)
+    assert torch.Tensor.normal_ is normal
+    assert nn.Module.register_parameter is register
+    assert torch.zeros(64).normal_().any()
