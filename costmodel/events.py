@@ -206,7 +206,7 @@ class PackedSteps:
         return zip(self.ranks, self.works, self.waits, strict=True)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def packed_steps(schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int) -> PackedSteps:
     """The work of `ordered_steps`, to keep: planners come back to a step for each of their programs."""
     steps, _ = ordered_steps(schedule_name, num_stages, num_microbatches, num_virtual)

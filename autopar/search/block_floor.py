@@ -1,8 +1,8 @@
 """What a part of a model takes at least on a mesh axis: its part of the operator program, relaxed.
 
 The ops of one unit keep their costs in the program of the whole axis (`autopar.search.block_ilp`), all others
-do their work for nothing. Then only the rows matter in which something has a cost, and of the neighbours that
-these know only that each does one thing: leaving out the other rows can but lower the optimum.
+do their work for nothing. Then only the rows matter in which something has a cost: leaving out the others can
+but lower the optimum.
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ class _Paid(NamedTuple):
     part: Part
 
 
+class Trade(NamedTuple):
+    """What may be kept at a `price` of seconds a byte, or else made again: the results of ops, for which each
+    takes at least `again_s`, and of conversions."""
+
+    price: float
+    again_s: Mapping[int, float]
+
+
 class BlockFloor:
     """The floor of ops `[start, stop)` of an axis's problem, one block or ops outside of all, with the sums
     of what they make and the other conversions of what they read, whatever is chosen anywhere."""
@@ -48,20 +56,16 @@ class BlockFloor:
         return sum(problem.computed_s[index] / problem.instances[index] for index in sorted(self._ops))
 
     @clocked("operator floors")
-    def least_s(
-        self, price: float = 0.0, again_s: Mapping[int, float] | None = None, *, hides: bool = False
-    ) -> float:
-        """What the ops take at least.
-
-        With `again_s`, the least seconds in which some of the ops run again, their results and those of
-        conversions are kept at a `price` of seconds a byte, or made again, whichever costs less. Where
-        something else `hides` what is communicated, it costs nothing, but for what is made again.
+    def least_s(self, trade: Trade | None = None, *, hides: bool = False) -> float:
+        """What the ops take at least; with a `trade`, their results and those of conversions are kept, or
+        made again, whichever costs less. Where something else `hides` what is communicated, it costs nothing,
+        but for what is made again.
         """
         paid_s = self._computed_s if hides else self._time_s
-        if again_s is not None:
-            ops_s = np.array([again_s.get(paid.part.op, 0.0) for paid in self._paid])
+        if trade is not None:
+            ops_s = np.array([trade.again_s.get(paid.part.op, 0.0) for paid in self._paid])
             least_s = np.where(self._is_conversion, self._conversions_again_s, ops_s)
-            paid_s = paid_s + np.minimum(price * self._result_bytes, least_s)
+            paid_s = paid_s + np.minimum(trade.price * self._result_bytes, least_s)
         key = paid_s.tobytes()
         if key not in self._known_s:
             costs = np.zeros(len(self._model.costs))
@@ -84,10 +88,6 @@ class BlockFloor:
         }
         rows = [row for row in ilp.model.rows if any(variable in parts for variable, _ in row[2])]
         touched = {variable for _, _, terms in rows for variable, _ in terms}
-        for index, variables in ilp.x.items():
-            if index not in self._ops and not touched.isdisjoint(variables):
-                rows.append((1.0, 1.0, tuple((variable, 1.0) for variable in variables)))
-                touched.update(variables)
         numbers = {variable: number for number, variable in enumerate(sorted(touched))}
         model = LinearModel()
         for variable in numbers:

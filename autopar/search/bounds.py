@@ -173,7 +173,7 @@ class Bounds:
 
     def block_state_bytes(self, p: Parallelism) -> float:
         """Model states of any one block on a rank, at least."""
-        key = _state_axes(p)
+        key = _sharding(p)
         if key not in self._block_states:
             held = (
                 held_states(_split(elements, p), p, self.policy).total_bytes
@@ -241,7 +241,7 @@ class Bounds:
 
     def _data(self, p: Parallelism) -> DataAxes:
         """What the data axes do, whatever the schedule."""
-        key = (*_state_axes(p), p.num_microbatches)
+        key = (*_sharding(p), p.num_microbatches)
         if key not in self._known:
             elements = _split(self._parameters, p)
             traffic_s = [self._traffic_s(p, number, is_expert) for is_expert, number in elements.items()]
@@ -281,7 +281,8 @@ class Bounds:
         it is given."""
         samples = p.microbatch_size / (p.tp * p.cp)
         mode = recompute or p.recompute
-        mode = "full" if mode == "mixed" else mode
+        if mode == "mixed":
+            mode = "full"
         held = (self._data(p).state_bytes + samples * self.saved_bytes[mode]) / p.pp
         if p.pp == 1:
             held += samples * self.working_bytes
@@ -300,7 +301,7 @@ class Bounds:
         return len(self.graph.blocks) / float((1 / (state + saved * flights)).sum())
 
 
-def _state_axes(p: Parallelism) -> tuple[object, ...]:
+def _sharding(p: Parallelism) -> tuple[object, ...]:
     """What model states of a rank depend on, beside the elements that its stages have."""
     return p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate, p.zero_stage, p.offload
 

@@ -15,7 +15,7 @@ from autopar.search.block_floor import BlockFloor
 from autopar.search.block_ilp import MANY_MICROBATCHES
 from autopar.search.context import exchange_floor_s
 from autopar.search.local_programs import Program, ProgramKey
-from autopar.search.relaxed import Stretch, relaxed
+from autopar.search.relaxed import UnitFloor, relaxed
 from autopar.search.units import in_turns, stretches
 from costmodel.orders import OVERLAPPING_SCHEDULES
 
@@ -34,7 +34,7 @@ class LeastPrograms:
         self._context_floors_s: dict[tuple[int, int, int], float] = {}
         self._relaxed: dict[tuple[ProgramKey, bool, bool], Program] = {}
         self._divided: dict[tuple[ProgramKey, bool], Program] = {}
-        self._stretches: dict[ProgramKey, list[Stretch | None]] = {}
+        self._unit_floors: dict[ProgramKey, list[UnitFloor | None]] = {}
 
     def divided(self, p: Parallelism, multiple: int) -> Program:
         """What one device does, divided over the ranks of a candidate's layout, with the least that these
@@ -45,11 +45,11 @@ class LeastPrograms:
         key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
         if (key, hides) not in self._divided:
             device, pricer = self.programs.device(p.microbatch_size, p.ep).chain, self._device_pricer(p.ep)
-            where: list[Stretch | None] = [None] * len(device.units)
+            floors: list[UnitFloor | None] = [None] * len(device.units)
             if p.tp > 1 and p.ep == 1:
-                where = self._in_problem(_floor_key(multiple * p.microbatch_size, p.tp))
+                floors = self._floors_of(_floor_key(multiple * p.microbatch_size, p.tp))
             chain = relaxed(
-                device, None, p.tp, p.cp, pricer, where, part=1 / (p.cp * multiple), trades=False,
+                device, None, p.tp, p.cp, pricer, floors, part=1 / (p.cp * multiple), trades=False,
                 hides=hides,
             )  # fmt: skip
             self._divided[key, hides] = Program(key, chain, None, {})
@@ -61,21 +61,21 @@ class LeastPrograms:
         key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
         if (key, trades, hides) not in self._relaxed:
             device, pricer = self.programs.device(p.microbatch_size, p.ep).chain, self._device_pricer(p.ep)
-            fastest, where = self.programs.program(p).chain, self._in_problem(key)
-            chain = relaxed(device, fastest, p.tp, p.cp, pricer, where, trades=trades, hides=hides)
+            fastest, floors = self.programs.program(p).chain, self._floors_of(key)
+            chain = relaxed(device, fastest, p.tp, p.cp, pricer, floors, trades=trades, hides=hides)
             self._relaxed[key, trades, hides] = Program(key, chain, None, {})
         return self._relaxed[key, trades, hides]
 
     def _device_pricer(self, ep: int) -> Pricer:
         return self.programs.pricer(1, 1, ep, 1)
 
-    def _in_problem(self, key: ProgramKey) -> list[Stretch | None]:
-        """Where units are in the axis's problem, of which experts that are dealt out are no part."""
-        if key not in self._stretches:
-            self._stretches[key] = list(self._found_in_problem(key))
-        return self._stretches[key]
+    def _floors_of(self, key: ProgramKey) -> list[UnitFloor | None]:
+        """The floors of units in the axis's problem, of which experts that are dealt out are no part."""
+        if key not in self._unit_floors:
+            self._unit_floors[key] = list(self._found_floors(key))
+        return self._unit_floors[key]
 
-    def _found_in_problem(self, key: ProgramKey) -> Iterator[Stretch | None]:
+    def _found_floors(self, key: ProgramKey) -> Iterator[UnitFloor | None]:
         units = self.programs.device(key.microbatch_size, key.ep).chain.units
         if key.ep > 1:
             yield from [None] * len(units)
@@ -84,14 +84,14 @@ class LeastPrograms:
         worth_s = SMALLEST_SHARE * sum(unit.cost.total_s for unit in units)
         pricer, repeats = self._device_pricer(key.ep), self.programs.shallow.repeats
         runs = [(run, repeats.get(run[2] or "", 1)) for run in stretches(replica.whole, replica.local.graph)]
-        known: dict[tuple[int, int], Stretch] = {}
+        known: dict[tuple[int, int], UnitFloor] = {}
         for unit, ((start, stop, block), _) in zip(units, in_turns(runs), strict=True):
             if repeats.get(block or "", 1) * unit.cost.total_s <= worth_s:
                 yield None
                 continue
             if (start, stop) not in known:
-                floor = BlockFloor(ilp, start, stop)
-                known[start, stop] = Stretch(floor, unit, key.tp * key.cp, pricer)
+                ops = BlockFloor(ilp, start, stop)
+                known[start, stop] = UnitFloor(ops, unit, key.tp * key.cp, pricer)
             yield known[start, stop]
 
     def floor_s(self, microbatch_size: int, tp: int) -> float:

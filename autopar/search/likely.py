@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from autopar.plan import Parallelism
@@ -57,16 +57,23 @@ FEW_ROUNDS = 3
 
 
 MISFIT = 1.2
-"""How many times longer ways of some degrees are expected to take after each that did not fit, as long as
-none does."""
+"""How many times longer ways that are alike are expected to take after each that did not fit, as long as none
+does."""
 
 TRUST = 0.5
 """How far what a draft took longer is believed of others: the power of it that counts."""
 
 
-Alike = tuple[int, int, int, str | bool]
-"""What is alike has the same degrees of those by which programs differ most, tensor, context and expert, and
-the same schedule; layouts, which have none, schedules that hide communication, or others."""
+class Alike(NamedTuple):
+    """What has much to do with how far off the mark an expectation is: the degrees by which programs differ
+    most, tensor, context and expert; whether schedules hide communication; and which it is, None for layouts.
+    """
+
+    tp: int
+    cp: int
+    ep: int
+    overlapping: bool
+    schedule: str | None = None
 
 
 class Drafted(NamedTuple):
@@ -88,15 +95,10 @@ class Open(NamedTuple):
 
     @property
     def alike(self) -> Alike:
-        """What has much to do with how far off the mark an expectation is."""
-        tp, cp, ep, overlapping = self.layouts_alike
-        return tp, cp, ep, overlapping if isinstance(self.kind, Layout) else self.kind.schedule
-
-    @property
-    def layouts_alike(self) -> tuple[int, int, int, bool]:
-        """The same of its layout."""
+        """What others that are as far off the mark have in common with it."""
         layout = self.kind.layout if isinstance(self.kind, Scheduled) else self.kind
-        return layout.tp, layout.cp, layout.ep, self.overlapping
+        schedule = None if isinstance(self.kind, Layout) else self.kind.schedule
+        return Alike(layout.tp, layout.cp, layout.ep, self.overlapping, schedule)
 
     def closer(self, kind: Scheduled | Parallelism, likely_s: float) -> Open:
         """After a closer look at it, or at a part of it."""
@@ -104,9 +106,9 @@ class Open(NamedTuple):
 
 
 class Expected:
-    """Queues by what is likely, one for each number of looks, of what is alike; `slower` tells
-    how many times longer than was likely the best draft of these takes, seen from each queue, and `AT_FIRST`
-    before there is one."""
+    """Queues by what is likely, one for each number of looks, of what is alike; `slower` tells how many times
+    longer than was likely the best draft of these takes, seen from each queue, and `AT_FIRST` before there is
+    one."""
 
     def __init__(self) -> None:
         self.queues: list[list[tuple[float, int, Open]]] = [[] for _ in range(NUM_LOOKS)]
@@ -183,11 +185,11 @@ class LikelyWays:
 
     def _pop(self) -> Open | None:
         """What is expected to take least, if that is less than the best."""
-        firsts = ((*expected.first(), number) for number, expected in enumerate(self._open.values()))
-        least_s, looks, number = min(firsts, default=(float("inf"), 0, 0))
-        if least_s >= self.outcome.best_s:
+        expected = min(self._open.values(), key=Expected.first, default=None)
+        if expected is None:
             return None
-        return next(islice(self._open.values(), number, None)).pop(looks)
+        least_s, looks = expected.first()
+        return expected.pop(looks) if least_s < self.outcome.best_s else None
 
     def _closer(self, item: Open) -> Iterator[Open]:
         floors, kind = self.planner.way_floors, item.kind
@@ -206,12 +208,13 @@ class LikelyWays:
         assert isinstance(item.kind, Parallelism), "all others were looked at more closely"
         program = self.planner.programs.program(item.kind)
         draft = self.planner.layer.draft(program, item.kind)
+        alike = self._open[item.alike], self._open[item.alike._replace(schedule=None)]
         if draft is None:
-            self._open[item.alike].learn_misfit()
-            self._open[item.layouts_alike].learn_misfit()
+            for expected in alike:
+                expected.learn_misfit()
         else:
-            self._open[item.alike].learn(item, draft.bound_s)
-            self._open[item.layouts_alike].learn(item, draft.bound_s)
+            for expected in alike:
+                expected.learn(item, draft.bound_s)
             self.add_draft(item.kind, program, draft)
 
     def price(self, below_s: float = float("inf")) -> Solved | None:

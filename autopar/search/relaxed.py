@@ -31,7 +31,7 @@ from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from autopar.pricing import OpCost, Pricer
-from autopar.search.block_floor import BlockFloor
+from autopar.search.block_floor import BlockFloor, Trade
 from autopar.search.saved import Saved
 from autopar.search.units import Chain, ParameterShard, Unit
 
@@ -42,11 +42,11 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
-class Stretch:
-    """The ops of a unit in the problem of an axis, with their `floor` there; `unit` is what one device does
-    of the same microbatch, which `degree` ranks share."""
+class UnitFloor:
+    """What a unit takes at least in the problem of an axis, of which it is the `ops`; `unit` is what one
+    device does of the same microbatch, which `degree` ranks share."""
 
-    floor: BlockFloor
+    ops: BlockFloor
     unit: Unit
     degree: int
     pricer: Pricer
@@ -55,15 +55,15 @@ class Stretch:
         """h(λ) of the module."""
         entering_s = price * self.unit.saved["full"].num_bytes / self.degree
         always_s, again_s = self._again_s
-        return always_s + entering_s + self.floor.least_s(price, again_s, hides=hides)
+        return always_s + entering_s + self.ops.least_s(Trade(price, again_s), hides=hides)
 
     @cached_property
     def _again_s(self) -> tuple[float, dict[int, float]]:
         """What always runs again, and the least seconds in which each op's results are made again."""
-        unit, graph = self.unit, self.floor.problem.graph
+        unit, graph = self.unit, self.ops.problem.graph
         forward_s = [self.pricer.priced(kernels).forward_total_s / self.degree for kernels in unit.kernels]
         always_s = sum(s for s, again in zip(forward_s, unit.again["selective"], strict=True) if again)
-        members = range(self.floor.start, self.floor.stop)
+        members = range(self.ops.start, self.ops.stop)
         at = {graph.ops[index].name: graph.representative[index] for index in members}
         return always_s, {
             at[result.name]: forward_s[result.op] if unit.again["full"][result.op] else 0.0
@@ -87,7 +87,7 @@ def relaxed(
     tp: int,
     cp: int,
     pricer: Pricer,
-    stretches: Sequence[Stretch | None],
+    floors: Sequence[UnitFloor | None],
     *,
     part: float = 1.0,
     trades: bool = True,
@@ -100,13 +100,13 @@ def relaxed(
     communicate no more than others; what is not arithmetic `hides` behind other units' arithmetic in some
     schedules."""
     degree = tp * cp
-    known: dict[tuple[int, Stretch | None], Unit] = {}
+    known: dict[tuple[int, UnitFloor | None], Unit] = {}
     units = []
     likes = [None] * len(device.units) if fastest is None else fastest.units
-    for unit, like, stretch in zip(device.units, likes, stretches, strict=True):
-        kind = (id(unit.recompute_s), stretch)
+    for unit, like, floor in zip(device.units, likes, floors, strict=True):
+        kind = (id(unit.recompute_s), floor)
         if kind not in known:
-            known[kind] = _Least(unit, like, degree, pricer, stretch, part, hides).unit(trades)
+            known[kind] = _Least(unit, like, degree, pricer, floor, part, hides).unit(trades)
         # Units that share what they compute again still do.
         least = known[kind]
         units.append(
@@ -161,7 +161,7 @@ class _Least:
         like: Unit | None,
         degree: int,
         pricer: Pricer,
-        stretch: Stretch | None,
+        floor: UnitFloor | None,
         part: float,
         hides: bool,
     ) -> None:
@@ -169,14 +169,14 @@ class _Least:
         self.fastest = like
         self.degree = degree
         self.pricer = pricer
-        self.stretch = stretch
+        self.floor = floor
         self.part = part
         self.hides = hides
         self.time_s = unit.cost.total_s / degree
         self.computed_s = (unit.cost.forward_s + unit.cost.backward_s) / degree
-        if stretch is not None:
-            self.time_s = max(self.time_s, part * stretch.floor.least_s())
-            self.computed_s = max(self.computed_s, part * stretch.floor.computed_s)
+        if floor is not None:
+            self.time_s = max(self.time_s, part * floor.ops.least_s())
+            self.computed_s = max(self.computed_s, part * floor.ops.computed_s)
 
     @property
     def least_s(self) -> float:
@@ -186,7 +186,7 @@ class _Least:
     def unit(self, trades: bool) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
         least = replace(self.device, cost=self._cost(), recompute_s=again_s)
-        if not trades or self.stretch is None or not self.device.is_block:
+        if not trades or self.floor is None or not self.device.is_block:
             return least
         saved = dict(self.device.saved)
         names = ["none"]
@@ -197,7 +197,7 @@ class _Least:
         return replace(least, frontier=tuple(names), saved=saved)
 
     def _cost(self) -> OpCost:
-        if self.stretch is None:
+        if self.floor is None:
             return self.device.cost.times(1 / self.degree)
         if self.fastest is None:
             return self._least_passes(self.least_s)
@@ -225,10 +225,10 @@ class _Least:
     def _frontier(self) -> Iterator[tuple[float, float]]:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""
         most, least = (self.device.saved[mode].num_bytes / self.degree for mode in ("none", "full"))
-        assert self.stretch is not None, "units without one do not trade"
+        assert self.floor is not None, "units without one do not trade"
         lines = [Line(0.0, self.least_s), *self._device_lines()]
         for price in self._prices():
-            traded_s = self.part * self.stretch.traded_s(price, hides=self.hides)
+            traded_s = self.part * self.floor.traded_s(price, hides=self.hides)
             lines.append(Line(price, min(self.least_s + price * most, traded_s)))
 
         def seconds(num_bytes: float) -> float:

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 import graphs
-from autopar.search.block_floor import BlockFloor
+from autopar.search.block_floor import BlockFloor, Trade
 from autopar.search.block_ilp import BlockIlp, Part
 from autopar.search.programs import Programs
 from autopar.search.solver import solve
@@ -70,7 +70,7 @@ def test_rows_in_which_a_unit_has_no_cost_do_not_matter(name: str, tp: int) -> N
     for start, stop, _ in units:
         floor, again_s = BlockFloor(ilp, start, stop), again_of(ilp, start, stop)
         for price, hides in LOOKS:
-            found_s = floor.least_s(price or 0.0, None if price is None else again_s, hides=hides)
+            found_s = floor.least_s(None if price is None else Trade(price, again_s), hides=hides)
             true_s = whole_s(ilp, start, stop, price, again_s, hides=hides)
             assert found_s == pytest.approx(true_s), (start, stop, price, hides)
             assert found_s >= floor.computed_s * (1 - 1e-9)

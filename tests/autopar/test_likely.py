@@ -53,5 +53,5 @@ def test_closer_looks_never_promise_more() -> None:
 
 def test_ways_are_alike_that_have_the_same_degrees_and_schedule() -> None:
     item = Open(LAYOUT, (3.0,), True)
-    assert item.alike == item.layouts_alike == item.closer(P, 4.0).layouts_alike == (2, 1, 1, True)
-    assert item.closer(P, 4.0).alike == (2, 1, 1, "1F1B")
+    assert item.alike == (2, 1, 1, True, None)
+    assert item.closer(P, 4.0).alike == (2, 1, 1, True, "1F1B")
