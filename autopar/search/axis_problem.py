@@ -1,7 +1,7 @@
 """The operator layer's data: what every op may do on one mesh axis, and the true price of each possibility.
 
-Prices are those of the local graph: an op alone is localized under each strategy and priced, by default
-by `autopar.pricing`. `block_ilp` chooses among them.
+Prices (`autopar.search.axis_prices`) are those of the local graph: an op alone is localized under each
+strategy and priced. `block_ilp` chooses among them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Protocol
 from autopar.localize import Assignment, Localized, local_shape, localize, splits_causal_rows
 from autopar.op_kinds import kind_of
 from autopar.placements import PR, RP, RR, Shard, State
-from autopar.pricing import OpCost, Pricer, total
+from autopar.pricing import OpCost, total
+from autopar.search.axis_prices import Prices
 from autopar.strategies import Conversion, Strategy, conversion, natural_sections, strategies
 from autopar.traffic import Traffic
 from graphs.ir import Op, OpGraph
@@ -49,58 +50,6 @@ class TensorClass:
     readers: tuple[Reader, ...]
     members: tuple[str, ...]
     count: int
-
-
-class Prices(Protocol):
-    """What the choice is judged by."""
-
-    def traffic(self, graph: OpGraph) -> Traffic:
-        """Which values of a graph stay in registers."""
-        ...
-
-    def op(self, local: OpGraph, traffic: Traffic) -> OpCost:
-        """What one op costs in its local form; `traffic` is that of the whole graph."""
-        ...
-
-    def seconds(self, cost: OpCost) -> float:
-        """What of it nothing hides, forward and backward."""
-        ...
-
-    def conversion_s(self, how: Conversion, num_bytes: float) -> float:
-        """Time of a change of placement of a tensor of `num_bytes`, whole on the axis."""
-        ...
-
-    def reduction_s(self, num_bytes: float) -> float:
-        """Time of summing a parameter's gradient over the axis, once a step."""
-        ...
-
-
-@dataclass(frozen=True)
-class ClusterPrices:
-    """The prices of a cluster, on the axis `axis` of its `pricer`, for a graph with these `parameters`."""
-
-    pricer: Pricer
-    axis: str
-    parameters: frozenset[str] = frozenset()
-
-    def traffic(self, graph: OpGraph) -> Traffic:
-        return self.pricer.traffic(graph)
-
-    def op(self, local: OpGraph, traffic: Traffic) -> OpCost:
-        inside = traffic | self.traffic(local)
-        return total(self.pricer.op(part, local.tensors, inside, self.parameters) for part in local.ops)
-
-    def conversion_s(self, how: Conversion, num_bytes: float) -> float:
-        backward = how.backward is not None
-        return self.seconds(self.pricer.conversion(how.name, num_bytes, self.axis, backward=backward))
-
-    def seconds(self, cost: OpCost) -> float:
-        exposed = 1 - self.pricer.era.tensor_parallel_overlap
-        communication_s = cost.forward_communication_s + cost.backward_communication_s
-        return cost.forward_s + cost.backward_s + exposed * communication_s
-
-    def reduction_s(self, num_bytes: float) -> float:
-        return self.pricer.bucketed_s("all_reduce", num_bytes, self.pricer.groups[self.axis])
 
 
 class Custom(Protocol):

@@ -14,7 +14,8 @@ from autopar.localize import Assignment
 from autopar.op_kinds import without_order
 from autopar.placements import Shard
 from autopar.pricing import Pricer
-from autopar.search.axis_problem import LOSS_STATES, AxisProblem, Prices
+from autopar.search.axis_prices import Prices
+from autopar.search.axis_problem import LOSS_STATES, AxisProblem
 from autopar.search.block_ilp import MANY_MICROBATCHES, BlockIlp
 from autopar.search.cut import cheapest_cut
 from autopar.search.effort import Effort

@@ -19,7 +19,8 @@ from autopar.localize import Assignment, Localized, localize
 from autopar.placements import Placement, Shard
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer
-from autopar.search.axis_problem import All, AxisProblem, ClusterPrices, Custom
+from autopar.search.axis_prices import ClusterPrices
+from autopar.search.axis_problem import All, AxisProblem, Custom
 from autopar.search.block_ilp import AxisSolution, BlockIlp, MemoryPrice
 from autopar.search.context import ContextProblem
 from autopar.search.effort import Effort, clocked

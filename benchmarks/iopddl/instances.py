@@ -15,7 +15,8 @@ import hardware_db
 from autopar import models
 from autopar.placements import RR, State
 from autopar.pricing import Pricer
-from autopar.search.axis_problem import AxisProblem, ClusterPrices, TensorClass
+from autopar.search.axis_prices import ClusterPrices
+from autopar.search.axis_problem import AxisProblem, TensorClass
 from autopar.search.shallow import local_counts, shallow
 from benchmarks.iopddl.problem import FORBIDDEN, Edge, Node, Problem, write
 from benchmarks.iopddl.program import solve_problem

@@ -18,7 +18,8 @@ from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment, Localized, localize
 from autopar.placements import RP, RR, Shard, State
 from autopar.pricing import Pricer
-from autopar.search.axis_problem import AxisProblem, ClusterPrices
+from autopar.search.axis_prices import ClusterPrices
+from autopar.search.axis_problem import AxisProblem
 from autopar.search.block_ilp import BlockIlp, MemoryPrice
 from autopar.strategies import stored_state
 from costmodel import Group

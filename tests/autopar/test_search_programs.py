@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import graphs
 from autopar.localize import localize
 from autopar.placements import Placement
-from autopar.search.axis_problem import AxisProblem, ClusterPrices
+from autopar.search.axis_prices import ClusterPrices
+from autopar.search.axis_problem import AxisProblem
 from autopar.search.context import ContextProblem
 from autopar.search.experts import with_own_experts
 from autopar.search.programs import Programs
