@@ -16,7 +16,7 @@ from functools import partial
 
 from autopar.localize import Assignment
 from autopar.placements import RP, RR, Shard, State, sharded
-from autopar.strategies import Strategy, conversion, natural_sections, settle, strategies
+from autopar.strategies import Offers, Strategy, conversion, natural_sections, settle
 from graphs.ir import Op, OpGraph
 
 Cost = tuple[int, int, int]
@@ -31,13 +31,12 @@ def data_parallel(graph: OpGraph, size: int, *, axis: str = "dp", dim: int = 0) 
     sources = {name: _input_state(graph, name, size, dim) for name in graph.inputs}
     sources |= {parameter.tensor: RP for parameter in graph.parameters}
     sources |= {buffer.tensor: RR for buffer in graph.buffers}
-    sections = natural_sections(graph, size)
+    offers = Offers(graph, size, natural_sections(graph, size))
     sources = {name: settle(state, graph.tensors[name].requires_grad) for name, state in sources.items()}
     made = dict(sources)
     choice: list[Strategy] = []
     for op in graph.ops:
-        offered = strategies(op, graph, size, sections)
-        best = min(offered, key=partial(_cost, op, graph, made))
+        best = min(offers.of(op), key=partial(_cost, op, graph, made))
         made.update(zip(op.outputs, best.results, strict=True))
         choice.append(best)
     return Assignment(axis, size, tuple(choice), sources)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autopar.local_forms import LOCAL_FORMS
 from autopar.op_kinds import is_causal
 from autopar.placements import RR, Partial, Shard, State
 from autopar.strategies import Conversion, Strategy, conversion, settle
@@ -62,6 +63,19 @@ def localize(whole: Localized, assignment: Assignment) -> Localized:
     return _Localizer(whole, assignment).run()
 
 
+def localize_op(op: Op, strategy: Strategy, graph: OpGraph, axis: str, size: int) -> OpGraph:
+    """What one rank of an axis of `size` runs for one op of a graph, as a graph of its own whose inputs are
+    already in the states that the strategy asks."""
+    states = zip((*op.inputs, *op.outputs), (*strategy.operands, *strategy.results), strict=True)
+    tensors = {name: _local_tensor(graph.tensors[name], state, size) for name, state in states}
+    ranks, versions = _Ranks(graph, axis, size, tensors), {name: name for name in op.inputs}
+    ops = tuple(_local_ops(op, strategy, ranks, versions))
+    for name in [name for local in ops for name in local.outputs if name not in tensors]:
+        tensors[name] = tensors[op.output].renamed(name, name)  # a step on the way to the op's result
+    inputs = tuple(dict.fromkeys(op.inputs))
+    return OpGraph(op.name, tensors, ops, (), (), inputs, op.outputs, op.outputs, None, {})
+
+
 class _Localizer:
     def __init__(self, whole: Localized, assignment: Assignment) -> None:
         self.graph = whole.graph
@@ -69,9 +83,10 @@ class _Localizer:
         self.assignment = assignment
         self.axis, self.size = assignment.axis, assignment.size
         self.tensors: dict[str, Tensor] = {}
+        self.ranks = _Ranks(self.graph, self.axis, self.size, self.tensors)
         self.states: dict[str, dict[str, State]] = {}
         self.ops: list[list[Op]] = [[] for _ in self.graph.ops]
-        self.version: dict[tuple[str, State], str] = {}
+        self.versions: dict[str, dict[State, str]] = {}
 
     def run(self) -> Localized:
         for name, tensor in self.graph.tensors.items():
@@ -83,9 +98,9 @@ class _Localizer:
                 for name, needed in zip(op.inputs, strategy.operands, strict=True)
             }
             for name, state in zip(op.outputs, strategy.results, strict=True):
-                storage = self._local_storage(self.graph.tensors[name].storage, versions)
-                self._define(replace(self.graph.tensors[name], storage=storage), state)
-            for local in self._local_ops(op, strategy, versions):
+                tensor = self.graph.tensors[name]
+                self._define(tensor, state, storage=self.ranks.storage(tensor.storage, versions))
+            for local in _local_ops(op, strategy, self.ranks, versions):
                 self.ops[index].append(local)
                 for name in local.outputs:
                     if name not in self.tensors:  # a step on the way to the op's result
@@ -93,15 +108,18 @@ class _Localizer:
         ops = tuple(op for group in self.ops for op in group)
         return Localized(replace(self.graph, tensors=self.tensors, ops=ops, blocks=()), self.states)
 
-    def _define(self, tensor: Tensor, state: State, name: str | None = None) -> None:
-        """Add the local tensor of `tensor` in `state`, as the version that needs no conversion unless
-        named."""
+    def _define(
+        self, tensor: Tensor, state: State, name: str | None = None, storage: str | None = None
+    ) -> None:
+        """Add the local tensor of `tensor` in `state`: one with a `name` and memory of its own, or else the
+        version that needs no conversion, with the memory of `storage` if that is another."""
+        part = _local_tensor(tensor, state, self.size)
         local = name or tensor.name
-        shape = local_shape(tensor.shape, state, self.size)
-        storage = tensor.storage if name is None else local
-        self.tensors[local] = replace(tensor, name=local, shape=shape, storage=storage)
+        if name is not None or (storage is not None and storage != tensor.storage):
+            part = part.renamed(local, storage or local)
+        self.tensors[local] = part
         self.states[local] = {**self.outer_states.get(tensor.name, {}), self.axis: state}
-        self.version.setdefault((tensor.name, state), local)
+        self.versions.setdefault(tensor.name, {}).setdefault(state, local)
 
     def _in_state(self, name: str, needed: State, consumer: int) -> str:
         """The name of the version of a tensor that is in state `needed`, converting it on first need.
@@ -111,12 +129,13 @@ class _Localizer:
         """
         tensor = self.graph.tensors[name]
         needed = settle(needed, tensor.requires_grad)
-        if (name, needed) in self.version:
-            return self.version[name, needed]
+        versions = self.versions[name]
+        if needed in versions:
+            return versions[needed]
         made = settle(self.assignment.state_of(self.graph, name), tensor.requires_grad)
         how = conversion(made, needed, tensor.requires_grad)
         assert how is not None, f"{self.graph.ops[consumer].name} needs {name} as {needed}, made as {made}"
-        local = f"{name}__{self.axis}_{sum(key[0] == name for key in self.version)}"
+        local = f"{name}__{self.axis}_{len(versions)}"
         self._define(tensor, needed, local)
         maker = self.graph.ops[self.graph.producer[name]] if name in self.graph.producer else None
         if maker is not None and maker.target in CONSTANTS and isinstance(needed.value, Shard):
@@ -127,7 +146,7 @@ class _Localizer:
             Op(
                 name=local,
                 target=f"autopar.{how.name}",
-                args=(Ref(self.version[name, made]), *conversion_dims(how, made, needed)),
+                args=(Ref(versions[made]), *conversion_dims(how, made, needed)),
                 kwargs={"axis": self.axis, **zigzag_argument(made, needed)},
                 outputs=(local,),
                 module=self.graph.ops[beside].module,
@@ -140,36 +159,59 @@ class _Localizer:
         shape = list(self.tensors[local].shape)
         return replace(op, name=local, args=(shape, *op.args[1:]), outputs=(local,))
 
-    def _local_ops(self, op: Op, strategy: Strategy, versions: Mapping[str, str]) -> Iterator[Op]:
-        divided = strategy.factor is not None
-        args, kwargs = map_refs((op.args, dict(op.kwargs)), lambda name: Ref(versions[name]))
-        local = replace(
-            op,
-            args=args,
-            kwargs=kwargs,
-            flops=op.flops // self.size if divided else op.flops,
-            saved=tuple(self._local_storage(name, versions) for name in op.saved),
-            saved_internal_bytes=op.saved_internal_bytes // (self.size if divided else 1),
-        )
-        if strategy.implementation is not None:
-            yield from IMPLEMENTATIONS[strategy.implementation](local, self.axis, self.size)
-            return
-        if splits_causal_rows(op, strategy, self.graph):
-            kwargs = {**local.kwargs, "row_axis": self.axis, **zigzag_argument(strategy.results[0])}
-            yield replace(local, target=CAUSAL_ROWS, kwargs=kwargs)
-            return
-        resize = SIZE_ARGUMENTS.get(op.target)
-        if resize is not None:
-            local = resize(local, _Sizes(op, strategy, self.tensors, self.size))
-        yield local
 
-    def _local_storage(self, storage: str, versions: Mapping[str, str]) -> str:
-        """The local tensor behind a storage of the whole graph: the converted version where the op reads
-        one."""
+@dataclass(frozen=True)
+class _Ranks:
+    """The ranks of an axis that share a graph, with the local `tensors` of one of them."""
+
+    graph: OpGraph
+    axis: str
+    size: int
+    tensors: Mapping[str, Tensor]
+
+    def storage(self, storage: str, versions: Mapping[str, str]) -> str:
+        """The local tensor behind a storage of the whole graph: the converted version where an op reads one,
+        `versions` being the names of what it reads."""
         for name, local in versions.items():
             if self.graph.tensors[name].storage == storage:
                 return self.tensors[local].storage
         return storage
+
+
+def _local_ops(op: Op, strategy: Strategy, ranks: _Ranks, versions: Mapping[str, str]) -> Iterator[Op]:
+    """What a rank runs for an op of the whole graph, on these `versions` of its operands."""
+    size = ranks.size if strategy.factor is not None else 1
+    args, kwargs = op.args, op.kwargs
+    if any(name != local for name, local in versions.items()):
+        args, kwargs = map_refs((args, dict(kwargs)), lambda name: Ref(versions[name]))
+    flops, internal_bytes = op.flops // size, op.saved_internal_bytes // size
+    saved = tuple([ranks.storage(name, versions) for name in op.saved])
+    local = op
+    after = args, kwargs, flops, saved, internal_bytes
+    if after != (op.args, op.kwargs, op.flops, op.saved, op.saved_internal_bytes):
+        local = Op(
+            op.name, op.target, args, kwargs, op.outputs, op.module, flops, saved, internal_bytes,
+            op.window, op.rows,
+        )  # fmt: skip
+    if strategy.implementation is not None:
+        yield from LOCAL_FORMS[strategy.implementation](local, ranks.axis, ranks.size)
+        return
+    if splits_causal_rows(op, strategy, ranks.graph):
+        kwargs = {**local.kwargs, "row_axis": ranks.axis, **zigzag_argument(strategy.results[0])}
+        yield replace(local, target=CAUSAL_ROWS, kwargs=kwargs)
+        return
+    resize = SIZE_ARGUMENTS.get(op.target)
+    if resize is not None:
+        local = resize(local, _Sizes(op, strategy, ranks.tensors, ranks.size))
+    yield local
+
+
+def _local_tensor(tensor: Tensor, state: State, size: int) -> Tensor:
+    """One rank's part of a tensor."""
+    if not isinstance(state.value, Shard):
+        return tensor
+    shape = local_shape(tensor.shape, state, size)
+    return Tensor(tensor.name, shape, tensor.dtype, tensor.requires_grad, tensor.storage)
 
 
 def splits_causal_rows(op: Op, strategy: Strategy, graph: OpGraph) -> bool:
@@ -238,6 +280,8 @@ class _Sizes:
 
 
 def _with_arg(op: Op, index: int, value: Any) -> Op:
+    if op.args[index : index + 1] == (value,):
+        return op
     return replace(op, args=(*op.args[:index], value, *op.args[index + 1 :]))
 
 
@@ -327,46 +371,4 @@ SIZE_ARGUMENTS: Mapping[str, Callable[[Op, _Sizes], Op]] = {
     "aten.conv_transpose1d.default": _groups(6),
     "aten.conv_transpose2d.input": _groups(6),
     "aten.conv_transpose3d.input": _groups(6),
-}
-
-
-# --- factors that need a special local form
-
-
-def _mean(op: Op, axis: str, size: int) -> Iterator[Op]:
-    """A mean over a split dimension: the local mean, divided by the number of shards, is this rank's term."""
-    inner = f"{op.output}__local"
-    yield replace(op, name=inner, outputs=(inner,))
-    yield Op(op.name, "aten.div.Tensor", (Ref(inner), size), {}, op.outputs, op.module)
-
-
-def _on_axis(target: str, keyword: str) -> Callable[[Op, str, int], Iterator[Op]]:
-    """The same op as a function of the runtime that is told on which axis it is split."""
-
-    def rewrite(op: Op, axis: str, size: int) -> Iterator[Op]:
-        yield replace(op, target=target, kwargs={**op.kwargs, keyword: axis})
-
-    return rewrite
-
-
-def _loss_rows(op: Op, axis: str, size: int) -> Iterator[Op]:
-    """A loss whose rows are split, over one axis or over several one after the other."""
-    axes = (*op.kwargs.get("row_axes", ()), axis)
-    yield replace(op, target="autopar.cross_entropy", kwargs={**op.kwargs, "row_axes": axes})
-
-
-def _inverse_order(op: Op, axis: str, size: int) -> Iterator[Op]:
-    """0, 1, 2, ... placed where a permutation says is its inverse; each rank has numbers of its own rows."""
-    order = op.args[1][0]
-    rows = None if op.rows is None else (op.rows[op.inputs.index(order.name)], op.rows[-1])
-    yield replace(op, target="aten.argsort.default", args=(order,), kwargs={}, rows=rows)
-
-
-IMPLEMENTATIONS: Mapping[str, Callable[[Op, str, int], Iterator[Op]]] = {
-    "mean": _mean,
-    "vocab_parallel_embedding": _on_axis("autopar.embedding", "vocab_axis"),
-    "cross_entropy_rows": _loss_rows,
-    "batch_norm_rows": _on_axis("autopar.batch_norm", "row_axis"),
-    "inverse_order": _inverse_order,
-    "vocab_parallel_cross_entropy": _on_axis("autopar.cross_entropy", "class_axis"),
 }

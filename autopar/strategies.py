@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from autopar.placements import PR, RP, RR, Own, Partial, Replicate, Shard, State, sharded
 from graphs import rules
 from graphs.ir import Op, OpGraph, RowOrder, Tensor
-from graphs.rules.rule import Dim, Rule
+from graphs.rules.form import Call
+from graphs.rules.rule import Dim, Place, Rule
 
 Sections = tuple[int, ...]
 
@@ -67,8 +69,7 @@ def strategies(
     """
     operands = [graph.tensors[name] for name in op.inputs]
     results = [graph.tensors[name] for name in op.outputs]
-    whole = Strategy(REPLICATE, (RR,) * len(operands), (RR,) * len(results))
-    found = [whole]
+    found = [Strategy(REPLICATE, (RR,) * len(operands), (RR,) * len(results))]
     if any(tensor.requires_grad for tensor in results):
         found.append(Strategy(REPLICATE_PARTIAL_GRAD, (RP,) * len(operands), (RP,) * len(results)))
     rule = rules.rule_for(op, graph)
@@ -79,20 +80,38 @@ def strategies(
     if op.rows is not None:
         found.extend(_routed(op, operands, results, axis_size, sections))
     grads = [tensor.requires_grad for tensor in operands], [tensor.requires_grad for tensor in results]
+    makes_loss, is_repeated = graph.loss in op.outputs, len(set(op.inputs)) < len(op.inputs)
     unique: dict[tuple[tuple[State, ...], tuple[State, ...]], Strategy] = {}
     for strategy in found:
         settled = Strategy(
             strategy.key,
-            tuple(settle(state, grad) for state, grad in zip(strategy.operands, grads[0], strict=True)),
-            tuple(settle(state, grad) for state, grad in zip(strategy.results, grads[1], strict=True)),
+            tuple([settle(state, grad) for state, grad in zip(strategy.operands, grads[0], strict=True)]),
+            tuple([settle(state, grad) for state, grad in zip(strategy.results, grads[1], strict=True)]),
             strategy.factor,
             strategy.implementation,
         )
-        if _agrees_on_repeated_operands(op, settled) and not (
-            graph.loss in op.outputs and RP in settled.results
-        ):
+        if is_repeated and not _agrees_on_repeated_operands(op, settled):
+            continue
+        if not (makes_loss and RP in settled.results):
             unique.setdefault((settled.operands, settled.results), settled)
     return tuple(unique.values())
+
+
+class Offers:
+    """The `strategies` of a graph's ops on an axis, those of ops that do the same worked out once."""
+
+    def __init__(self, graph: OpGraph, axis_size: int, sections: Mapping[int, Iterable[Sections]]) -> None:
+        self.graph = graph
+        self.axis_size = axis_size
+        self.sections = sections
+        self._known: dict[tuple[Call, bool], tuple[Strategy, ...]] = {}
+
+    def of(self, op: Op) -> tuple[Strategy, ...]:
+        """The strategies of an op of the graph."""
+        alike = Call.of(op, self.graph), self.graph.loss in op.outputs
+        if alike not in self._known:
+            self._known[alike] = strategies(op, self.graph, self.axis_size, self.sections)
+        return self._known[alike]
 
 
 def settle(state: State, requires_grad: bool) -> State:
@@ -115,16 +134,14 @@ def natural_sections(
     size.
     """
     found: dict[int, dict[Sections, None]] = {}
-    for op in graph.ops:
-        rule = rules.rule_for(op, graph)
-        if rule is None:
-            continue
+    of_ops = (rules.rule_for(op, graph) for op in graph.ops)
+    for rule in {id(rule): rule for rule in of_ops if rule is not None}.values():  # ops alike share theirs
         for factor in rule.sizes:
             if factor in rule.unsplittable:
                 continue
-            for side, index, dim, names in _dims(rule):
-                if factor in names and _major(rule, factor, names) <= most:
-                    cut = _own_sections(rule, factor, side, index, dim, names)
+            for place in rule.places[factor]:
+                if _major(rule, factor, place.names) <= most:
+                    cut = _own_sections(rule, factor, place)
                     if cut is not None and len(cut) > 1 and all(part % axis_size == 0 for part in cut):
                         found.setdefault(sum(cut), {})[cut] = None
     return {size: tuple(cuts) for size, cuts in found.items()}
@@ -159,65 +176,63 @@ def _states(
     rule: Rule, factor: str, axis_size: int, cut: Sections | None
 ) -> tuple[tuple[State, ...], tuple[State, ...]] | None:
     """States of operands and results when `factor` is split, or None where that is impossible."""
-    operands: list[State] = [RP] * len(rule.operands)
+    places = rule.places[factor]
+    if not places or len({(place.side, place.number) for place in places}) < len(places):
+        return None  # a diagonal: the factor stands twice in one tensor
     if factor in rule.reductions:
         without = PR
     elif factor in rule.whole:
         without = RR
     else:
         without = None
+    operands: list[State] = [RP] * len(rule.operands)
     results: list[State | None] = [without] * len(rule.results)
-    seen: set[tuple[str, int]] = set()
-    for side, index, dim, names in _dims(rule):
-        if factor not in names:
-            continue
-        if (side, index) in seen:
-            return None  # a diagonal: the factor stands twice in one tensor
-        seen.add((side, index))
-        if cut is not None:
-            if names[0] != factor or (side, index, dim) in rule.sections:
-                return None
-            minor = prod(rule.sizes[name] for name in names[1:])
-            parts: Sections | None = tuple(part * minor for part in cut)
+    for place in places:
+        state = _natural(rule, factor, axis_size, place) if cut is None else _cut(rule, factor, place, cut)
+        if state is None:
+            return None
+        if place.side == "operand":
+            operands[place.number] = state
         else:
-            if _major(rule, factor, names) > MOST_PARTS:
-                return None
-            parts = _own_sections(rule, factor, side, index, dim, names)
-            divided = rule.sections.get((side, index, dim), (rule.sizes[factor],))
-            if any(part % axis_size for part in divided):
-                return None
-        state = sharded(dim, parts)
-        if side == "operand":
-            operands[index] = state
-        else:
-            results[index] = state
-    if any(state is None for state in results) or not seen:
+            results[place.number] = state
+    if None in results:
         return None
-    return tuple(operands), tuple(state for state in results if state is not None)
+    return tuple(operands), tuple([state for state in results if state is not None])
 
 
-def _own_sections(rule: Rule, factor: str, side: str, index: int, dim: int, names: Dim) -> Sections | None:
+def _natural(rule: Rule, factor: str, axis_size: int, place: Place) -> State | None:
+    """How a tensor lies where a factor is split as the rule has it."""
+    if _major(rule, factor, place.names) > MOST_PARTS:
+        return None
+    divided = rule.sections.get(place[:3], (rule.sizes[factor],))
+    if any(part % axis_size for part in divided):
+        return None
+    return sharded(place.dim, _own_sections(rule, factor, place))
+
+
+def _cut(rule: Rule, factor: str, place: Place, cut: Sections) -> State | None:
+    """How a tensor lies where each part of a factor is split."""
+    if place.names[0] != factor or place[:3] in rule.sections:
+        return None
+    minor = prod([rule.sizes[name] for name in place.names[1:]])
+    return sharded(place.dim, tuple([part * minor for part in cut]))
+
+
+def _own_sections(rule: Rule, factor: str, place: Place) -> Sections | None:
     """The parts into which splitting `factor` cuts a dimension by the rule itself; None for one contiguous
     part.
     """
-    given = rule.sections.get((side, index, dim))
+    given = rule.sections.get(place[:3])
     if given is not None:
         return given
-    major = _major(rule, factor, names)
-    minor = prod(rule.sizes[name] for name in names[names.index(factor) + 1 :])
+    major = _major(rule, factor, place.names)
+    minor = prod([rule.sizes[name] for name in place.names[place.names.index(factor) + 1 :]])
     return None if major == 1 else (rule.sizes[factor] * minor,) * major
 
 
 def _major(rule: Rule, factor: str, names: Dim) -> int:
     """How often a dimension goes through all of a factor."""
-    return prod(rule.sizes[name] for name in names[: names.index(factor)])
-
-
-def _dims(rule: Rule) -> Iterator[tuple[str, int, int, Dim]]:
-    for side, tensors in (("operand", rule.operands), ("result", rule.results)):
-        for index, dims in enumerate(tensors):
-            for dim, names in enumerate(dims):
-                yield side, index, dim, names
+    return prod([rule.sizes[name] for name in names[: names.index(factor)]])
 
 
 def _linear(rule: Rule) -> Iterator[Strategy]:
@@ -294,6 +309,7 @@ _REPLICATED_CONVERSIONS = {
 }
 
 
+@lru_cache(maxsize=4096)
 def conversion(source: State, target: State, requires_grad: bool) -> Conversion | None:
     """The runtime function that turns `source` into `target`, or None where there is no single one.
 

@@ -13,19 +13,20 @@ forward, then of the phase `_PAIRED`, only waits for its input.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import add, sub
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from costmodel.errors import CostModelError
-from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, rank_orders, stage_ranks
-from costmodel.phases import PHASES, Op
+from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, numbered_orders, stage_ranks
+from costmodel.phases import FORWARD, OVERLAPPING, PHASES, WEIGHT, Orders
 
 _PAIRED = len(PHASES)
-
-Step = tuple[int, int, int]  # (rank, work, position of the step waited for or -1)
 
 
 class WorkTimes(NamedTuple):
@@ -48,6 +49,34 @@ def work_times(
 ) -> WorkTimes:
     """The arguments of `simulate`, checked, by work. Raises CostModelError for times that make no sense."""
     num_total = num_stages * num_virtual
+    sends_s, inputs_s, weights_s = checked_times(
+        schedule_name, num_stages, num_virtual, forward_s, backward_s, send_s, weight_s
+    )
+    savings_s = _overlap_saving_s(forward_s, backward_s, overlap_saving_s)
+    pairs_s = map(add, backward_s, reversed(forward_s))  # in a V, the forward is of the mirrored stage
+    overlapped_s = list(map(sub, pairs_s, savings_s))
+    before, after, none = [0.0, *sends_s], [*sends_s, 0.0], [0.0] * num_total
+    return WorkTimes(
+        compute_s=[*forward_s, *backward_s, *inputs_s, *weights_s, *overlapped_s, *none],
+        receive_s=[*before, *after, *after, *none, *after, *before],
+        send_s=[*after, *before, *before, *none, *before, *none],
+    )
+
+
+def checked_times(
+    schedule_name: str,
+    num_stages: int,
+    num_virtual: int,
+    forward_s: Sequence[float],
+    backward_s: Sequence[float],
+    send_s: float | Sequence[float],
+    weight_s: Sequence[float] | None,
+) -> tuple[list[float], list[float], Sequence[float]]:
+    """The times of messages by boundary, and those of the input and the weight part of each stage's backward.
+
+    Arguments and errors as `simulate`.
+    """
+    num_total = num_stages * num_virtual
     if len(forward_s) != num_total or len(backward_s) != num_total:
         raise CostModelError(
             f"{num_stages} ranks with {num_virtual} virtual stages need {num_total} forward and "
@@ -58,24 +87,13 @@ def work_times(
         raise CostModelError(
             f"{num_total} stages have {num_total - 1} boundaries, got {len(sends_s)} message times"
         )
-    if min(*forward_s, *backward_s, *sends_s) < 0:
+    if min(min(forward_s), min(backward_s), min(sends_s, default=0.0)) < 0:
         raise CostModelError("a stage or message cannot take negative time")
-    weights_s = _weight_s(schedule_name, backward_s, weight_s)
-    savings_s = _overlap_saving_s(forward_s, backward_s, overlap_saving_s)
-
     ranks = stage_ranks(schedule_name, num_stages, num_virtual)
-    for boundary in range(num_total - 1):
-        if ranks[boundary] == ranks[boundary + 1]:
-            sends_s[boundary] = 0.0  # neighbours on one rank hand tensors over
-    inputs_s = list(map(sub, backward_s, weights_s))
-    pairs_s = map(add, backward_s, reversed(forward_s))  # in a V, the forward is of the mirrored stage
-    overlapped_s = list(map(sub, pairs_s, savings_s))
-    before, after, none = [0.0, *sends_s], [*sends_s, 0.0], [0.0] * num_total
-    return WorkTimes(
-        compute_s=[*forward_s, *backward_s, *inputs_s, *weights_s, *overlapped_s, *none],
-        receive_s=[*before, *after, *after, *none, *after, *before],
-        send_s=[*after, *before, *before, *none, *before, *none],
-    )
+    # Neighbours on one rank hand tensors over.
+    passed_s = [0.0 if one == other else s for s, one, other in zip(sends_s, ranks, ranks[1:], strict=False)]
+    weights_s = _weight_s(schedule_name, backward_s, weight_s)
+    return passed_s, list(map(sub, backward_s, weights_s)), weights_s
 
 
 def _weight_s(
@@ -147,80 +165,84 @@ def overlap_saving_s(
     return forward_s + backward_s - at_once_s
 
 
-@lru_cache(maxsize=16)
-def ordered_steps(
-    schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int
-) -> tuple[tuple[Step, ...], tuple[Op, ...]]:
-    """All work of a step, each after what it waits for, as the simulation and as `orders` name it.
-
-    Raises as `rank_orders`.
-    """
-    orders = rank_orders(schedule_name, num_stages, num_microbatches, num_virtual)
-    ranks = stage_ranks(schedule_name, num_stages, num_virtual)
-    num_total = num_stages * num_virtual
-    last_leg = 2 * num_total - 1  # of a microbatch's way there and back
-    leg_ranks = [*ranks, *reversed(ranks)]
-    made_by: dict[tuple[int, int], int] = {}  # by leg and microbatch
-    steps: list[Step] = []
-    ops: list[Op] = []
-    num_done = [0] * num_stages
-    runnable = {0}
-    while runnable:
-        rank = runnable.pop()
-        order, done = orders[rank], num_done[rank]
-        while done < len(order):
-            phase, stage, microbatch = order[done]
-            work, wait = PHASES.index(phase), -1
-            if phase != "W":  # its input part is behind it in the same rank's order
-                leg = stage if phase == "F" else last_leg - stage
-                if leg and (wait := made_by.get((leg - 1, microbatch), -1)) < 0:
-                    break
-                outputs = [(leg, microbatch)]
-                if phase == "F" and done + 1 < len(order) and order[done + 1][0] == "O":
-                    work, outputs = _PAIRED, []
-                elif phase == "O":
-                    outputs.append(order[done - 1][1:])
-                for output in outputs:
-                    made_by[output] = len(steps)
-                    runnable.update(leg_ranks[output[0] + 1 : output[0] + 2])
-            steps.append((rank, work * num_total + stage, wait))
-            ops.append(order[done])
-            done += 1
-        num_done[rank] = done
-        runnable.discard(rank)
-    stuck = [rank for rank, order in enumerate(orders) if num_done[rank] < len(order)]
-    assert not stuck, f"the order deadlocks on ranks {stuck}"
-    return tuple(steps), tuple(ops)
-
-
 @dataclass(frozen=True, slots=True)
-class PackedSteps:
-    """All work of a step as `ordered_steps` has it, in less than a tenth of the memory: by rank, work, and
-    position of the step waited for."""
+class Steps:
+    """All work of a step, each after what it waits for: by rank, work, and position of the step waited for or
+    -1. Packed, as planners come back to a step for each of their programs."""
 
     ranks: array[int]
     works: array[int]
     waits: array[int]
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
         return zip(self.ranks, self.works, self.waits, strict=True)
+
+    def in_order(self) -> NDArray[np.intp]:
+        """Their positions in the order of `orders.numbered_orders`: rank after rank, as each runs them."""
+        return np.asarray(self.ranks).argsort(kind="stable")
 
 
 @lru_cache(maxsize=256)
-def packed_steps(schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int) -> PackedSteps:
-    """The work of `ordered_steps`, to keep: planners come back to a step for each of their programs."""
-    steps, _ = ordered_steps(schedule_name, num_stages, num_microbatches, num_virtual)
-    ranks, works, waits = zip(*steps, strict=True)
-    return PackedSteps(_packed(ranks), _packed(works), array("i", waits))
+def ordered_steps(schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int) -> Steps:
+    """The steps of a schedule. Raises as `check_schedule`."""
+    orders = numbered_orders(schedule_name, num_stages, num_microbatches, num_virtual)
+    num_total = num_stages * num_virtual
+    is_paired = np.append(orders.phases[1:] == OVERLAPPING, False)
+    works = np.where(is_paired, _PAIRED, orders.phases) * num_total + orders.stages
+    waits = _waits(orders, is_paired, num_total)
+    turn = np.array(_one_after_the_other(orders.ranks, waits))
+    position = np.empty_like(turn)
+    position[turn] = np.arange(len(turn))
+    waits = np.where(waits < 0, -1, position[waits])[turn]
+    return Steps(
+        _packed(orders.ranks[turn]), _packed(works[turn]), array("i", waits.astype(np.intc).tobytes())
+    )
 
 
-def _packed(numbers: Sequence[int]) -> array[int]:
+def _waits(orders: Orders, is_paired: NDArray[np.bool_], num_total: int) -> NDArray[np.intp]:
+    """Which piece of work each waits for, -1 for none: what passes a microbatch on to it. What comes before
+    on its own rank need not be said."""
+    _, phases, stages, microbatches = orders
+    legs = np.where(phases == FORWARD, stages, 2 * num_total - 1 - stages)  # of the way there and back
+    made_by = np.empty((2 * num_total, microbatches.max() + 1), dtype=np.intp)
+    passes_on = phases != WEIGHT  # whose input part is behind it in the same rank's order
+    by = np.arange(len(legs)) + is_paired  # what both make leaves when both end
+    made_by[legs[passes_on], microbatches[passes_on]] = by[passes_on]
+    return np.where(passes_on & (legs > 0), made_by[legs - 1, microbatches], -1)
+
+
+def _one_after_the_other(ranks: NDArray[np.int32], waits: NDArray[np.intp]) -> list[int]:
+    """All pieces of work, each after the one before it on its rank and the one that it waits for."""
+    starts = np.diff(ranks, prepend=-1).nonzero()[0].tolist()
+    ends: list[int] = np.bincount(ranks).cumsum()[ranks].tolist()
+    waits_for: list[int] = waits.tolist()
+    is_done = bytearray(len(ends) + 1)
+    is_done[-1] = 1  # nothing need be waited for
+    held_up: dict[int, list[int]] = {}  # by the work that they wait for
+    turn: list[int] = []
+    while starts:
+        first = work = starts.pop()
+        end = ends[first]
+        while work < end and is_done[waits_for[work]]:
+            is_done[work] = 1
+            if work in held_up:
+                starts += held_up.pop(work)
+            work += 1
+        turn += range(first, work)
+        if work < end:
+            held_up.setdefault(waits_for[work], []).append(work)
+    assert len(turn) == len(ends), "the order deadlocks"
+    return turn
+
+
+def _packed(numbers: NDArray[np.integer]) -> array[int]:
     """Numbers from 0 on, in two bytes each unless thousands of stages make some of them larger."""
-    return array("H" if max(numbers) < 1 << 16 else "i", numbers)
+    is_short = numbers.max() < 1 << 16
+    return array("H" if is_short else "i", numbers.astype(np.ushort if is_short else np.intc).tobytes())
 
 
 def run_steps(
-    steps: Iterable[Step], times: WorkTimes, num_stages: int, blocking_sends: bool = False
+    steps: Steps, times: WorkTimes, num_stages: int, blocking_sends: bool = False
 ) -> tuple[list[float], tuple[float, ...]]:
     """When every step ends, and every rank, if all start as early as they can.
 
@@ -232,20 +254,20 @@ def run_steps(
     compute_s, receive_s, _ = times
     clock_s = [0.0] * num_stages
     end_s: list[float] = []
-    add = end_s.append
+    running, now = 0, 0.0  # of most steps, the next is of the same rank
     for rank, work, wait in steps:
-        now = clock_s[rank]
+        if rank != running:
+            clock_s[running] = now
+            running, now = rank, clock_s[rank]
         if wait >= 0 and (ready := end_s[wait] + receive_s[work]) > now:
             now = ready
         now += compute_s[work]
-        clock_s[rank] = now
-        add(now)
+        end_s.append(now)
+    clock_s[running] = now
     return end_s, tuple(clock_s)
 
 
-def _run_blocking(
-    steps: Iterable[Step], times: WorkTimes, num_stages: int
-) -> tuple[list[float], tuple[float, ...]]:
+def _run_blocking(steps: Steps, times: WorkTimes, num_stages: int) -> tuple[list[float], tuple[float, ...]]:
     compute_s, receive_s, send_s = times
     clock_s = [0.0] * num_stages
     sending_s = [0.0] * num_stages

@@ -8,15 +8,15 @@
     InterleavedZeroBubble  the same after (v - 1) round + p - 1 - r forwards, with split backwards, whose
                            weight part runs r backwards later (ZB-H1 of arXiv:2401.10241)
 
-of p ranks with v stages each.
+of p ranks with v stages each. All ranks take each phase of their stages in the same turn, round by round and
+in a round stage by stage; they differ in which phase comes when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
+import numpy as np
 
-from costmodel.phases import Op, Phase
+from costmodel.phases import BACKWARD, FORWARD, INPUT, WEIGHT, Orders, phase_numbers
 
 
 def rounds(num_stages: int, num_microbatches: int) -> tuple[int, int]:
@@ -25,55 +25,54 @@ def rounds(num_stages: int, num_microbatches: int) -> tuple[int, int]:
     return num_rounds, num_microbatches // num_rounds
 
 
-def loop_order(
-    schedule_name: str, rank: int, num_stages: int, num_microbatches: int, num_virtual: int
-) -> tuple[Op, ...]:
-    """What one rank runs; the sizes are checked by the caller."""
-    stages = range(rank, num_stages * num_virtual, num_stages)
-    if schedule_name == "LoopedBFS":
-        visits = [(stage, microbatch) for stage in stages for microbatch in range(num_microbatches)]
-        return (*(("F", *visit) for visit in visits), *(("B", *visit) for visit in reversed(visits)))
-
-    num_rounds, per_round = rounds(num_stages, num_microbatches)
-    if schedule_name in ("GPipe", "1F1B"):
-        num_rounds, per_round = 1, num_microbatches
+def num_warmup(schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int) -> list[int]:
+    """How many forwards each rank runs before it turns to one forward, one backward."""
     num_ops = num_microbatches * num_virtual
-    num_ahead = num_stages - 1 - rank
-    num_warmup = {
-        "GPipe": num_ops,
-        "1F1B": num_ahead,
-        "Interleaved1F1B": (num_virtual - 1) * per_round + 2 * num_ahead,
-        "InterleavedZeroBubble": (num_virtual - 1) * per_round + num_ahead,
-    }[schedule_name]
-    num_warmup = min(num_warmup, num_ops)
-    forwards = list(_in_rounds("F", stages, num_rounds, per_round))
+    if schedule_name in ("GPipe", "LoopedBFS"):
+        return [num_ops] * num_stages
+    _, per_round = rounds(num_stages, num_microbatches)
+    whole_rounds = (num_virtual - 1) * per_round
+    step = 2 if schedule_name == "Interleaved1F1B" else 1
+    return [min(num_ops, whole_rounds + step * ahead) for ahead in reversed(range(num_stages))]
+
+
+def loop_orders(schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int) -> Orders:
+    """What all ranks run; the sizes are checked by the caller."""
+    num_ops = num_microbatches * num_virtual
+    warmups = num_warmup(schedule_name, num_stages, num_microbatches, num_virtual)
     if schedule_name == "InterleavedZeroBubble":
-        inputs = list(_in_rounds("I", stages[::-1], num_rounds, per_round))
-        weights = list(_in_rounds("W", stages[::-1], num_rounds, per_round))
-        return tuple(_with_weights(forwards, inputs, weights, num_warmup, num_behind=rank))
-    backwards = list(_in_rounds("B", stages[::-1], num_rounds, per_round))
-    steady = chain.from_iterable(zip(forwards[num_warmup:], backwards, strict=False))
-    return (*forwards[:num_warmup], *steady, *backwards[num_ops - num_warmup :])
+        kinds: tuple[int, ...] = FORWARD, INPUT, WEIGHT
+        texts = [_split(num_ops, ahead, rank) for rank, ahead in enumerate(warmups)]
+    else:
+        kinds = FORWARD, BACKWARD
+        texts = ["F" * ahead + "FB" * (num_ops - ahead) + "B" * ahead for ahead in warmups]
+    phases = phase_numbers(np.frombuffer("".join(texts).encode(), dtype=np.uint8))
+    ranks = np.repeat(np.arange(num_stages, dtype=np.int32), [len(text) for text in texts])
+
+    in_rounds = schedule_name in ("Interleaved1F1B", "InterleavedZeroBubble")
+    per_round = rounds(num_stages, num_microbatches)[1] if in_rounds else num_microbatches
+    visit = np.arange(num_ops)
+    places = visit // per_round % num_virtual
+    turn = visit // (num_virtual * per_round) * per_round + visit % per_round
+    stages, microbatches = np.empty_like(ranks), np.empty_like(ranks)
+    for phase in kinds:
+        mine = phases == phase
+        stages[mine] = ranks[mine] + np.tile(num_stages * places, num_stages)
+        microbatches[mine] = np.tile(turn, num_stages)
+        if phase == FORWARD:  # backwards go the other way
+            places = num_virtual - 1 - places
+            turn = turn[::-1] if schedule_name == "LoopedBFS" else turn
+    return Orders(ranks, phases, stages, microbatches)
 
 
-def _in_rounds(phase: Phase, stages: range, num_rounds: int, per_round: int) -> Iterator[Op]:
-    """Stage by stage within a round of microbatches."""
-    for first in range(0, num_rounds * per_round, per_round):
-        for stage in stages:
-            for microbatch in range(first, first + per_round):
-                yield phase, stage, microbatch
-
-
-def _with_weights(
-    forwards: list[Op], inputs: list[Op], weights: list[Op], num_warmup: int, num_behind: int
-) -> Iterator[Op]:
+def _split(num_ops: int, warmup: int, num_behind: int) -> str:
     """One forward, one input gradient and, `num_behind` of those later, its weight gradient."""
-    yield from forwards[:num_warmup]
-    num_weights = 0
-    for step, input_gradient in enumerate(inputs):
-        yield from forwards[num_warmup + step : num_warmup + step + 1]
-        yield input_gradient
-        if step >= num_behind:
-            yield weights[num_weights]
-            num_weights += 1
-    yield from weights[num_weights:]
+    num_pairs, num_behind = num_ops - warmup, min(num_behind, num_ops)
+    return (
+        "F" * warmup
+        + "FI" * min(num_pairs, num_behind)
+        + "FIW" * (num_pairs - num_behind)
+        + "I" * (num_behind - num_pairs)
+        + "IW" * (num_ops - max(num_pairs, num_behind))
+        + "W" * num_behind
+    )

@@ -8,19 +8,18 @@ the same rank (`v_orders`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
-from itertools import compress, pairwise
-from operator import sub
+from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.errors import CostModelError
-from costmodel.loop_orders import loop_order, rounds
-from costmodel.phases import Op, Phase
-from costmodel.v_orders import dual_pipe_v_order, zero_bubble_v_order
+from costmodel.loop_orders import loop_orders, num_warmup, rounds
+from costmodel.phases import FORWARD, INPUT, OVERLAPPING, PHASES, Op, Orders, Phase
+from costmodel.v_orders import dual_pipe_v_orders, zero_bubble_v_orders
 
 ScheduleName = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
@@ -77,7 +76,6 @@ def stage_ranks(schedule_name: str, num_stages: int, num_virtual: int = 1) -> tu
     return tuple(range(num_stages)) * num_virtual
 
 
-@lru_cache(maxsize=16)
 def rank_orders(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int = 1
 ) -> tuple[tuple[Op, ...], ...]:
@@ -85,13 +83,30 @@ def rank_orders(
 
     Raises as `check_schedule`.
     """
+    ranks, phases, stages, microbatches = numbered_orders(
+        schedule_name, num_stages, num_microbatches, num_virtual
+    )
+    names = map(PHASES.__getitem__, phases.tolist())
+    ops = list(zip(names, stages.tolist(), microbatches.tolist(), strict=True))
+    ends = np.bincount(ranks).cumsum().tolist()
+    return tuple(tuple(ops[start:stop]) for start, stop in pairwise([0, *ends]))
+
+
+@lru_cache(maxsize=16)
+def numbered_orders(
+    schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int = 1
+) -> Orders:
+    """`rank_orders` to calculate with; all callers share it. Raises as `check_schedule`."""
     check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
-    ranks = range(num_stages)
     if schedule_name == "ZBVZeroBubble":
-        return tuple(zero_bubble_v_order(rank, num_stages, num_microbatches) for rank in ranks)
-    if schedule_name == "DualPipeV":
-        return tuple(dual_pipe_v_order(rank, num_stages, num_microbatches) for rank in ranks)
-    return tuple(loop_order(schedule_name, rank, num_stages, num_microbatches, num_virtual) for rank in ranks)
+        orders = zero_bubble_v_orders(num_stages, num_microbatches)
+    elif schedule_name == "DualPipeV":
+        orders = dual_pipe_v_orders(num_stages, num_microbatches)
+    else:
+        orders = loop_orders(schedule_name, num_stages, num_microbatches, num_virtual)
+    for numbers in orders:
+        numbers.setflags(write=False)
+    return orders
 
 
 @cache
@@ -100,17 +115,21 @@ def peak_in_flight(
 ) -> tuple[int, ...]:
     """How many (virtual stage, microbatch) activations each rank holds at its peak.
 
-    GPipe m, LoopedBFS m v, 1F1B min(m, p - r), Interleaved1F1B min(m v, (v - 1) round + 2 (p - 1 - r) + 1);
-    with whole rounds of microbatches, of which ZBVZeroBubble needs two, InterleavedZeroBubble p v,
-    ZBVZeroBubble 2 p, DualPipeV 2 p + 1. Raises as `check_schedule`.
+    GPipe m, LoopedBFS m v, 1F1B min(m, p - r), Interleaved1F1B min(m v, (v - 1) round + 2 (p - 1 - r) + 1),
+    InterleavedZeroBubble min(m v, (v - 1) round + p), DualPipeV 2 p + 1, and, with two rounds of microbatches
+    or more, ZBVZeroBubble 2 p. Raises as `check_schedule`.
     """
     check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
-    if schedule_name in SPLIT_BACKWARD_SCHEDULES and num_stages > 1:
-        if schedule_name == "DualPipeV":
-            return (2 * num_stages + 1,) * num_stages
-        num_rounds = num_microbatches / num_stages
-        if num_rounds >= 2 if schedule_name in V_SCHEDULES else num_rounds.is_integer():
-            return (num_stages * num_virtual,) * num_stages
+    if schedule_name == "DualPipeV" and num_stages > 1:
+        return (2 * num_stages + 1,) * num_stages
+    if schedule_name not in V_SCHEDULES:
+        # After its warm-up a rank runs one forward more, and weight gradients come r backwards late.
+        ahead = num_warmup(schedule_name, num_stages, num_microbatches, num_virtual)
+        late = range(num_stages) if schedule_name in SPLIT_BACKWARD_SCHEDULES else [0] * num_stages
+        most = num_microbatches * num_virtual
+        return tuple(min(most, first + more + 1) for first, more in zip(ahead, late, strict=True))
+    if num_stages > 1 and num_microbatches >= 2 * num_stages:
+        return (2 * num_stages,) * num_stages
     ones = [1] * (num_stages * num_virtual)
     peaks = peak_activation_bytes(schedule_name, num_stages, num_microbatches, ones, num_virtual)
     return tuple(int(peak) for peak in peaks)
@@ -147,8 +166,9 @@ def peak_activation_bytes(
     ranks = range(num_stages)
     mine = [rank_stages(schedule_name, rank, num_stages, num_virtual) for rank in ranks]
     sizes = np.array([[whole[stage] for stage in own] + [later[stage] for stage in own] for own in mine])
-    flights = _fullest(schedule_name, num_stages, num_microbatches, num_virtual)
-    return tuple((flights * sizes[:, None, :]).sum(axis=2).max(axis=1).tolist())
+    held_by, counts = _fullest(schedule_name, num_stages, num_microbatches, num_virtual)
+    kept = (counts * sizes[held_by]).sum(axis=1)
+    return tuple(np.maximum.reduceat(kept, np.searchsorted(held_by, ranks)).tolist())
 
 
 @cache
@@ -168,17 +188,19 @@ def moments_in_flight(
         return np.array(peaks)[:, None, None]
     whole_rounds = schedule_name in V_SCHEDULES or num_microbatches % num_stages == 0
     made_for = min(num_microbatches, 5 * num_stages) if whole_rounds else num_microbatches  # as for the peak
-    flights = _fullest(schedule_name, num_stages, made_for, num_virtual)
-    found = [_undominated(counts) for counts in flights[:, :, :num_virtual] + flights[:, :, num_virtual:]]
-    most = max(map(len, found))
-    padded = np.array([np.pad(counts, ((0, most - len(counts)), (0, 0)), "edge") for counts in found])
+    held_by, flights = _fullest(schedule_name, num_stages, made_for, num_virtual)
+    counts = flights[:, :num_virtual] + flights[:, num_virtual:]
+    rows = np.unique(np.column_stack([held_by, counts]), axis=0)
+    starts = np.searchsorted(rows[:, 0], range(1, num_stages))
+    found = [_undominated(own) for own in np.split(rows[:, 1:], starts)]
+    moment = np.arange(max(map(len, found)))
+    padded = np.array([own[np.minimum(moment, len(own) - 1)] for own in found])
     padded.setflags(write=False)  # all callers share it
     return padded
 
 
-def _undominated(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows than which no other is at least as large everywhere."""
-    rows = np.unique(counts, axis=0)
+def _undominated(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of different rows than which no other is at least as large everywhere."""
     covers = (rows[:, None, :] >= rows[None, :, :]).all(axis=2)
     found: NDArray[np.int64] = rows[covers.sum(axis=0) == 1]
     return found
@@ -187,41 +209,40 @@ def _undominated(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 @lru_cache(maxsize=4096)
 def _fullest(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int
-) -> NDArray[np.int64]:
-    """The moments at which a rank may hold most, for any sizes: [rank, moment, what].
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The moments at which a rank may hold most, for any sizes: the ranks in order, and [moment, what].
 
     Each counts the microbatches that every stage of the rank keeps whole and then, for every stage, those of
     which it keeps what weight gradients need. On the way between two neighbouring moments the counts change
     by the same step again and again, so nothing between them is ever the most.
     """
-    moments = []
-    for rank, order in enumerate(rank_orders(schedule_name, num_stages, num_microbatches, num_virtual)):
-        mine = rank_stages(schedule_name, rank, num_stages, num_virtual)
-        place = {stage: index for index, stage in enumerate(mine)}
-        moments.append(_corners(order, place))
-    found = np.zeros((num_stages, max(map(len, moments)), 2 * num_virtual), dtype=np.int64)
-    for rank, counts in enumerate(moments):
-        found[rank, : len(counts)] = list(counts)
-    return found
+    orders = numbered_orders(schedule_name, num_stages, num_microbatches, num_virtual)
+    is_forward = orders.phases == FORWARD
+    is_last = is_forward & ~np.append(is_forward[1:], False)
+    corners = [_corners(orders, seen, num_virtual) for seen in (is_last, orders.phases == INPUT)]
+    ranks, counts = (np.concatenate(each) for each in zip(*corners, strict=True))
+    by_rank = ranks.argsort(kind="stable")
+    return ranks[by_rank], counts[by_rank]
 
 
-def _corners(order: Sequence[Op], place: Mapping[int, int]) -> set[tuple[int, ...]]:
-    """The counts after each last forward in a row and each input gradient, less those on the way."""
-    counts = [0] * (2 * len(place))
-    paths: dict[Phase, list[tuple[int, ...]]] = {"F": [], "I": []}
-    for (phase, stage, _), following in zip(order, [*order[1:], None], strict=True):
-        if phase != "W":
-            counts[place[stage]] += 1 if phase == "F" else -1
-        if phase in ("I", "W"):
-            counts[len(place) + place[stage]] += 1 if phase == "I" else -1
-        if phase == "I" or (phase == "F" and (following is None or following[0] != "F")):
-            paths[phase].append(tuple(counts))
-    found: set[tuple[int, ...]] = set()
-    for path in paths.values():
-        steps = [None, *(tuple(map(sub, after, before)) for before, after in pairwise(path)), None]
-        turns = (before is None or before != after for before, after in pairwise(steps))
-        found.update(compress(path, turns))
-    return found
+def _corners(
+    orders: Orders, seen: NDArray[np.bool_], num_virtual: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The counts after each piece of work that is seen, less those on the way between two others, and the
+    ranks that they are of."""
+    ranks, places = orders.ranks[seen], orders.stages // (orders.ranks[-1] + 1)
+    # All that a rank still holds after what is seen last it frees, so counting goes on with the next rank.
+    cells = (seen.cumsum() - seen) * num_virtual + places
+    size = (len(ranks) + 1) * num_virtual
+    added = [np.bincount(cells, change[orders.phases], size).reshape(-1, num_virtual) for change in _CHANGES]
+    steps = np.concatenate(added, axis=1)[:-1]
+    turns = (np.diff(ranks, prepend=-1) != 0) | (np.diff(ranks, append=-1) != 0)
+    turns[:-1] |= (steps[1:] != steps[:-1]).any(axis=1)
+    return ranks[turns], steps.cumsum(axis=0)[turns].astype(np.int64)
+
+
+_CHANGES = np.array([[1, -1, -1, 0, -1], [0, 0, 1, -1, 0]])
+"""By how much each phase changes the microbatches kept whole, and kept for weight gradients."""
 
 
 @cache
@@ -232,19 +253,15 @@ def alone_parts(
 
     Raises as `check_schedule`.
     """
-    found = np.ones((2, num_stages * num_virtual))
     if schedule_name not in OVERLAPPING_SCHEDULES:
         check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
-        return found
+        return np.ones((2, num_stages * num_virtual))
     # A microbatch more is one more pair of each stage.
     made_for = min(num_microbatches, 3 * num_stages)
-    for order in rank_orders(schedule_name, num_stages, made_for, num_virtual):
-        for before, (phase, stage, _) in pairwise(order):
-            if phase == "O":
-                found[0, before[1]] -= 1 / num_microbatches
-                found[1, stage] -= 1 / num_microbatches
-    found -= (num_microbatches - made_for) / num_microbatches
-    return found
+    orders = numbered_orders(schedule_name, num_stages, made_for, num_virtual)
+    pairs = np.bincount(orders.stages[orders.phases == OVERLAPPING], minlength=num_stages * num_virtual)
+    alone = (made_for - pairs) / num_microbatches
+    return np.stack([alone[::-1], alone])  # a backward overlaps a forward of the mirrored stage
 
 
 def least_alone(num_stages: int, num_microbatches: int) -> float:

@@ -1,4 +1,4 @@
-"""What a rank of a pipeline runs at a time.
+"""What a rank of a pipeline runs at a time, and all that the ranks run.
 
 F  a forward
 B  a whole backward
@@ -9,8 +9,35 @@ O  a whole backward that runs together with the forward of another microbatch ju
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 Phase = Literal["F", "B", "I", "W", "O"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+FORWARD, BACKWARD, INPUT, WEIGHT, OVERLAPPING = range(len(PHASES))
+"""The phases as numbers, to calculate with."""
+
 Op = tuple[Phase, int, int]  # (phase, stage, microbatch)
+
+
+class Orders(NamedTuple):
+    """All work of a step, rank after rank, each rank's in the order in which it runs: the rank, the number of
+    the phase, the stage and the microbatch of each piece."""
+
+    ranks: NDArray[np.int32]
+    phases: NDArray[np.int32]
+    stages: NDArray[np.int32]
+    microbatches: NDArray[np.int32]
+
+
+def phase_numbers(letters: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """The numbers of phases from their letters, small or capital."""
+    return _NUMBERS[letters]
+
+
+_NUMBERS = np.zeros(128, dtype=np.int32)
+for _number, _phase in enumerate(PHASES):
+    _NUMBERS[[ord(_phase), ord(_phase.lower())]] = _number
+_NUMBERS.setflags(write=False)

@@ -8,17 +8,21 @@ by stage and by boundary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from operator import add
 from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from costmodel.closed_forms import uniform_finish_s
 from costmodel.errors import CostModelError
-from costmodel.events import Step, ordered_steps, run_steps, work_times
-from costmodel.orders import check_schedule, peak_in_flight, rank_stages
-from costmodel.phases import Op, Phase
+from costmodel.events import Steps, checked_times, ordered_steps, run_steps, work_times
+from costmodel.orders import check_schedule, numbered_orders, peak_in_flight, rank_stages
+from costmodel.phases import OVERLAPPING, PHASES, Orders, Phase
 
 EventPhase = Literal["forward", "backward", "backward_input", "backward_weight"]
 _EVENT_PHASES: dict[Phase, EventPhase] = {
@@ -53,47 +57,47 @@ class Timeline:
     busy_s: tuple[float, ...]
     finish_s: tuple[float, ...]
     peak_in_flight: tuple[int, ...]
-    _steps: tuple[Step, ...] = field(repr=False)
-    _ops: tuple[Op, ...] = field(repr=False)
-    _end_s: tuple[float, ...] = field(repr=False)
+    _orders: Orders = field(repr=False, compare=False)
+    _steps: Steps = field(repr=False, compare=False)
     _compute_s: tuple[float, ...] = field(repr=False)  # by work
+    _end_s: tuple[float, ...] = field(repr=False)  # by step
 
     @cached_property
     def events(self) -> tuple[Event, ...]:
         """All that runs, rank by rank in the order it runs."""
-        by_rank: list[list[Event]] = [[] for _ in self.finish_s]
-        for (rank, work, _), (phase, stage, microbatch), end_s in zip(
-            self._steps, self._ops, self._end_s, strict=True
-        ):
-            events = by_rank[rank]
-            start_s = end_s - self._compute_s[work]
-            if phase == "O":  # with the forward before it, as one
+        events: list[Event] = []
+        orders = zip(*(numbers.tolist() for numbers in self._orders), strict=True)
+        in_order = self._steps.in_order().tolist()
+        for (rank, phase, stage, microbatch), step in zip(orders, in_order, strict=True):
+            end_s = self._end_s[step]
+            start_s = end_s - self._compute_s[self._steps.works[step]]
+            if phase == OVERLAPPING:  # with the forward before it, as one
                 events[-1] = events[-1]._replace(start_s=start_s, end_s=end_s)
-            events.append(Event(rank, stage, microbatch, _EVENT_PHASES[phase], start_s, end_s))
-        return tuple(event for events in by_rank for event in events)
+            events.append(Event(rank, stage, microbatch, _EVENT_PHASES[PHASES[phase]], start_s, end_s))
+        return tuple(events)
 
-    def path_to_end(self, rank: int) -> tuple[Op, ...]:
-        """A chain of work, each of which waits for the one before, that ends with the rank's last: if
-        messages travel beside compute, the longest. First of all stands what ends last."""
-        previous, last = self._order
-        path = []
-        index = last[rank]
-        while index >= 0:
-            path.append(self._ops[index])
-            _, work, wait = self._steps[index]
-            start_s, before = self._end_s[index] - self._compute_s[work], previous[index]
-            is_busy = before >= 0 and self._end_s[before] >= start_s * (1 - 1e-12)
-            index = before if is_busy or wait < 0 else wait
-        return tuple(path)
+    def works_to_end(self, rank: int) -> NDArray[np.intp]:
+        """A chain of work, as `events` numbers it, each of which waits for the one before, that ends with the
+        rank's last: if messages travel beside compute, the longest. First of all stands what ends last."""
+        held_up_by, last = self._waiting
+        steps = []
+        step = last[rank]
+        while step >= 0:
+            steps.append(step)
+            step = held_up_by[step]
+        return np.asarray(self._steps.works)[steps]
 
     @cached_property
-    def _order(self) -> tuple[list[int], list[int]]:
-        """The step before each on its rank, -1 for the first, and the last of every rank."""
-        previous, last = [], [-1] * len(self.finish_s)
-        for index, (rank, _, _) in enumerate(self._steps):
-            previous.append(last[rank])
-            last[rank] = index
-        return previous, last
+    def _waiting(self) -> tuple[list[int], list[int]]:
+        """The step that each waits for longest, -1 for the first, and the last of every rank."""
+        order, waits, end_s = self._steps.in_order(), np.asarray(self._steps.waits), np.array(self._end_s)
+        is_first = np.diff(self._orders.ranks, prepend=-1) != 0
+        before = np.empty_like(order)
+        before[order] = np.where(is_first, -1, np.roll(order, 1))
+        start_s = end_s - np.array(self._compute_s)[self._steps.works]
+        is_busy = (before >= 0) & (end_s[before] >= start_s * (1 - 1e-12))
+        held_up_by = np.where(is_busy | (waits < 0), before, waits)
+        return held_up_by.tolist(), order[np.roll(is_first, -1)].tolist()
 
 
 def simulate(
@@ -121,23 +125,22 @@ def simulate(
 
     Raises CostModelError for an unknown schedule, sizes it does not run, or times that make no sense.
     """
-    steps, ops = ordered_steps(schedule_name, num_stages, num_microbatches, num_virtual)
+    shape = schedule_name, num_stages, num_microbatches, num_virtual
+    steps = ordered_steps(*shape)
     times = work_times(
         schedule_name, num_stages, num_virtual, forward_s, backward_s, send_s, weight_s, overlap_saving_s
     )
     end_s, finish_s = run_steps(steps, times, num_stages, blocking_sends)
-    busy_s = [0.0] * num_stages
-    for rank, work, _ in steps:
-        busy_s[rank] += times.compute_s[work]
+    each_s = np.array(times.compute_s)[steps.works]
     return Timeline(
         step_s=max(finish_s),
-        busy_s=tuple(busy_s),
+        busy_s=tuple(np.bincount(steps.ranks, each_s).tolist()),
         finish_s=finish_s,
-        peak_in_flight=peak_in_flight(schedule_name, num_stages, num_microbatches, num_virtual),
+        peak_in_flight=peak_in_flight(*shape),
+        _orders=numbered_orders(*shape),
         _steps=steps,
-        _ops=ops,
-        _end_s=tuple(end_s),
         _compute_s=tuple(times.compute_s),
+        _end_s=tuple(end_s),
     )
 
 
@@ -187,18 +190,19 @@ def pipeline_lower_bound_s(
     gradients are apart (`weight_s`), nothing need travel after a rank's last work. Arguments as `simulate`,
     whose overlap savings are not considered.
     """
-    times = work_times(schedule_name, num_stages, num_virtual, forward_s, backward_s, send_s, weight_s)
-    num_total = num_stages * num_virtual
-    sends_s = times.send_s[:num_total]
-    inputs_s = times.compute_s[2 * num_total : 3 * num_total]
+    sends_s, inputs_s, _ = checked_times(
+        schedule_name, num_stages, num_virtual, forward_s, backward_s, send_s, weight_s
+    )
     one_microbatch_s = sum(forward_s) + sum(inputs_s) + 2 * sum(sends_s)
-    arrival_s = [0.0, *accumulate(map(sum, zip(forward_s, sends_s, strict=True)))]
-    return_s = [0.0] * num_stages
+    first = slice(num_stages - 1)  # the boundaries between the ranks' first stages
+    arrival_s = accumulate(map(add, forward_s[first], sends_s[first]), initial=0.0)
+    return_s: Iterable[float] = [0.0] * num_stages
     if weight_s is None:
-        return_s = [0.0, *accumulate(map(sum, zip(backward_s, sends_s, strict=True)))]
+        return_s = accumulate(map(add, backward_s[first], sends_s[first]), initial=0.0)
+    works_s = list(map(add, forward_s, backward_s))
     bounds_s = [one_microbatch_s]
-    for rank in range(num_stages):
+    for rank, (before_s, after_s) in enumerate(zip(arrival_s, return_s, strict=True)):
         stages = rank_stages(schedule_name, rank, num_stages, num_virtual)
-        busy_s = sum(forward_s[stage] + backward_s[stage] for stage in stages)
-        bounds_s.append(arrival_s[rank] + num_microbatches * busy_s + return_s[rank])
+        busy_s = sum(map(works_s.__getitem__, stages))
+        bounds_s.append(before_s + num_microbatches * busy_s + after_s)
     return max(bounds_s)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
+
 from costmodel.closed_forms import uniform_finish_s
-from costmodel.events import WorkTimes, ordered_steps, packed_steps, run_steps, work_times
+from costmodel.events import WorkTimes, ordered_steps, run_steps, work_times
 from costmodel.one_f_one_b import one_f_one_b_finish_s
-from costmodel.orders import OVERLAPPING_SCHEDULES, check_schedule, rank_orders
+from costmodel.orders import OVERLAPPING_SCHEDULES, check_schedule, numbered_orders
+from costmodel.phases import FORWARD, PHASES
 
 
 def rank_finish_s(
@@ -91,14 +94,14 @@ def _periodic_finish_s(
     repeats = whole_rounds and schedule_name not in ("GPipe", "LoopedBFS")
     num_short = 4 * num_stages + num_microbatches % num_stages  # two rounds beyond the longest warm-up
     while repeats and num_short < num_microbatches:
-        steps = packed_steps(*shape, num_short, num_virtual)
+        steps = ordered_steps(*shape, num_short, num_virtual)
         end_s, finish_s = run_steps(steps, times, num_stages, blocking_sends)
         round_s = _round_s(end_s, _rounds_apart(*shape, num_short, num_virtual))
         if round_s is not None:
             num_more = (num_microbatches - num_short) // num_stages
             return tuple(finish + num_more * round_s for finish in finish_s)
         num_short += num_short // num_stages * num_stages
-    steps = packed_steps(*shape, num_microbatches, num_virtual)
+    steps = ordered_steps(*shape, num_microbatches, num_virtual)
     return run_steps(steps, times, num_stages, blocking_sends)[1]
 
 
@@ -120,15 +123,19 @@ def _rounds_apart(
     Empty when the order of the one is not that of the other.
     """
     shape = (schedule_name, num_stages, num_microbatches, num_virtual)
-    ops = ordered_steps(*shape)[1]
-    position = {op: index for index, op in enumerate(ops)}
-    pairs = []
-    for order in rank_orders(*shape):
-        stop = max(index for index, op in enumerate(order) if op[0] == "F") + 1
-        start = stop - len(order) * num_stages // num_microbatches
-        for phase, stage, microbatch in order[max(0, start) : stop]:
-            earlier = position.get((phase, stage, microbatch - num_stages))
-            if earlier is None or start < 0:
-                return ()
-            pairs.append((earlier, position[phase, stage, microbatch]))
-    return tuple(pairs)
+    ranks, phases, stages, microbatches = numbered_orders(*shape)
+    position = ordered_steps(*shape).in_order()
+    numbers = np.bincount(ranks)
+    firsts = numbers.cumsum() - numbers
+    place = np.arange(len(ranks)) - firsts[ranks]  # in the order of its rank
+    stops = np.maximum.reduceat(np.where(phases == FORWARD, place + 1, 0), firsts)
+    starts = stops - numbers * num_stages // num_microbatches
+    last = (place >= starts[ranks]) & (place < stops[ranks])
+
+    step_of = np.full((len(PHASES), num_stages * num_virtual, num_microbatches), -1)
+    step_of[phases, stages, microbatches] = position
+    before = microbatches[last] - num_stages
+    earlier = step_of[phases[last], stages[last], before]
+    if (starts < 0).any() or (before < 0).any() or (earlier < 0).any():
+        return ()
+    return tuple(zip(earlier.tolist(), position[last].tolist(), strict=True))

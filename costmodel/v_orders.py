@@ -1,4 +1,4 @@
-"""Orders of the schedules whose stages lie in a V: rank r holds stage r, here `down`, and 2 p - 1 - r, `up`.
+"""Orders of the schedules whose stages lie in a V: rank r holds stage r, on its way down, and 2 p - 1 - r.
 
     ZBVZeroBubble  backwards split in input and weight part; no rank that has begun ever waits when forward,
                    input and weight part take equally long (arXiv:2401.10241, section 6)
@@ -6,80 +6,86 @@
                    communication of one may hide behind the compute of the other
                    (github.com/deepseek-ai/DualPipe)
 
-Each phase of each stage takes the microbatches one after the other.
+Each phase of each stage takes the microbatches one after the other, so a rank's order is written as a string
+of phases: in small letters those of its stage on the way down, in capitals those of the other.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from itertools import count
+from collections.abc import Sequence
 
-from costmodel.phases import Op, Phase
+import numpy as np
+
+from costmodel.phases import BACKWARD, FORWARD, INPUT, OVERLAPPING, WEIGHT, Orders, phase_numbers
 
 
-def zero_bubble_v_order(rank: int, num_stages: int, num_microbatches: int) -> tuple[Op, ...]:
-    """What one rank runs in ZBVZeroBubble.
+def zero_bubble_v_orders(num_stages: int, num_microbatches: int) -> Orders:
+    """What all ranks run in ZBVZeroBubble.
 
-    The order is made for at least 2 p - 1 microbatches; with fewer, those that do not exist are left out.
+    The orders are made for at least 2 p - 1 microbatches; with fewer, those that do not exist are left out.
     """
     made_for = max(2 * num_stages - 1, num_microbatches)
-    down, up = rank, 2 * num_stages - 1 - rank
-    order = _Order()
+    texts = [_zero_bubble(rank, num_stages, made_for) for rank in range(num_stages)]
+    orders = _orders(texts, made_for)
+    there = orders.microbatches < num_microbatches
+    return Orders(*(each[there] for each in orders))
+
+
+def dual_pipe_v_orders(num_stages: int, num_microbatches: int) -> Orders:
+    """What all ranks run in DualPipeV, of at least 2 p microbatches."""
+    texts = [_dual_pipe(rank, num_stages, num_microbatches) for rank in range(num_stages)]
+    return _orders(texts, num_microbatches)
+
+
+def _zero_bubble(rank: int, num_stages: int, num_microbatches: int) -> str:
     ahead = num_stages - rank
-    order.run(("F", down), times=2 * ahead - 1)
-    order.run(("F", up), ("F", down), times=rank)
-    order.run(("F", up), ("I", up), ("W", up), times=ahead)
-    steady: tuple[tuple[Phase, int], ...] = ("I", down), ("W", down), ("F", up), ("I", up), ("W", up)
-    num_down_left = made_for - (2 * ahead - 1) - rank
-    order.run(("F", down), *steady, times=num_down_left)
-    order.run(*steady, times=made_for - num_stages - num_down_left)
-    order.run(("I", down), ("I", up), times=rank)
-    order.run(("I", down), ("W", down), times=ahead)
-    order.run(("W", up), times=rank)
-    order.run(("W", down), times=rank)
-    return tuple(op for op in order.ops if op[2] < num_microbatches)
+    num_down_left = num_microbatches - (2 * ahead - 1) - rank
+    return (
+        "f" * (2 * ahead - 1)
+        + "Ff" * rank
+        + "FIW" * ahead
+        + "fiwFIW" * num_down_left
+        + "iwFIW" * (num_microbatches - num_stages - num_down_left)
+        + "iI" * rank
+        + "iw" * ahead
+        + "W" * rank
+        + "w" * rank
+    )
 
 
-def dual_pipe_v_order(rank: int, num_stages: int, num_microbatches: int) -> tuple[Op, ...]:
-    """What one rank runs in DualPipeV, of at least 2 p microbatches; the eight steps are DeepSeek's."""
-    down, up = rank, 2 * num_stages - 1 - rank
+def _dual_pipe(rank: int, num_stages: int, num_microbatches: int) -> str:
+    """The eight steps are DeepSeek's."""
     ahead, here = num_stages - 1 - rank, rank + 1
-    order = _Order()
-    order.run(("F", down), times=2 * ahead)
-    order.run(("F", down), ("F", up), times=here)
-    order.run(("I", up), ("W", up), ("F", up), times=ahead)
-    # The last rank does not overlap the first pair: its backward can start no earlier.
-    order.run(("F", down), ("B" if ahead == 0 else "O", up), ("F", up), ("O", down))
-    order.run(("F", down), ("O", up), ("F", up), ("O", down), times=num_microbatches - 2 * num_stages + rank)
-    order.run(("B", up), ("F", up), ("O", down), times=ahead)
-    # In the second half of what is left, weight gradients wait for the bubbles behind.
-    left = [up, down] * here
-    for stage in left[:here]:
-        order.run(("B", stage))
-    for stage in left[here:]:
-        order.run(("I", stage))
-    weights: deque[tuple[Phase, int]] = deque(("W", stage) for stage in left[here:])
-    for _ in range(ahead):
-        order.run(weights.popleft(), ("I", down))
-        weights.append(("W", down))
-    order.run(*weights)
-    return tuple(order.ops)
+    # In the second half of the backwards that are left, weight gradients wait for the bubbles behind.
+    whole, inputs = ("Bb" * here)[:here], ("Ii" * here)[here:]
+    weights = ("Ww" * here)[here:] + "w" * ahead
+    return (
+        "f" * (2 * ahead)
+        + "fF" * here
+        + "IWF" * ahead
+        # The last rank does not overlap the first pair: its backward can start no earlier.
+        + ("fOFo" if ahead else "fBFo")
+        + "fOFo" * (num_microbatches - 2 * num_stages + rank)
+        + "BFo" * ahead
+        + whole
+        + inputs
+        + "".join(weight + "i" for weight in weights[:ahead])
+        + weights[ahead:]
+    )
 
 
-class _Order:
-    """Work in order; counts the microbatches."""
-
-    def __init__(self) -> None:
-        self.ops: list[Op] = []
-        self._next: dict[tuple[str, int], count[int]] = {}
-
-    def run(self, *steps: tuple[Phase, int], times: int = 1) -> None:
-        for _ in range(times):
-            for phase, stage in steps:
-                self.ops.append((phase, stage, self._microbatch(phase, stage)))
-
-    def _microbatch(self, phase: Phase, stage: int) -> int:
-        if phase in ("B", "O"):  # both an input and a weight gradient
-            self._microbatch("W", stage)
-            return self._microbatch("I", stage)
-        return next(self._next.setdefault((phase, stage), count()))
+def _orders(texts: Sequence[str], num_microbatches: int) -> Orders:
+    """The orders so written, with the microbatches counted."""
+    num_stages = len(texts)
+    letters = np.frombuffer("".join(texts).encode(), dtype=np.uint8)
+    phases, is_up = phase_numbers(letters), letters < ord("a")
+    ranks = np.repeat(np.arange(num_stages, dtype=np.int32), [len(text) for text in texts])
+    stages = np.where(is_up, 2 * num_stages - 1 - ranks, ranks)
+    microbatches = np.empty_like(stages)
+    turn = np.tile(np.arange(num_microbatches), num_stages)
+    whole = (BACKWARD, OVERLAPPING)  # each is both an input and a weight gradient
+    for kinds in ((FORWARD,), (WEIGHT, *whole), (INPUT, *whole)):
+        there = np.isin(phases, kinds)
+        microbatches[there & is_up] = turn
+        microbatches[there & ~is_up] = turn
+    return Orders(ranks, phases, stages, microbatches)

@@ -21,14 +21,13 @@ work runs side by side.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import pairwise
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.search.evaluate import Evaluated
 from autopar.search.even_stages import EvenStages, moments
@@ -36,7 +35,7 @@ from autopar.search.runs import Array
 from autopar.search.solver import LinearModel, Row, solve
 from costmodel import Overlap, StageWork, simulate
 from costmodel.orders import OVERLAPPING_SCHEDULES, rank_stages, stage_ranks
-from costmodel.phases import Op, Phase
+from costmodel.phases import BACKWARD, FORWARD, INPUT, OVERLAPPING, PHASES, WEIGHT
 from costmodel.step import communication_cost
 
 MOST_ROUNDS = 16
@@ -45,7 +44,7 @@ MOST_ROUNDS = 16
 CHAINS_EACH = 8
 """How many chains are added each time, those of the ranks that end last."""
 
-PHASES_APART: tuple[Phase, ...] = ("F", "B", "I", "W")
+APART = (FORWARD, BACKWARD, INPUT, WEIGHT)
 """The phases of work that has its rank to itself."""
 
 NEGLIGIBLE = 1e-5
@@ -67,15 +66,15 @@ class Path(NamedTuple):
     last: int
 
     @staticmethod
-    def of(ops: Sequence[Op], ranks: Sequence[int]) -> Path:
-        """The chain of these ops, the last of all first; `ranks` hold the stages."""
-        passed = Counter((phase, stage) for phase, stage, _ in ops)
-        sent = Counter(
-            min(one[1], other[1]) for one, other in pairwise(ops) if ranks[one[1]] != ranks[other[1]]
-        )
-        stages = range(len(ranks))
-        passes = tuple(tuple(passed[phase, stage] for stage in stages) for phase in PHASES_APART)
-        return Path(passes, tuple(sent[boundary] for boundary in stages[:-1]), ranks[ops[0][1]])
+    def of(works: NDArray[np.intp], ranks: NDArray[np.intp]) -> Path:
+        """The chain of this work, the last of all first; `ranks` hold the stages."""
+        num_stages = len(ranks)
+        passed = _passed(works, num_stages)[list(APART)].tolist()
+        stages = works % num_stages
+        one, other = stages[:-1], stages[1:]
+        sent = np.minimum(one, other)[ranks[one] != ranks[other]]
+        sends = np.bincount(sent, minlength=num_stages - 1).tolist()
+        return Path(tuple(map(tuple, passed)), tuple(sends), int(ranks[stages[0]]))
 
 
 class Again(NamedTuple):
@@ -113,9 +112,10 @@ class AgainBound:
             for rank in range(self.p.pp)
         ]
         most_s = even.most_relief_s(self.cuts)
-        self.passes = [_Passes.of(s, overlap, most) for s, most in zip(self.stages, most_s, strict=True)]
+        passes = cache(partial(_Passes.of, overlap))  # many stages are alike
+        self.passes = list(map(passes, self.stages, most_s))
         self.once_s = [sum(self.passes[stage].once_s for stage in own) for own in self.mine]
-        self.ranks = stage_ranks(self.p.schedule, self.p.pp, self.p.num_virtual_stages)
+        self.ranks = np.array(stage_ranks(self.p.schedule, self.p.pp, self.p.num_virtual_stages))
         self.shared_s = self._shared(even.relief_s(self.p, self.cuts, excess_bytes))
 
     def bound_s(self) -> float:
@@ -213,15 +213,10 @@ class AgainBound:
         counts = [saved < whole_s for saved, whole_s in zip(savings_s, backward_s, strict=True)]
         found = []
         for last in sorted(range(p.pp), key=lambda rank: -ends_s[rank])[:number]:
-            ops = timeline.path_to_end(last)
-            passed = Counter((phase, stage) for phase, stage, _ in ops)
-            weights = np.array(
-                [
-                    float(passed["B", stage] + passed["I", stage] + count * passed["O", stage])
-                    for stage, count in enumerate(counts)
-                ]
-            )
-            path = None if hides else Path.of(ops, self.ranks)
+            works = timeline.works_to_end(last)
+            passed = _passed(works, len(ways))
+            weights = passed[BACKWARD] + passed[INPUT] + np.where(counts, passed[OVERLAPPING], 0.0)
+            path = None if hides else Path.of(works, self.ranks)
             found.append(Again(ends_s[last] - float(weights @ again_s), weights, path))
         return max(ends_s), found
 
@@ -251,6 +246,12 @@ class AgainBound:
         return found
 
 
+def _passed(works: NDArray[np.intp], num_stages: int) -> NDArray[np.intp]:
+    """How often each stage, the second index, is passed in each phase."""
+    size = (len(PHASES) + 1) * num_stages  # forwards that run beside a backward are numbered apart
+    return np.bincount(works, minlength=size).reshape(-1, num_stages)
+
+
 class _Part(NamedTuple):
     """Something that a stage may compute again, or a part of it: seconds and bytes of a microbatch."""
 
@@ -274,7 +275,7 @@ class _Passes(NamedTuple):
     communication_s: tuple[float, float]
 
     @staticmethod
-    def of(stage: StageWork, overlap: Overlap, most_again_s: float) -> _Passes:
+    def of(overlap: Overlap, stage: StageWork, most_again_s: float) -> _Passes:
         """Computing more again hides more of a microbatch's gathers, which may leave less to hide the
         synchronisation behind: that is hidden most where nothing more is computed, or where all is."""
         computed_s = stage.recompute_s + stage.backward_s

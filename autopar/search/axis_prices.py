@@ -47,8 +47,9 @@ class ClusterPrices:
         return self.pricer.traffic(graph)
 
     def op(self, local: OpGraph, traffic: Traffic) -> OpCost:
-        inside = traffic | self.traffic(local)
-        return total(self.pricer.op(part, local.tensors, inside, self.parameters) for part in local.ops)
+        if len(local.ops) > 1:  # one alone shares no kernel
+            traffic |= self.traffic(local)
+        return total(self.pricer.op(part, local.tensors, traffic, self.parameters) for part in local.ops)
 
     def conversion_s(self, how: Conversion, num_bytes: float) -> float:
         backward = how.backward is not None

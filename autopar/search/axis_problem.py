@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from autopar.localize import Assignment, Localized, local_shape, localize, splits_causal_rows
+from autopar.localize import local_shape, localize_op, splits_causal_rows
 from autopar.op_kinds import kind_of
 from autopar.placements import PR, RP, RR, Shard, State
 from autopar.pricing import OpCost, total
 from autopar.search.axis_prices import Prices
-from autopar.strategies import Conversion, Strategy, conversion, natural_sections, strategies
+from autopar.strategies import Conversion, Offers, Strategy, conversion, natural_sections
 from autopar.traffic import Traffic
 from graphs.ir import Op, OpGraph
 
@@ -116,15 +116,12 @@ class AxisProblem:
             size: tuple(cut for cut in cuts if len(cut) <= MOST_SECTIONS)
             for size, cuts in natural_sections(distinct, self.size, MOST_SECTIONS).items()
         }
-        self.offered = {index: self._offered(index, sections) for index in self.instances}
-        self._conversion_s: dict[tuple[int, bool, State, State], float | None] = {}
+        self.offers = Offers(graph, size, sections)
+        self.offered = {index: self._offered(graph.ops[index]) for index in self.instances}
+        self._move_s: dict[tuple[Conversion, int], float] = {}
 
-    def _offered(
-        self, index: int, sections: Mapping[int, tuple[tuple[int, ...], ...]]
-    ) -> tuple[Strategy, ...]:
-        op = self.graph.ops[index]
-        offered = strategies(op, self.graph, self.size, sections)
-        found = tuple(strategy for strategy in offered if not _is_shredded(strategy))
+    def _offered(self, op: Op) -> tuple[Strategy, ...]:
+        found = tuple([strategy for strategy in self.offers.of(op) if not _is_shredded(strategy)])
         if self.graph.loss in op.outputs:
             position = op.outputs.index(self.graph.loss)
             found = tuple(strategy for strategy in found if strategy.results[position] in LOSS_STATES)
@@ -204,7 +201,10 @@ class AxisProblem:
         for strategy in offered:
             work = self._work(kinds[0][0], strategy)
             if work not in known:
-                parts = ((self._local_op(op, strategy), count) for op, count in kinds)
+                parts = (
+                    (localize_op(op, strategy, self.graph, self.axis, self.size), count)
+                    for op, count in kinds
+                )
                 known[work] = total(self.prices.op(part, traffic).times(count) for part, count in parts)
             yield known[work]
 
@@ -221,24 +221,6 @@ class AxisProblem:
     def _is_special(self, op: Op, strategy: Strategy) -> bool:
         """Whether a rank does anything but the same op on its parts of the operands."""
         return strategy.implementation is not None or splits_causal_rows(op, strategy, self.graph)
-
-    def _local_op(self, op: Op, strategy: Strategy) -> OpGraph:
-        """The local form of one op alone, its operands already in the states that the strategy asks."""
-        names = dict.fromkeys((*op.inputs, *op.outputs))
-        alone = OpGraph(
-            name=op.name,
-            tensors={name: self.graph.tensors[name] for name in names},
-            ops=(op,),
-            parameters=(),
-            buffers=(),
-            inputs=tuple(dict.fromkeys(op.inputs)),
-            outputs=op.outputs,
-            output_names=op.outputs,
-            loss=None,
-            modules={},
-        )
-        sources = dict(zip(op.inputs, strategy.operands, strict=True))
-        return localize(Localized.of(alone), Assignment(self.axis, self.size, (strategy,), sources)).graph
 
     @cached_property
     def saved_bytes(self) -> Mapping[int, tuple[float, ...]]:
@@ -284,20 +266,26 @@ class AxisProblem:
         if source == target:
             return 0.0
         tensor = self.graph.tensors[name]
-        key = (tensor.num_bytes, tensor.requires_grad, source, target)
-        if key not in self._conversion_s:
-            how = conversion(source, target, tensor.requires_grad)
-            self._conversion_s[key] = None
-            if how is not None and (self.custom is None or self.custom.admits_conversion(how)):
-                self._conversion_s[key] = self.prices.conversion_s(how, tensor.num_bytes)
-        return self._conversion_s[key]
+        how = self.conversion(source, target, tensor.requires_grad)
+        return None if how is None else self.move_s(how, tensor.num_bytes)
+
+    def conversion(self, source: State, target: State, requires_grad: bool) -> Conversion | None:
+        """How a tensor may be brought from one state to another one, None where there is no way."""
+        how = conversion(source, target, requires_grad)
+        return how if how is None or self.custom is None or self.custom.admits_conversion(how) else None
+
+    def move_s(self, how: Conversion, num_bytes: int) -> float:
+        """Time of a conversion of a tensor of so many bytes."""
+        if (how, num_bytes) not in self._move_s:
+            self._move_s[how, num_bytes] = self.prices.conversion_s(how, num_bytes)
+        return self._move_s[how, num_bytes]
 
     def conversion_again_s(self, name: str, source: State, target: State) -> float:
         """Time of the conversion's forward alone."""
         tensor = self.graph.tensors[name]
         how = conversion(source, target, tensor.requires_grad)
         assert how is not None, "it was priced"
-        return self.prices.conversion_s(replace(how, backward=None), tensor.num_bytes)
+        return self.move_s(Conversion(how.name, how.forward, None), tensor.num_bytes)
 
     def stored_states(self, tensors: TensorClass) -> tuple[State, ...]:
         """In what states a parameter may be stored: whole, or in the shards that some reader asks."""

@@ -27,14 +27,26 @@ but for tensors with several consumers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import Literal, NamedTuple
 
 from autopar.errors import SearchTimeoutError
 from autopar.localize import Assignment
-from autopar.placements import RP, RR, Partial, Shard, State
+from autopar.placements import RR, Partial, State
+from autopar.search.axis_form import (
+    FREE,
+    NO_MOVE,
+    PAID,
+    WHOLE,
+    WHOLE_PARTIAL,
+    AxisForm,
+    Carried,
+    FormedProblem,
+    Slot,
+)
 from autopar.search.axis_problem import AxisProblem, Reader, TensorClass
 from autopar.search.effort import Effort, clocked
 from autopar.search.solver import LinearModel, Size, Term, solve
@@ -86,7 +98,8 @@ class Part(NamedTuple):
 
 
 class BlockIlp:
-    """The program of one problem, row by row: built once, solved at any price of memory.
+    """The program of one problem: built once, solved at any price of memory. Problems of one form share their
+    rows.
 
     Costs of its variables are time, of which `op_computed_s` is not communicated; `reductions_s` and the
     bytes by variable say what else to add, and `parts` whose time it is. What is solved is noted with the
@@ -96,131 +109,95 @@ class BlockIlp:
     def __init__(self, problem: AxisProblem, effort: Effort | None = None) -> None:
         self.problem = problem
         self.effort = effort or Effort()
-        self.model = LinearModel()
-        self.reductions_s: dict[int, float] = {}
-        self.activation_bytes: dict[int, float] = {}
-        self.parameter_bytes: dict[int, float] = {}
-        self.parts: dict[int, Part] = {}
-        self.op_computed_s: dict[int, float] = {}
-        self.x = {index: self._choose(index) for index in problem.instances}
-        self.y = {tensors.name: self._store(tensors) for tensors in problem.parameter_classes}
-        for tensors in problem.tensor_classes:
-            self._carry(tensors)
-
-    def _choose(self, index: int) -> tuple[int, ...]:
-        found = []
-        problem = self.problem
-        costs = zip(
-            problem.offered[index], problem.op_times_s[index], problem.op_computed_s[index],
-            problem.saved_bytes[index], strict=True,
-        )  # fmt: skip
-        for strategy, time_s, computed_s, num_bytes in costs:
-            variable = self.model.variable(time_s, integer=True)
-            self.op_computed_s[variable] = computed_s
-            self.activation_bytes[variable] = num_bytes
-            self.parts[variable] = Part(
-                index, problem.instances[index], problem.result_bytes(index, strategy)
-            )
-            found.append(variable)
-        self.model.row(1, 1, [(variable, 1.0) for variable in found])
-        return tuple(found)
-
-    def _store(self, tensors: TensorClass) -> dict[State, int]:
-        problem = self.problem
-        num_bytes = problem.graph.tensors[tensors.name].num_bytes
-        found = {}
-        for state in problem.stored_states(tensors):
-            variable = self.model.variable(integer=True)
-            self.reductions_s[variable] = tensors.count * problem.reduction_s(tensors.name, state)
-            self.parameter_bytes[variable] = tensors.count * num_bytes / problem.parts(state)
-            found[state] = variable
-        self.model.row(1, 1, [(variable, 1.0) for variable in found.values()])
-        self._store_as_asked(tensors, found)
-        return found
-
-    def _store_as_asked(self, tensors: TensorClass, stored: Mapping[State, int]) -> None:
-        """The rule of `autopar.strategies.stored_state` as rows: a shard if all ask it, and a partial
-        gradient if, and only if, some reader gives one."""
-        asks = [self._ask(tensors, reader) for reader in tensors.readers]
-        for state, variable in stored.items():
-            if isinstance(state.value, Shard):
-                for ask in asks:
-                    self.model.row(0, 1, [*((x, 1.0) for x in ask.get(state, ())), (variable, -1.0)])
-        if RP not in stored:
-            return
-        partial = [
-            [x for state, xs in ask.items() if isinstance(state.grad, Partial) for x in xs] for ask in asks
-        ]
-        self.model.row(0, len(asks), [*((x, 1.0) for xs in partial for x in xs), (stored[RP], -1.0)])
-        for xs in partial:
-            self.model.row(0, 1, [(stored[RR], 1.0), *((x, 1.0) for x in xs)])
-
-    def _carry(self, tensors: TensorClass) -> None:
-        give = self._give(tensors)
-        asks = [self._ask(tensors, reader) for reader in tensors.readers]
-        wanted = dict.fromkeys(state for ask in asks for state in ask)
-        costs = {
-            (made, state): self.problem.conversion_s(tensors.name, made, state)
-            for made, state in product(give, wanted)
+        self._formed = FormedProblem(problem)
+        self.rows = rows_of(self._formed.form)
+        self.x = dict(zip(problem.instances, self.rows.x, strict=True))
+        self.y = {
+            tensors.name: {self._formed.states[number]: variable for number, variable in stored.items()}
+            for tensors, stored in zip(problem.parameter_classes, self.rows.y, strict=True)
         }
-        if not any(cost is None or cost > 0 for cost in costs.values()):
-            return  # every state can be had for nothing
-        shared: dict[tuple[State, State], int] = {}
-        if len(asks) > 1:
-            shared = {pair: self.model.variable(tensors.count * cost) for pair, cost in costs.items() if cost}
-            for pair, variable in shared.items():
-                self.parts[variable] = self._part(tensors, tensors.readers[0], *pair)
-        for reader, ask in zip(tensors.readers, asks, strict=True):
-            out: dict[State, list[Term]] = {state: [(x, -1.0) for x in xs] for state, xs in give.items()}
-            into: dict[State, list[Term]] = {state: [(x, -1.0) for x in xs] for state, xs in ask.items()}
-            for pair in product(give, ask):
-                cost = costs[pair]
-                if cost is None:
-                    continue
-                flow = self.model.variable(0.0 if pair in shared else tensors.count * cost)
-                if cost and pair not in shared:
-                    self.parts[flow] = self._part(tensors, reader, *pair)
-                out[pair[0]].append((flow, 1.0))
-                into[pair[1]].append((flow, 1.0))
-                if pair in shared:
-                    self.model.row(0, 1, [(shared[pair], 1.0), (flow, -1.0)])
-            for terms in (*out.values(), *into.values()):
-                self.model.row(0, 0, terms)
+        self.model = self.rows.model.priced(self._costs())
 
-    def _give(self, tensors: TensorClass) -> dict[State, list[int]]:
-        if tensors.name in self.y:
-            return {state: [variable] for state, variable in self.y[tensors.name].items()}
-        if tensors.producer is None:
-            return {RR: [self.model.variable(lower=1.0)]}
-        index, result = tensors.producer
-        return _by_state(
-            (strategy.results[result], variable)
-            for strategy, variable in zip(self.problem.offered[index], self.x[index], strict=True)
-        )
+    def _costs(self) -> list[float]:
+        times_s = [seconds for index in self.x for seconds in self.problem.op_times_s[index]]
+        costs = times_s + [0.0] * (len(self.rows.model.costs) - len(times_s))
+        classes, moves_s = self.problem.tensor_classes, self._formed.moves_s
+        for move in self.rows.moves:
+            seconds = moves_s[move.tensors][move.number]
+            assert seconds is not None, "there is such a move"
+            costs[move.variable] = classes[move.tensors].count * seconds
+        return costs
 
-    def _ask(self, tensors: TensorClass, reader: Reader) -> dict[State, list[int]]:
-        return _by_state(
-            (strategy.operands[reader.position], variable)
-            for strategy, variable in zip(self.problem.offered[reader.op], self.x[reader.op], strict=True)
-        )
+    @cached_property
+    def op_computed_s(self) -> Mapping[int, float]:
+        """What of the ops' variables' costs is not communicated."""
+        return self._by_variable(self.problem.op_computed_s)
+
+    @cached_property
+    def activation_bytes(self) -> Mapping[int, float]:
+        """What is saved for backward under each strategy."""
+        return self._by_variable(self.problem.saved_bytes)
+
+    def _by_variable(self, values: Mapping[int, Sequence[float]]) -> dict[int, float]:
+        return {
+            variable: value
+            for index, variables in self.x.items()
+            for variable, value in zip(variables, values[index], strict=True)
+        }
+
+    @cached_property
+    def reductions_s(self) -> Mapping[int, float]:
+        """What each state of a parameter costs once a step."""
+        return {
+            variable: tensors.count * self.problem.reduction_s(tensors.name, state)
+            for tensors in self.problem.parameter_classes
+            for state, variable in self.y[tensors.name].items()
+        }
+
+    @cached_property
+    def parameter_bytes(self) -> Mapping[int, float]:
+        """What a parameter takes in each state."""
+        tensor_of = self.problem.graph.tensors
+        return {
+            variable: tensors.count * tensor_of[tensors.name].num_bytes / self.problem.parts(state)
+            for tensors in self.problem.parameter_classes
+            for state, variable in self.y[tensors.name].items()
+        }
+
+    @cached_property
+    def parts(self) -> Mapping[int, Part]:
+        """What the variables that have a cost stand for."""
+        problem, states = self.problem, self._formed.states
+        found = {
+            variable: Part(index, problem.instances[index], problem.result_bytes(index, strategy))
+            for index, variables in self.x.items()
+            for variable, strategy in zip(variables, problem.offered[index], strict=True)
+        }
+        for move in self.rows.moves:
+            tensors, carried = problem.tensor_classes[move.tensors], self._formed.form.tensors[move.tensors]
+            made, wanted = divmod(move.number, len(carried.wanted))
+            pair = states[carried.given[made]], states[carried.wanted[wanted]]
+            found[move.variable] = self._part(tensors, tensors.readers[move.reader], *pair)
+        return found
 
     def priced(self, num_microbatches: float = 1, price: MemoryPrice = MemoryPrice()) -> LinearModel:
         """The program with a microbatch's share of the reductions and the price of memory in its costs."""
-        added_s = [
-            *((variable, seconds / num_microbatches) for variable, seconds in self.reductions_s.items()),
-            *(
-                (variable, price.activation_s_per_byte * size)
-                for variable, size in self.activation_bytes.items()
-            ),
-            *(
-                (variable, price.parameter_s_per_byte * size)
-                for variable, size in self.parameter_bytes.items()
-            ),
-        ]
+        reduced_s = (
+            (variable, seconds / num_microbatches) for variable, seconds in self.reductions_s.items()
+        )
         costs = list(self.model.costs)
-        for variable, seconds in added_s:
+        for variable, seconds in (*reduced_s, *self._memory_s(price)):
             costs[variable] += seconds
         return self.model.priced(costs)
+
+    def _memory_s(self, price: MemoryPrice) -> Iterator[tuple[int, float]]:
+        """What each variable costs by the memory that it takes."""
+        if price.activation_s_per_byte:
+            for variable, size in self.activation_bytes.items():
+                yield variable, price.activation_s_per_byte * size
+        if price.parameter_s_per_byte:
+            for variable, size in self.parameter_bytes.items():
+                yield variable, price.parameter_s_per_byte * size
 
     @clocked("operators")
     def solve(
@@ -238,9 +215,7 @@ class BlockIlp:
                 "allow more time"
             )
         values = solution.values
-        sizes = (*self.activation_bytes.items(),), (*self.parameter_bytes.items(),)
-        priced = zip((price.activation_s_per_byte, price.parameter_s_per_byte), sizes, strict=True)
-        penalty_s = sum(rate * size * values[variable] for rate, part in priced for variable, size in part)
+        penalty_s = sum(seconds * values[variable] for variable, seconds in self._memory_s(price))
         return AxisSolution(
             self._assignment(values),
             solution.objective - penalty_s,
@@ -276,8 +251,147 @@ class BlockIlp:
         return Assignment(problem.axis, problem.size, choice, sources)
 
 
-def _by_state(pairs: Iterable[tuple[State, int]]) -> dict[State, list[int]]:
-    found: dict[State, list[int]] = {}
-    for state, variable in pairs:
-        found.setdefault(state, []).append(variable)
-    return found
+class Move(NamedTuple):
+    """A variable that pays for a move, by its `number` among those of a class of tensors, for one of its
+    readers or, if all share it, the first."""
+
+    variable: int
+    tensors: int
+    reader: int
+    number: int
+
+
+class Around(NamedTuple):
+    """Some rows of a program, and their variables' numbers by those in the whole."""
+
+    model: LinearModel
+    numbers: Mapping[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The program of a form, without its costs; nothing may be added to `model`. `x` are the variables of
+    each op, `y` those of each parameter by state."""
+
+    model: LinearModel
+    x: Sequence[range]
+    y: Sequence[Mapping[int, int]]
+    moves: Sequence[Move]
+    _around: dict[frozenset[int], Around] = field(default_factory=dict, repr=False)
+
+    def around(self, variables: frozenset[int]) -> Around:
+        """The rows in which some of these variables are: made once, as blocks of a model are few."""
+        if variables not in self._around:
+            rows = [row for row in self.model.rows if any(variable in variables for variable, _ in row[2])]
+            touched = sorted({variable for _, _, terms in rows for variable, _ in terms})
+            numbers = {variable: number for number, variable in enumerate(touched)}
+            model = LinearModel()
+            for variable in touched:
+                model.variable(0.0, *self.model.bounds[variable])
+            for lower, upper, terms in rows:
+                model.row(lower, upper, [(numbers[variable], factor) for variable, factor in terms])
+            self._around[variables] = Around(model, numbers)
+        return self._around[variables]
+
+
+@lru_cache(maxsize=16)
+def rows_of(form: AxisForm) -> Rows:
+    """The rows of all problems that have this form."""
+    return _RowMaker(form).rows()
+
+
+class _RowMaker:
+    def __init__(self, form: AxisForm) -> None:
+        self.form = form
+        self.model = LinearModel()
+        self.x = [self._choose(len(strategies)) for strategies in form.choices]
+        self.slots: dict[Slot, dict[int, list[int]]] = {}
+        self.y = {
+            number: self._store(tensors, tensors.stored)
+            for number, tensors in enumerate(form.tensors)
+            if tensors.stored is not None
+        }
+        self.moves: list[Move] = []
+
+    def rows(self) -> Rows:
+        for number, tensors in enumerate(self.form.tensors):
+            self._carry(number, tensors)
+        return Rows(self.model, self.x, tuple(self.y.values()), self.moves)
+
+    def _choose(self, count: int) -> range:
+        variables = range(len(self.model.costs), len(self.model.costs) + count)
+        for _ in variables:
+            self.model.variable(integer=True)
+        self.model.row(1, 1, [(variable, 1.0) for variable in variables])
+        return variables
+
+    def _store(self, tensors: Carried, states: tuple[int, ...]) -> dict[int, int]:
+        found = {state: self.model.variable(integer=True) for state in states}
+        self.model.row(1, 1, [(variable, 1.0) for variable in found.values()])
+        self._store_as_asked(tensors, found)
+        return found
+
+    def _store_as_asked(self, tensors: Carried, stored: Mapping[int, int]) -> None:
+        """The rule of `autopar.strategies.stored_state` as rows: a shard if all ask it, and a partial
+        gradient if, and only if, some reader gives one."""
+        asks = [self._by_state(reader) for reader in tensors.readers]
+        for state, variable in stored.items():
+            if state in self.form.shards:
+                for ask in asks:
+                    self.model.row(0, 1, [*((x, 1.0) for x in ask.get(state, ())), (variable, -1.0)])
+        if WHOLE_PARTIAL not in stored:
+            return
+        giving = self.form.partial_gradients
+        partial = [[x for state, xs in ask.items() if state in giving for x in xs] for ask in asks]
+        everyone = ((x, 1.0) for xs in partial for x in xs)
+        self.model.row(0, len(asks), [*everyone, (stored[WHOLE_PARTIAL], -1.0)])
+        for xs in partial:
+            self.model.row(0, 1, [(stored[WHOLE], 1.0), *((x, 1.0) for x in xs)])
+
+    def _carry(self, number: int, tensors: Carried) -> None:
+        give = self._give(number, tensors)
+        if all(move == FREE for move in tensors.moves):
+            return  # every state can be had for nothing
+        asks = [self._by_state(reader) for reader in tensors.readers]
+        numbers = {pair: at for at, pair in enumerate(product(tensors.given, tensors.wanted))}
+        shared: dict[int, int] = {}
+        if len(asks) > 1:
+            for at, move in enumerate(tensors.moves):
+                if move == PAID:
+                    shared[at] = self._paid(number, 0, at)
+        for reader, ask in enumerate(asks):
+            out: dict[int, list[Term]] = {state: [(x, -1.0) for x in xs] for state, xs in give.items()}
+            into: dict[int, list[Term]] = {state: [(x, -1.0) for x in xs] for state, xs in ask.items()}
+            for made, state in product(give, ask):
+                at = numbers[made, state]
+                if tensors.moves[at] == NO_MOVE:
+                    continue
+                is_paid = tensors.moves[at] == PAID and at not in shared
+                flow = self._paid(number, reader, at) if is_paid else self.model.variable()
+                out[made].append((flow, 1.0))
+                into[state].append((flow, 1.0))
+                if at in shared:
+                    self.model.row(0, 1, [(shared[at], 1.0), (flow, -1.0)])
+            for terms in (*out.values(), *into.values()):
+                self.model.row(0, 0, terms)
+
+    def _paid(self, tensors: int, reader: int, number: int) -> int:
+        variable = self.model.variable()
+        self.moves.append(Move(variable, tensors, reader, number))
+        return variable
+
+    def _give(self, number: int, tensors: Carried) -> Mapping[int, Sequence[int]]:
+        if number in self.y:
+            return {state: (variable,) for state, variable in self.y[number].items()}
+        if tensors.producer is None:
+            return {WHOLE: (self.model.variable(lower=1.0),)}
+        return self._by_state(tensors.producer)
+
+    def _by_state(self, slot: Slot) -> Mapping[int, Sequence[int]]:
+        """The variables of an op by the state of an operand or result."""
+        if slot not in self.slots:
+            found: dict[int, list[int]] = {}
+            for states, variable in zip(self.form.choices[slot.place], self.x[slot.place], strict=True):
+                found.setdefault(states[slot.column], []).append(variable)
+            self.slots[slot] = found
+        return self.slots[slot]

@@ -8,7 +8,7 @@ heads and back (Ulysses, arXiv:2309.14509, section 3), each attention for itself
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from autopar.localize import Assignment
 from autopar.op_kinds import without_order
@@ -20,7 +20,7 @@ from autopar.search.block_ilp import MANY_MICROBATCHES, BlockIlp
 from autopar.search.cut import cheapest_cut
 from autopar.search.effort import Effort
 from autopar.search.replicas import Samples
-from autopar.strategies import Strategy, strategies
+from autopar.strategies import Strategy
 from graphs.ir import Op, OpGraph
 
 ROWS = -2
@@ -51,11 +51,8 @@ class ContextProblem(AxisProblem):
         """The cheapest assignment. Gradients of weights are summed once a step, with the data axes."""
         return BlockIlp(self, effort).solve(MANY_MICROBATCHES).assignment
 
-    def _offered(
-        self, index: int, sections: Mapping[int, tuple[tuple[int, ...], ...]]
-    ) -> tuple[Strategy, ...]:
-        op = self.graph.ops[index]
-        offered = strategies(without_order(op), self.graph, self.size, sections)
+    def _offered(self, op: Op) -> tuple[Strategy, ...]:
+        offered = self.offers.of(without_order(op))
         found = [strategy for strategy in offered if self._is_context(op, strategy)]
         divided = [strategy for strategy in found if strategy.factor is not None]
         return tuple(divided if op.flops and divided else found)

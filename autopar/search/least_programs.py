@@ -6,7 +6,7 @@ Kept of each layout, as candidates ask for them again and again; what they rest 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from autopar.plan import Parallelism
@@ -14,7 +14,7 @@ from autopar.pricing import Pricer
 from autopar.search.block_floor import BlockFloor
 from autopar.search.block_ilp import MANY_MICROBATCHES
 from autopar.search.context import exchange_floor_s
-from autopar.search.local_programs import Program, ProgramKey
+from autopar.search.local_programs import MOST_PROBLEMS, Program, ProgramKey
 from autopar.search.relaxed import UnitFloor, relaxed
 from autopar.search.units import in_turns, stretches
 from costmodel.orders import OVERLAPPING_SCHEDULES
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 SMALLEST_SHARE = 0.01
 """Units that take less than this part of a microbatch are bounded without their collectives."""
 
+SMALLEST_TRADE = 0.05
+"""Units that take less than this part are thought to compute again without communicating more: a linear
+program for every price of memory tells better, but a few kinds of units have most of the time."""
+
 
 class LeastPrograms:
     """The floors under the programs of one model."""
@@ -34,7 +38,8 @@ class LeastPrograms:
         self._context_floors_s: dict[tuple[int, int, int], float] = {}
         self._relaxed: dict[tuple[ProgramKey, bool, bool], Program] = {}
         self._divided: dict[tuple[ProgramKey, bool], Program] = {}
-        self._unit_floors: dict[ProgramKey, list[UnitFloor | None]] = {}
+        self._floors_of = lru_cache(MOST_PROBLEMS)(self._found_floors)
+        self._computed_floors_s: dict[ProgramKey, float] = {}
 
     def divided(self, p: Parallelism, multiple: int) -> Program:
         """What one device does, divided over the ranks of a candidate's layout, with the least that these
@@ -69,30 +74,27 @@ class LeastPrograms:
     def _device_pricer(self, ep: int) -> Pricer:
         return self.programs.pricer(1, 1, ep, 1)
 
-    def _floors_of(self, key: ProgramKey) -> list[UnitFloor | None]:
+    def _found_floors(self, key: ProgramKey) -> list[UnitFloor | None]:
         """The floors of units in the axis's problem, of which experts that are dealt out are no part."""
-        if key not in self._unit_floors:
-            self._unit_floors[key] = list(self._found_floors(key))
-        return self._unit_floors[key]
-
-    def _found_floors(self, key: ProgramKey) -> Iterator[UnitFloor | None]:
         units = self.programs.device(key.microbatch_size, key.ep).chain.units
         if key.ep > 1:
-            yield from [None] * len(units)
-            return
+            return [None] * len(units)
         replica, ilp = self.programs.replica_of(key), self.programs.ilp(key)
-        worth_s = SMALLEST_SHARE * sum(unit.cost.total_s for unit in units)
+        device_s = sum(unit.cost.total_s for unit in units)
         pricer, repeats = self._device_pricer(key.ep), self.programs.shallow.repeats
         runs = [(run, repeats.get(run[2] or "", 1)) for run in stretches(replica.whole, replica.local.graph)]
         known: dict[tuple[int, int], UnitFloor] = {}
+        found: list[UnitFloor | None] = []
         for unit, ((start, stop, block), _) in zip(units, in_turns(runs), strict=True):
-            if repeats.get(block or "", 1) * unit.cost.total_s <= worth_s:
-                yield None
+            all_s = repeats.get(block or "", 1) * unit.cost.total_s
+            if all_s <= SMALLEST_SHARE * device_s:
+                found.append(None)
                 continue
             if (start, stop) not in known:
-                ops = BlockFloor(ilp, start, stop)
-                known[start, stop] = UnitFloor(ops, unit, key.tp * key.cp, pricer)
-            yield known[start, stop]
+                ops, trades = BlockFloor(ilp, start, stop), all_s > SMALLEST_TRADE * device_s
+                known[start, stop] = UnitFloor(ops, unit, key.tp * key.cp, pricer, trades)
+            found.append(known[start, stop])
+        return found
 
     def floor_s(self, microbatch_size: int, tp: int) -> float:
         """No program of a tensor axis of `tp` ranks takes less for a microbatch, whatever memory costs.
@@ -104,7 +106,10 @@ class LeastPrograms:
 
     def computed_floor_s(self, microbatch_size: int, tp: int) -> float:
         """What any of them computes at least, whatever it communicates."""
-        return sum(self.programs.ilp(_floor_key(microbatch_size, tp)).problem.computed_s.values())
+        key = _floor_key(microbatch_size, tp)
+        if key not in self._computed_floors_s:
+            self._computed_floors_s[key] = sum(self.programs.ilp(key).problem.computed_s.values())
+        return self._computed_floors_s[key]
 
     def context_floor_s(self, microbatch_size: int, tp: int, cp: int) -> float:
         """No context axis of `cp` ranks adds less to a microbatch, beside a tensor axis of `tp`."""

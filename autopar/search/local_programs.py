@@ -9,6 +9,10 @@ from typing import NamedTuple
 from autopar.search.block_ilp import AxisSolution
 from autopar.search.units import Chain
 
+MOST_PROBLEMS = 24
+"""The operator programs, and layouts' floors in them, that are kept at a time: they take much room, and what
+is asked for again is so soon."""
+
 
 class ProgramKey(NamedTuple):
     """What distinguishes programs. `levels` are the prices of memory of their blocks, where these are not all

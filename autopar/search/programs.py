@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import copy
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import NamedTuple, Protocol
 
 from autopar.data_parallel import data_parallel
@@ -26,7 +26,7 @@ from autopar.search.context import ContextProblem
 from autopar.search.effort import Effort, clocked
 from autopar.search.experts import deal_out_experts, num_experts, routes_unseen, with_own_experts
 from autopar.search.least_programs import LeastPrograms
-from autopar.search.local_programs import Program, ProgramKey
+from autopar.search.local_programs import MOST_PROBLEMS, Program, ProgramKey
 from autopar.search.other_depths import OtherDepths
 from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
 from autopar.search.replicas import Replica, Samples, make_replica, strategy_keys
@@ -98,7 +98,7 @@ class Programs:
         self._has_experts = num_experts(capture.graph) > 1
         self._graphs: dict[int, OpGraph] = {}
         self._replicas: dict[tuple[int, int, int, int | None], Replica] = {}
-        self._ilps: dict[ProgramKey, BlockIlp] = {}
+        self._ilp_of = lru_cache(MOST_PROBLEMS)(self._ilp)
         self._made: dict[ProgramKey, Unpriced] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._propagated: Assignment | None = None
@@ -115,7 +115,8 @@ class Programs:
                 low_precision=self.low_precision, effort=self.effort,
             )  # fmt: skip
         other = copy(self)
-        other.rules, other._ilps, other._made = rules, {}, {}
+        other.rules, other._made = rules, {}
+        other._ilp_of = lru_cache(MOST_PROBLEMS)(other._ilp)
         other.least, other.depths = LeastPrograms(other), OtherDepths(other)
         other._programs = {key: made for key, made in self._programs.items() if key.tp == 1}
         return other
@@ -245,19 +246,19 @@ class Programs:
     def ilp(self, key: ProgramKey) -> BlockIlp:
         """The problem at this cluster's prices, within the region that the sequence parallelism asked for
         leaves."""
-        key = key._replace(ep=1, num_microbatches=1, price_level=0)
-        if key not in self._ilps:
-            graph = self.replica_of(key).local.graph
-            counts = local_counts(graph.ops, self.shallow.counts)
-            pricer = self.pricer(key.data_size, key.cp, 1, key.tp)
-            split = key.sequence_parallel
-            region = None if split is None else RegionRule(graph, sequence_parallel=split)
-            rule = self.rules.rule(graph, "tp") if self.rules is not None else None
-            custom = All.of(rule, region)  # pins hold; the region yields to them
-            prices = ClusterPrices(pricer, "tp", frozenset(graph.parameter_tensors))
-            problem = AxisProblem(graph, "tp", key.tp, prices, counts, custom)
-            self._ilps[key] = BlockIlp(problem, self.effort)
-        return self._ilps[key]
+        return self._ilp_of(key._replace(ep=1, num_microbatches=1, price_level=0))
+
+    def _ilp(self, key: ProgramKey) -> BlockIlp:
+        graph = self.replica_of(key).local.graph
+        counts = local_counts(graph.ops, self.shallow.counts)
+        pricer = self.pricer(key.data_size, key.cp, 1, key.tp)
+        split = key.sequence_parallel
+        region = None if split is None else RegionRule(graph, sequence_parallel=split)
+        rule = self.rules.rule(graph, "tp") if self.rules is not None else None
+        custom = All.of(rule, region)  # pins hold; the region yields to them
+        prices = ClusterPrices(pricer, "tp", frozenset(graph.parameter_tensors))
+        problem = AxisProblem(graph, "tp", key.tp, prices, counts, custom)
+        return BlockIlp(problem, self.effort)
 
     def _solution(self, key: ProgramKey) -> AxisSolution:
         if key.price_level == PINNED:

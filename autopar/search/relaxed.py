@@ -44,12 +44,14 @@ _ROUNDING = 1e-9
 @dataclass(frozen=True, eq=False)
 class UnitFloor:
     """What a unit takes at least in the problem of an axis, of which it is the `ops`; `unit` is what one
-    device does of the same microbatch, which `degree` ranks share."""
+    device does of the same microbatch, which `degree` ranks share. It `trades` memory for time, unless it is
+    too small to be worth the linear programs."""
 
     ops: BlockFloor
     unit: Unit
     degree: int
     pricer: Pricer
+    trades: bool = True
 
     def traded_s(self, price: float, *, hides: bool) -> float:
         """h(λ) of the module."""
@@ -186,7 +188,7 @@ class _Least:
     def unit(self, trades: bool) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
         least = replace(self.device, cost=self._cost(), recompute_s=again_s)
-        if not trades or self.floor is None or not self.device.is_block:
+        if not (trades and self.floor and self.floor.trades and self.device.is_block):
             return least
         saved = dict(self.device.saved)
         names = ["none"]

@@ -19,7 +19,7 @@ from autopar.errors import InvalidParallelismError
 from autopar.localize import Assignment, Localized, localize
 from autopar.op_kinds import without_order
 from autopar.placements import RP, RR, Placement, Shard, State, sharded
-from autopar.strategies import Strategy, conversion, natural_sections, settle, strategies
+from autopar.strategies import Offers, Strategy, conversion, natural_sections, settle
 from graphs.blocks import find_blocks
 from graphs.ir import Op, OpGraph
 
@@ -102,11 +102,11 @@ def context_parallel(graph: OpGraph, size: int) -> Assignment:
     whole = dict.fromkeys((*graph.inputs, *(buffer.tensor for buffer in graph.buffers)), RR)
     sources = whole | split | {parameter.tensor: RP for parameter in graph.parameters}
     sources = {name: settle(state, graph.tensors[name].requires_grad) for name, state in sources.items()}
-    sections = natural_sections(free, size)
+    offers = Offers(free, size, natural_sections(free, size))
     made, samples = dict(sources), Samples.of(graph)
     choice = []
     for op in free.ops:
-        offered = (each for each in strategies(op, free, size, sections) if not samples.are_split(op, each))
+        offered = (each for each in offers.of(op) if not samples.are_split(op, each))
         best = min(offered, key=partial(_cost, op, free, made))
         made.update(zip(op.outputs, best.results, strict=True))
         choice.append(best)

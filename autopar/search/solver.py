@@ -60,13 +60,18 @@ class LinearModel:
         """The same with more rows."""
         constraints = model_pb2.ModelProto()
         constraints.CopyFrom(self.constraints())
-        constraints.MergeFrom(_constraints_proto(rows, len(self.rows)))
+        _add_rows(constraints, rows, len(self.rows))
         return replace(self, rows=[*self.rows, *rows], _constraints=[constraints])
 
     def constraints(self) -> model_pb2.ModelProto:
-        """The rows as the solver takes them, made once for all models that share them."""
+        """Bounds and rows as the solver takes them, made once for all models that share them."""
         if not self._constraints:
-            self._constraints.append(_constraints_proto(self.rows))
+            constraints = model_pb2.ModelProto()
+            constraints.variables.ids.extend(range(len(self.bounds)))
+            constraints.variables.lower_bounds.extend([lower for lower, _ in self.bounds])
+            constraints.variables.upper_bounds.extend([upper for _, upper in self.bounds])
+            _add_rows(constraints, self.rows)
+            self._constraints.append(constraints)
         return self._constraints[0]
 
     def variable(
@@ -257,35 +262,32 @@ def _model_proto(
     model: LinearModel, scale: float, *, is_relaxed: bool, is_whole: bool
 ) -> model_pb2.ModelProto:
     proto = model_pb2.ModelProto()
-    variables = proto.variables
-    variables.ids.extend(range(len(model.costs)))
-    variables.lower_bounds.extend(lower for lower, _ in model.bounds)
-    variables.upper_bounds.extend(upper for _, upper in model.bounds)
-    variables.integers.extend((is_whole or integer) and not is_relaxed for integer in model.integer)
+    proto.CopyFrom(model.constraints())
+    integer = [False] * len(model.costs) if is_relaxed else [is_whole or each for each in model.integer]
+    proto.variables.integers.extend(integer)
     priced = [index for index, cost in enumerate(model.costs) if cost]
     proto.objective.linear_coefficients.ids.extend(priced)
-    proto.objective.linear_coefficients.values.extend(scale * model.costs[index] for index in priced)
-    proto.MergeFrom(model.constraints())
+    proto.objective.linear_coefficients.values.extend([scale * model.costs[index] for index in priced])
     return proto
 
 
-def _constraints_proto(given: Sequence[Row], first: int = 0) -> model_pb2.ModelProto:
-    """The rows, numbered from `first` on."""
-    proto = model_pb2.ModelProto()
+def _add_rows(proto: model_pb2.ModelProto, given: Sequence[Row], first: int = 0) -> None:
+    """Add rows, numbered from `first` on."""
     rows = proto.linear_constraints
     rows.ids.extend(range(first, first + len(given)))
-    rows.lower_bounds.extend(lower for lower, _, _ in given)
-    rows.upper_bounds.extend(upper for _, upper, _ in given)
-    entries = [(row, *term) for row, (_, _, terms) in enumerate(given, first) for term in _in_order(terms)]
+    rows.lower_bounds.extend([lower for lower, _, _ in given])
+    rows.upper_bounds.extend([upper for _, upper, _ in given])
+    terms = [_in_order(terms) for _, _, terms in given]
     matrix = proto.linear_constraint_matrix
-    matrix.row_ids.extend(row for row, _, _ in entries)
-    matrix.column_ids.extend(column for _, column, _ in entries)
-    matrix.coefficients.extend(coefficient for _, _, coefficient in entries)
-    return proto
+    matrix.row_ids.extend([row for row, ordered in enumerate(terms, first) for _ in ordered])
+    matrix.column_ids.extend([column for ordered in terms for column, _ in ordered])
+    matrix.coefficients.extend([coefficient for ordered in terms for _, coefficient in ordered])
 
 
-def _in_order(terms: tuple[Term, ...]) -> list[Term]:
+def _in_order(terms: Sequence[Term]) -> list[Term]:
     """The terms of a row by variable, each once."""
+    if len({index for index, _ in terms}) == len(terms):
+        return sorted(terms)
     sums: dict[int, float] = {}
     for index, coefficient in terms:
         sums[index] = sums.get(index, 0.0) + coefficient

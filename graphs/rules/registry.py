@@ -14,7 +14,7 @@ def scale_rows(op, operands, results):
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from graphs.errors import GraphError
 from graphs.interpret import resolve
 from graphs.ir import Op, OpGraph, Tensor
 from graphs.rules.build import check
+from graphs.rules.form import Call
 from graphs.rules.rule import Rule
 
 RuleFunction = Callable[[Op, tuple[Tensor, ...], tuple[Tensor, ...]], Rule | None]
@@ -44,7 +45,7 @@ def register(*targets: str) -> Callable[[F], F]:
     A target is an overload (`mylib.myop.default`) or all overloads of an operator (`mylib.myop`); the more
     special one wins, and a later registration replaces an earlier one. The function receives the op, its
     tensor operands in the order of `Op.inputs`, and its results; it returns the rule, or None where this form
-    of the op has none.
+    of the op has none. The rule may depend on what makes calls equal (`graphs.rules.form`), not on names.
     """
 
     def decorate(function: F) -> F:
@@ -65,11 +66,13 @@ def rule_for(op: Op, graph: OpGraph) -> Rule | None:
 
     Raises `RuleError` where the registered rule disagrees with the shapes of the op's tensors.
     """
-    operands = tuple(graph.tensors[name] for name in op.inputs)
-    results = tuple(graph.tensors[name] for name in op.outputs)
     function = _find(op.target)
-    if function is None:
-        return None
+    return None if function is None else _rule(function, Call.of(op, graph))
+
+
+@lru_cache(maxsize=2048)
+def _rule(function: RuleFunction, call: Call) -> Rule | None:
+    op, operands, results = call.op, call.operands, call.results
     rule = function(op, operands, results)
     problem = check(rule, operands, results) if rule is not None else None
     if problem is not None:

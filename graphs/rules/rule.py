@@ -11,9 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 Dim = tuple[str, ...]
 """Factors of one dimension, major first. `()` is a dimension that no factor splits."""
+
+
+class Place(NamedTuple):
+    """A dimension that holds a factor: dimension `dim` of an operand or result by number, and its factors."""
+
+    side: Literal["operand", "result"]
+    number: int
+    dim: int
+    names: Dim
 
 
 @dataclass(frozen=True)
@@ -50,3 +61,16 @@ class Rule:
     sections: Mapping[tuple[str, int, int], tuple[int, ...]] = field(default_factory=dict)
     implemented: Mapping[str, str] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[Place, ...]]:
+        """Where each factor stands: in operands, then in results, in their order."""
+        found: dict[str, list[Place]] = {factor: [] for factor in self.sizes}
+        sides: tuple[tuple[Literal["operand", "result"], tuple[tuple[Dim, ...], ...]], ...]
+        sides = ("operand", self.operands), ("result", self.results)
+        for side, tensors in sides:
+            for number, dims in enumerate(tensors):
+                for dim, names in enumerate(dims):
+                    for factor in dict.fromkeys(names):
+                        found[factor].append(Place(side, number, dim, names))
+        return {factor: tuple(places) for factor, places in found.items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import graphs
-from autopar.localize import Assignment, Localized, localize
+from autopar.localize import Assignment, Localized, localize, localize_op
 from autopar.placements import RP, RR, Partial, Shard, sharded
 from autopar.rewrite.local import chosen
 from autopar.strategies import Strategy, natural_sections, settle, strategies
@@ -49,6 +51,19 @@ def test_random_strategies_give_loss_and_gradients_of_the_whole(name: str, seed:
         parts = [torch.zeros_like(part) if part.grad is None else part.grad for part in ranks[name_]]
         made = whole_of(parts, state.grad)
         torch.testing.assert_close(made, wanted, msg=f"the gradient of {name_}")
+
+
+@pytest.mark.parametrize("op_case", CASES, ids=str)
+def test_an_op_alone_is_localized_as_in_a_graph(op_case: Case) -> None:
+    torch.manual_seed(0)
+    call = record(op_case)
+    for strategy in strategies(call.op, call.graph, SIZE, natural_sections(call.graph, SIZE)):
+        sources = dict(zip(call.op.inputs, strategy.operands, strict=True))
+        one = replace(call.graph, ops=(call.op,))
+        whole = localize(Localized.of(one), Assignment("tp", SIZE, (strategy,), sources)).graph
+        alone = localize_op(call.op, strategy, call.graph, "tp", SIZE)
+        assert alone.ops == whole.ops
+        assert all(whole.tensors[name] == tensor for name, tensor in alone.tensors.items())
 
 
 @pytest.mark.parametrize("op_case", CASES, ids=str)

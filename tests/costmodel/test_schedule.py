@@ -13,11 +13,10 @@ from costmodel import (
     Timeline,
     closed_form_step_s,
     pipeline_lower_bound_s,
-    rank_orders,
     simulate,
 )
-from costmodel.events import overlap_saving_s
-from costmodel.orders import stage_ranks
+from costmodel.events import ordered_steps, overlap_saving_s, work_times
+from costmodel.orders import numbered_orders, stage_ranks
 
 F, B = 1.0, 2.0
 UNIFORM = [
@@ -181,6 +180,22 @@ def test_events_respect_every_dependency_and_waste_nothing(seed: int) -> None:
             free_s = stop_s
 
 
+@pytest.mark.parametrize("case", [
+    case for case in map(random_case, range(70)) if case.name != "DualPipeV"  # whose chains pass two at once
+])  # fmt: skip
+def test_the_chain_to_the_end_of_a_rank_takes_as_long_as_the_rank(case: Case) -> None:
+    timeline, ranks = case.simulate(), stage_ranks(case.name, case.p, case.v)
+    compute_s = work_times(*case[:2], case.v, *case[3:6], case.weight_s).compute_s
+    for rank in range(case.p):
+        works = timeline.works_to_end(rank).tolist()
+        stages = [work % len(ranks) for work in works]
+        sent_s = [
+            case.send_s[min(pair)] for pair in itertools.pairwise(stages) if ranks[pair[0]] != ranks[pair[1]]
+        ]
+        assert ranks[stages[0]] == rank
+        assert sum(sent_s) + sum(compute_s[work] for work in works) == pytest.approx(timeline.finish_s[rank])
+
+
 @pytest.mark.parametrize("seed", range(70))
 def test_no_step_is_shorter_than_the_lower_bound(seed: int) -> None:
     case = random_case(seed)
@@ -243,7 +258,8 @@ def test_the_slowest_stage_sets_the_pace() -> None:
 @pytest.mark.parametrize("name", ["GPipe", "1F1B"])
 def test_64_stages_and_512_microbatches_simulate_at_once(name: str) -> None:
     forward_s = [1.0 + stage % 3 for stage in range(64)]
-    rank_orders.cache_clear()
+    numbered_orders.cache_clear()
+    ordered_steps.cache_clear()
     start_s = time.process_time()
     timeline = simulate(name, 64, 512, forward_s, forward_s, 0.1)
     assert time.process_time() - start_s < 2  # a quarter of this on one core of 2020

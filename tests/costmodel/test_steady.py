@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from costmodel import SCHEDULES, rank_finish_s, simulate
-from costmodel.events import ordered_steps, packed_steps
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -71,18 +70,3 @@ def test_a_long_step_costs_no_more_to_ask_than_a_short_one() -> None:
         return time.process_time() - start_s
 
     assert asked_s(40_000) < 20 * asked_s(80)  # 500 times the microbatches
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize(("p", "m"), [(1, 2), (2, 4), (3, 9), (8, 40)])
-def test_packed_steps_are_the_ordered_ones(name: str, p: int, m: int) -> None:
-    for v in {"GPipe": (1,), "1F1B": (1,), "ZBVZeroBubble": (2,), "DualPipeV": (2,)}.get(name, (1, 2, 4)):
-        steps, _ = ordered_steps(name, p, m, v)
-        packed = packed_steps(name, p, m, v)
-        assert tuple(packed) == tuple(packed) == steps  # they are gone through more than once
-        assert packed.works.itemsize == packed.ranks.itemsize == 2
-
-
-def test_more_stages_than_two_bytes_can_number_are_packed_too() -> None:
-    shape = ("LoopedBFS", 66_000, 1, 1)
-    assert tuple(packed_steps(*shape)) == ordered_steps(*shape)[0]

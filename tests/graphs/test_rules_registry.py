@@ -90,6 +90,30 @@ def test_a_user_registers_a_rule() -> None:
 
 
 @pytest.mark.usefixtures("_unregistered")
+def test_ops_that_do_the_same_share_a_rule() -> None:
+    asked = []
+
+    @rules.register(SCALE_ROWS)
+    def scale_rows(op: Op, operands: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+        asked.append(op.name)
+
+    def ask(name: str, x: Tensor, scale: Tensor, *more: object) -> None:
+        op = Op(name, SCALE_ROWS, (Ref(x.name), Ref(scale.name), *more), {}, ("y",), "")
+        rules.rule_for(op, graph_of(op, **{x.name: x, scale.name: scale, "y": tensor("y", 4, 4)}))
+
+    x, scale = tensor("x", 4, 4), tensor("scale", 4, 4)
+    ask("first", x, scale)
+    ask("renamed", tensor("a", 4, 4), tensor("b", 4, 4))
+    assert asked == ["first"]
+    ask("repeated", x, x)
+    ask("wider", x, tensor("scale", 4, 1))
+    ask("exact", x, tensor("scale", 4, 4, dtype=torch.int64))
+    ask("by a number", x, scale, 1)
+    ask("by a flag", x, scale, True)
+    assert asked == ["first", "repeated", "wider", "exact", "by a number", "by a flag"]
+
+
+@pytest.mark.usefixtures("_unregistered")
 @pytest.mark.parametrize(
     ("sizes", "operands", "problem"),
     [
