@@ -204,7 +204,7 @@ def _natural(rule: Rule, factor: str, axis_size: int, place: Place) -> State | N
     """How a tensor lies where a factor is split as the rule has it."""
     if _major(rule, factor, place.names) > MOST_PARTS:
         return None
-    divided = rule.sections.get(place[:3], (rule.sizes[factor],))
+    divided = rule.sections.get(place.dimension, (rule.sizes[factor],))
     if any(part % axis_size for part in divided):
         return None
     return sharded(place.dim, _own_sections(rule, factor, place))
@@ -212,7 +212,7 @@ def _natural(rule: Rule, factor: str, axis_size: int, place: Place) -> State | N
 
 def _cut(rule: Rule, factor: str, place: Place, cut: Sections) -> State | None:
     """How a tensor lies where each part of a factor is split."""
-    if place.names[0] != factor or place[:3] in rule.sections:
+    if place.names[0] != factor or place.dimension in rule.sections:
         return None
     minor = prod([rule.sizes[name] for name in place.names[1:]])
     return sharded(place.dim, tuple([part * minor for part in cut]))
@@ -222,7 +222,7 @@ def _own_sections(rule: Rule, factor: str, place: Place) -> Sections | None:
     """The parts into which splitting `factor` cuts a dimension by the rule itself; None for one contiguous
     part.
     """
-    given = rule.sections.get(place[:3])
+    given = rule.sections.get(place.dimension)
     if given is not None:
         return given
     major = _major(rule, factor, place.names)

@@ -18,6 +18,9 @@ import numpy as np
 
 from costmodel.phases import BACKWARD, FORWARD, INPUT, WEIGHT, Orders, phase_numbers
 
+IN_ROUNDS = frozenset({"Interleaved1F1B", "InterleavedZeroBubble"})
+"""Schedules that take their microbatches in rounds."""
+
 
 def rounds(num_stages: int, num_microbatches: int) -> tuple[int, int]:
     """In how many rounds an interleaved schedule takes its microbatches, and how many in each."""
@@ -49,19 +52,19 @@ def loop_orders(schedule_name: str, num_stages: int, num_microbatches: int, num_
     phases = phase_numbers(np.frombuffer("".join(texts).encode(), dtype=np.uint8))
     ranks = np.repeat(np.arange(num_stages, dtype=np.int32), [len(text) for text in texts])
 
-    in_rounds = schedule_name in ("Interleaved1F1B", "InterleavedZeroBubble")
-    per_round = rounds(num_stages, num_microbatches)[1] if in_rounds else num_microbatches
+    per_round = num_microbatches
+    if schedule_name in IN_ROUNDS:
+        _, per_round = rounds(num_stages, num_microbatches)
     visit = np.arange(num_ops)
-    places = visit // per_round % num_virtual
-    turn = visit // (num_virtual * per_round) * per_round + visit % per_round
+    there = visit // per_round % num_virtual  # backwards go the other way
+    microbatch = visit // (num_virtual * per_round) * per_round + visit % per_round
+    later = microbatch[::-1] if schedule_name == "LoopedBFS" else microbatch
     stages, microbatches = np.empty_like(ranks), np.empty_like(ranks)
     for phase in kinds:
-        mine = phases == phase
+        mine, is_forward = phases == phase, phase == FORWARD
+        places = there if is_forward else num_virtual - 1 - there
         stages[mine] = ranks[mine] + np.tile(num_stages * places, num_stages)
-        microbatches[mine] = np.tile(turn, num_stages)
-        if phase == FORWARD:  # backwards go the other way
-            places = num_virtual - 1 - places
-            turn = turn[::-1] if schedule_name == "LoopedBFS" else turn
+        microbatches[mine] = np.tile(microbatch if is_forward else later, num_stages)
     return Orders(ranks, phases, stages, microbatches)
 
 

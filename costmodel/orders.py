@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.errors import CostModelError
-from costmodel.loop_orders import loop_orders, num_warmup, rounds
+from costmodel.loop_orders import IN_ROUNDS, loop_orders, num_warmup, rounds
 from costmodel.phases import FORWARD, INPUT, OVERLAPPING, PHASES, Op, Orders, Phase
 from costmodel.v_orders import dual_pipe_v_orders, zero_bubble_v_orders
+
+_AnyArray = TypeVar("_AnyArray", bound=NDArray[Any])
 
 ScheduleName = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
@@ -30,7 +32,6 @@ SPLIT_BACKWARD_SCHEDULES = frozenset({"InterleavedZeroBubble", *V_SCHEDULES})
 OVERLAPPING_SCHEDULES = frozenset({"DualPipeV"})
 """Schedules that run a forward and a backward at once, so that one communicates while the other computes."""
 _SINGLE_STAGE = frozenset({"GPipe", "1F1B"})
-_IN_ROUNDS = frozenset({"Interleaved1F1B", "InterleavedZeroBubble"})
 
 
 def check_schedule(schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int) -> None:
@@ -53,7 +54,7 @@ def check_schedule(schedule_name: str, num_stages: int, num_microbatches: int, n
             f"DualPipeV on {num_stages} ranks needs a microbatch for each of its {2 * num_stages} stages, "
             f"got {num_microbatches}; use more microbatches or ZBVZeroBubble"
         )
-    if schedule_name in _IN_ROUNDS:
+    if schedule_name in IN_ROUNDS:
         num_rounds, per_round = rounds(num_stages, num_microbatches)
         if num_rounds * per_round != num_microbatches:
             raise CostModelError(
@@ -105,7 +106,7 @@ def numbered_orders(
     else:
         orders = loop_orders(schedule_name, num_stages, num_microbatches, num_virtual)
     for numbers in orders:
-        numbers.setflags(write=False)
+        _shared(numbers)
     return orders
 
 
@@ -182,10 +183,10 @@ def moments_in_flight(
     """
     check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
     if schedule_name in ("GPipe", "LoopedBFS"):
-        return np.full((num_stages, 1, num_virtual), num_microbatches)
+        return _shared(np.full((num_stages, 1, num_virtual), num_microbatches))
     if num_virtual == 1:
         peaks = peak_in_flight(schedule_name, num_stages, num_microbatches)
-        return np.array(peaks)[:, None, None]
+        return _shared(np.array(peaks)[:, None, None])
     whole_rounds = schedule_name in V_SCHEDULES or num_microbatches % num_stages == 0
     made_for = min(num_microbatches, 5 * num_stages) if whole_rounds else num_microbatches  # as for the peak
     held_by, flights = _fullest(schedule_name, num_stages, made_for, num_virtual)
@@ -194,9 +195,13 @@ def moments_in_flight(
     starts = np.searchsorted(rows[:, 0], range(1, num_stages))
     found = [_undominated(own) for own in np.split(rows[:, 1:], starts)]
     moment = np.arange(max(map(len, found)))
-    padded = np.array([own[np.minimum(moment, len(own) - 1)] for own in found])
-    padded.setflags(write=False)  # all callers share it
-    return padded
+    return _shared(np.array([own[np.minimum(moment, len(own) - 1)] for own in found]))
+
+
+def _shared(numbers: _AnyArray) -> _AnyArray:
+    """The same, which nobody may change, as it is kept for all who ask for it."""
+    numbers.setflags(write=False)
+    return numbers
 
 
 def _undominated(rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -222,7 +227,7 @@ def _fullest(
     corners = [_corners(orders, seen, num_virtual) for seen in (is_last, orders.phases == INPUT)]
     ranks, counts = (np.concatenate(each) for each in zip(*corners, strict=True))
     by_rank = ranks.argsort(kind="stable")
-    return ranks[by_rank], counts[by_rank]
+    return _shared(ranks[by_rank]), _shared(counts[by_rank])
 
 
 def _corners(
@@ -255,13 +260,13 @@ def alone_parts(
     """
     if schedule_name not in OVERLAPPING_SCHEDULES:
         check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
-        return np.ones((2, num_stages * num_virtual))
+        return _shared(np.ones((2, num_stages * num_virtual)))
     # A microbatch more is one more pair of each stage.
     made_for = min(num_microbatches, 3 * num_stages)
     orders = numbered_orders(schedule_name, num_stages, made_for, num_virtual)
     pairs = np.bincount(orders.stages[orders.phases == OVERLAPPING], minlength=num_stages * num_virtual)
     alone = (made_for - pairs) / num_microbatches
-    return np.stack([alone[::-1], alone])  # a backward overlaps a forward of the mirrored stage
+    return _shared(np.stack([alone[::-1], alone]))  # a backward overlaps a forward of the mirrored stage
 
 
 def least_alone(num_stages: int, num_microbatches: int) -> float:

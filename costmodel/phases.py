@@ -34,10 +34,16 @@ class Orders(NamedTuple):
 
 def phase_numbers(letters: NDArray[np.uint8]) -> NDArray[np.int32]:
     """The numbers of phases from their letters, small or capital."""
-    return _NUMBERS[letters]
+    found = _BY_LETTER[letters]
+    assert found.min(initial=0) >= 0, "these are letters of phases"
+    return found
 
 
-_NUMBERS = np.zeros(128, dtype=np.int32)
-for _number, _phase in enumerate(PHASES):
-    _NUMBERS[[ord(_phase), ord(_phase.lower())]] = _number
-_NUMBERS.setflags(write=False)
+def _by_letter() -> NDArray[np.int32]:
+    found = np.full(128, -1, dtype=np.int32)
+    for number, phase in enumerate(PHASES):
+        found[[ord(phase), ord(phase.lower())]] = number
+    return found
+
+
+_BY_LETTER = _by_letter()

@@ -77,15 +77,16 @@ class Timeline:
         return tuple(events)
 
     def works_to_end(self, rank: int) -> NDArray[np.intp]:
-        """A chain of work, as `events` numbers it, each of which waits for the one before, that ends with the
-        rank's last: if messages travel beside compute, the longest. First of all stands what ends last."""
+        """A chain of work, as `costmodel.events` numbers it, each of which waits for the one before, that
+        ends with the rank's last: if messages travel beside compute, the longest. First of all stands what
+        ends last."""
         held_up_by, last = self._waiting
         steps = []
         step = last[rank]
         while step >= 0:
             steps.append(step)
             step = held_up_by[step]
-        return np.asarray(self._steps.works)[steps]
+        return np.asarray(self._steps.works)[steps].astype(np.intp)
 
     @cached_property
     def _waiting(self) -> tuple[list[int], list[int]]:

@@ -72,6 +72,7 @@ class Floors:
         self.largest = largest
         self.table = table
         self._tensor_s: dict[tuple[int, int], float] = {}
+        self._computed_s: dict[tuple[int, int], float] = {}
 
     def device(self, microbatch_size: int, ep: int) -> StageTable:
         """A microbatch on one device that has memory enough, its experts shared with `ep` others."""
@@ -113,8 +114,9 @@ class Floors:
         if ep > 1 or tp == 1:
             return device_s
         multiple = self._multiple(microbatch_size)
-        computed_s = self.programs.least.computed_floor_s(multiple, tp) * microbatch_size / multiple
-        return max(device_s, computed_s)
+        if (tp, multiple) not in self._computed_s:
+            self._computed_s[tp, multiple] = self.programs.least.computed_floor_s(multiple, tp) / multiple
+        return max(device_s, microbatch_size * self._computed_s[tp, multiple])
 
     def _multiple(self, microbatch_size: int) -> int:
         """A multiple of this size for which problems are made: the largest size without its surplus factors

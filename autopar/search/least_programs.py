@@ -39,7 +39,6 @@ class LeastPrograms:
         self._relaxed: dict[tuple[ProgramKey, bool, bool], Program] = {}
         self._divided: dict[tuple[ProgramKey, bool], Program] = {}
         self._floors_of = lru_cache(MOST_PROBLEMS)(self._found_floors)
-        self._computed_floors_s: dict[ProgramKey, float] = {}
 
     def divided(self, p: Parallelism, multiple: int) -> Program:
         """What one device does, divided over the ranks of a candidate's layout, with the least that these
@@ -66,7 +65,8 @@ class LeastPrograms:
         key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
         if (key, trades, hides) not in self._relaxed:
             device, pricer = self.programs.device(p.microbatch_size, p.ep).chain, self._device_pricer(p.ep)
-            fastest, floors = self.programs.program(p).chain, self._floors_of(key)
+            fastest = self.programs.program(p).chain
+            floors = self._floors_of(key._replace(num_microbatches=1))  # of which none depends on it
             chain = relaxed(device, fastest, p.tp, p.cp, pricer, floors, trades=trades, hides=hides)
             self._relaxed[key, trades, hides] = Program(key, chain, None, {})
         return self._relaxed[key, trades, hides]
@@ -106,10 +106,7 @@ class LeastPrograms:
 
     def computed_floor_s(self, microbatch_size: int, tp: int) -> float:
         """What any of them computes at least, whatever it communicates."""
-        key = _floor_key(microbatch_size, tp)
-        if key not in self._computed_floors_s:
-            self._computed_floors_s[key] = sum(self.programs.ilp(key).problem.computed_s.values())
-        return self._computed_floors_s[key]
+        return sum(self.programs.ilp(_floor_key(microbatch_size, tp)).problem.computed_s.values())
 
     def context_floor_s(self, microbatch_size: int, tp: int, cp: int) -> float:
         """No context axis of `cp` ranks adds less to a microbatch, beside a tensor axis of `tp`."""

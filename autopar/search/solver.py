@@ -42,7 +42,8 @@ class Size:
 
 @dataclass
 class LinearModel:
-    """Minimise a linear cost over bounded variables under linear rows, built up by `variable` and `row`."""
+    """Minimise a linear cost over bounded variables under linear rows, built up by `variable` and `row` until
+    it is solved or shares what it has."""
 
     costs: list[float] = field(default_factory=list)
     bounds: list[tuple[float, float]] = field(default_factory=list)
@@ -51,8 +52,9 @@ class LinearModel:
     _constraints: list[model_pb2.ModelProto] = field(default_factory=list, repr=False, compare=False)
 
     def priced(self, costs: Sequence[float], *, relaxed: bool = False) -> LinearModel:
-        """The same rows at other costs; no variable need be whole where `relaxed`. The rows are shared: add
-        none to either model."""
+        """The same rows at other costs; no variable need be whole where `relaxed`. Bounds and rows are
+        shared, so neither model can be added to any more."""
+        self.constraints()
         integer = [False] * len(costs) if relaxed else self.integer
         return replace(self, costs=list(costs), integer=integer)
 
@@ -78,6 +80,7 @@ class LinearModel:
         self, cost: float = 0.0, lower: float = 0.0, upper: float = 1.0, *, integer: bool = False
     ) -> int:
         """Adds a variable and returns its index."""
+        assert not self._constraints, "bounds are shared"
         self.costs.append(cost)
         self.bounds.append((lower, upper))
         self.integer.append(integer)
@@ -85,6 +88,7 @@ class LinearModel:
 
     def row(self, lower: float, upper: float, terms: Iterable[Term]) -> None:
         """Requires `lower <= sum of coefficient * variable <= upper`; terms of one variable add up."""
+        assert not self._constraints, "rows are shared"
         self.rows.append((lower, upper, tuple(terms)))
 
     @property

@@ -10,15 +10,18 @@ import torch
 
 from graphs.ir import Op, OpGraph, Ref, Tensor
 
-_PLAIN = frozenset({int, bool, str, type(None), torch.dtype})
-"""Types of arguments that are compared by themselves; others are by how they print, as floats, of which nan
-does not equal itself."""
+_PLAIN = frozenset({int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+"""Types of arguments that are compared by themselves."""
+
+_PRINTED = frozenset({float, complex})
+"""Types that are compared by how they print, as nan does not equal itself. All others are like nothing else.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """An op with its tensors, operands in the order of `Op.inputs`. Those of one form are equal: the same
-    target, arguments and `rows`, for operands and results of the same shapes, dtypes and gradients.
+    target, arguments, `rows` and `window`, for operands and results of the same shapes, dtypes and gradients.
     """
 
     form: Hashable
@@ -56,5 +59,7 @@ def _describe(value: Any, numbers: dict[str, int], form: list[object]) -> None:
         for key, item in value.items():
             form.append(key)
             _describe(item, numbers, form)
-    else:
+    elif kind in _PRINTED:
         form += kind, str(value)
+    else:
+        form.append(object())

@@ -45,7 +45,8 @@ def register(*targets: str) -> Callable[[F], F]:
     A target is an overload (`mylib.myop.default`) or all overloads of an operator (`mylib.myop`); the more
     special one wins, and a later registration replaces an earlier one. The function receives the op, its
     tensor operands in the order of `Op.inputs`, and its results; it returns the rule, or None where this form
-    of the op has none. The rule may depend on what makes calls equal (`graphs.rules.form`), not on names.
+    of the op has none. It is asked once for all ops that do the same (`graphs.rules.form`), so the rule may
+    not depend on names, modules, operations or storages.
     """
 
     def decorate(function: F) -> F:

@@ -26,6 +26,11 @@ class Place(NamedTuple):
     dim: int
     names: Dim
 
+    @property
+    def dimension(self) -> tuple[Literal["operand", "result"], int, int]:
+        """Which it is, whatever it holds."""
+        return self[:3]
+
 
 @dataclass(frozen=True)
 class Rule:
