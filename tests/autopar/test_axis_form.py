@@ -9,7 +9,8 @@ import pytest
 
 import graphs
 from autopar.search.axis_form import FREE, NO_MOVE, PAID, FormedProblem
-from autopar.search.block_ilp import BlockIlp, MemoryPrice, rows_of
+from autopar.search.block_ilp import BlockIlp, MemoryPrice
+from autopar.search.block_rows import rows_of
 from autopar.search.programs import Programs
 from autopar.search.space import parallelism
 from autopar.strategies import Offers, natural_sections, strategies
