@@ -6,8 +6,8 @@
 
 Every row runs in a process of its own, from the model's name to the plan, as a user would call it, and
 nothing is cached between rows. Processor seconds count from the import of torch on. A busy machine makes them
-longer, up to several times; a yardstick, the same work before and after each row, tells by how much. Prints
-tables in markdown.
+longer, up to several times; a yardstick, the same work before and after each row, tells by how much, and
+instructions are the same on any day. Prints tables in markdown.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.instructions import Instructions
+
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "benchmarks" / "bench_rows.json"
 BEGIN, END = "<!-- begin: made by benchmarks/bench.py -->", "<!-- end -->"
@@ -34,8 +36,8 @@ YARDSTICK_ROUNDS = 1_000_000
 _RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 HEAD = (
-    "row", "model", "devices", "CPU s", "limit", "process CPU s", "yardstick s", "peak GB", "limit", "gap",
-    "step s", "solved", "verdict",
+    "row", "model", "devices", "CPU s", "limit", "model s", "process CPU s", "yardstick s", "instructions",
+    "peak GB", "limit", "gap", "step s", "solved", "verdict",
 )  # fmt: skip
 LAYERS_HEAD = ("row", "layer", "problems", "variables", "rows", "integer", "CPU s")
 
@@ -66,13 +68,17 @@ class Row:
 class Result:
     """What a row took, and the plan; with an `error`, no plan.
 
-    `cpu_s` is processor time after the import of torch, `process_cpu_s` that of the whole process,
-    `yardstick_s` what fixed work took around it; `layers` are those of the certificate.
+    `cpu_s` is processor time after the import of torch, of which the user's model takes `model_s`: to import
+    what it is written in, and to build it. `process_cpu_s` is that of the whole process, `yardstick_s` what
+    fixed work took around it, `instructions` what was executed in `cpu_s`, 0 where it cannot be counted;
+    `layers` are those of the certificate.
     """
 
     cpu_s: float = 0.0
+    model_s: float = 0.0
     process_cpu_s: float = 0.0
     yardstick_s: float = 0.0
+    instructions: int = 0
     peak_bytes: float = 0.0
     num_devices: int = 0
     gap: float = 1.0
@@ -92,23 +98,28 @@ def measured(row: Row) -> Result:
     """
     import torch  # noqa: F401  not counted: every user of a torch model has it already
 
-    before_s = time.process_time()
+    before_s, counter = time.process_time(), Instructions()
     import autopar
     from autopar import models
 
+    imported_s = time.process_time()
     spec = models.load(row.model, seq_len=row.seq_len)
     if row.num_layers is not None:
         spec.config.num_hidden_layers = row.num_layers
         spec = models.from_hugging_face_config(spec.config, row.name, seq_len=row.seq_len)
+    model = spec.build_without_memory()
+    built_s = time.process_time()
     pins = {key: tuple(value) if isinstance(value, list) else value for key, value in row.pins.items()}
     found = autopar.plan(
-        spec, row.cluster, global_batch=row.global_batch, pins=pins or None, space=row.space,
-        price_pins=False, time_limit_s=row.time_limit_s,
+        model, row.cluster, inputs=spec.inputs, name=spec.name, global_batch=row.global_batch,
+        pins=pins or None, space=row.space, price_pins=False, time_limit_s=row.time_limit_s,
     )  # fmt: skip
     certificate = found.certificate
     return Result(
         cpu_s=time.process_time() - before_s,
+        model_s=built_s - imported_s,
         process_cpu_s=time.process_time(),
+        instructions=counter.count or 0,
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES,
         num_devices=found.cluster.num_devices,
         gap=certificate.gap,
@@ -175,8 +186,10 @@ def cells(row: Row, result: Result) -> tuple[str, ...]:
         f"{result.num_devices:,}",
         f"{result.cpu_s:.1f}",
         "-" if row.max_cpu_s is None else f"{row.max_cpu_s:g}",
+        f"{result.model_s:.1f}",
         f"{result.process_cpu_s:.1f}",
         f"{result.yardstick_s:.2f}",
+        f"{result.instructions / 1e9:.1f} G" if result.instructions else "-",
         f"{result.peak_bytes / 1e9:.2f}",
         "-" if row.max_bytes is None else f"{row.max_bytes / 1e9:g}",
         f"{result.gap:.2%}",
