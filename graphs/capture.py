@@ -26,7 +26,7 @@ from graphs.ir import OpGraph
 from graphs.measure import measured
 from graphs.repeats import expanded, find_runs, shortened
 from graphs.routing import with_routing
-from graphs.tidy import renamed, tidied
+from graphs.tidy import tidied
 from graphs.uncollected import uncollected
 from graphs.windows import with_windows
 
@@ -121,7 +121,7 @@ def _capture_shortened(model: nn.Module, inputs_at: Callable[[int], Inputs], nam
         longer = expanded(graph, model, runs, kept)
         if longer is None:
             return None
-        graphs.append(renamed(longer))
+        graphs.append(longer)
     try:
         check_alike(*graphs)
     except CaptureError:
