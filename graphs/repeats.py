@@ -54,11 +54,12 @@ def find_runs(model: nn.Module) -> tuple[Run, ...]:
     """The outermost runs of at least `MIN_INSTANCES` identical instances in module lists and sequences."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     shared = {key for key, count in owners.items() if count > 1}
+    containers = [
+        path for path, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))
+    ]
     runs: list[Run] = []
-    for path, module in model.named_modules():
-        if any(is_under(path, child) for run in runs for child in run.paths(0, run.length)):
-            continue
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+    for path in containers:
+        if not any(is_under(path, child) for run in runs for child in run.paths(0, run.length)):
             runs += _runs_in(model, path, shared)
     return tuple(runs)
 
