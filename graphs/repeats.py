@@ -185,7 +185,7 @@ def _write_instance(
 def _repeats(graph: OpGraph, run: Run, segments: Sequence[Sequence[Op]]) -> bool:
     """Whether every instance does to its predecessor's results what the second does to the first's."""
     first, second, *others = segments
-    if any(len(segment) != len(first) for segment in segments[:-1]):
+    if any(len(segment) != len(first) for segment in (second, *segments[:-1])):
         return False
     alike = _correspond(graph, (run.instance(0), None, first), (run.instance(1), None, second))
     before: Sequence[Op] = second
