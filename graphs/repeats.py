@@ -156,8 +156,8 @@ def _place(graph: OpGraph, run: Run, kept: int) -> Place | None:
 def _write_run(copy: NamedCopy, place: Place, names: dict[str, str]) -> None:
     """Write a run with the second instance cloned for every one that was left out.
 
-    Nothing but its successor reads an instance before the last, so its results give their names to those of
-    the next.
+    Nothing but its successor reads an instance before the last. So from then on `names` may give the names of
+    what the clone made as those of what the second made.
     """
     run, (first, second, *others) = place.run, place.segments
     missing = run.length - len(place.segments)
