@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from graphs.ir import Block, OpGraph, Ref
@@ -52,11 +52,12 @@ def is_under(path: str, ancestor: str) -> bool:
 def _module_tree(graph: OpGraph) -> dict[str, dict[str, list[int]]]:
     """For every module its children by path, each with the indices of the ops below it."""
     tree: dict[str, dict[str, list[int]]] = {}
-    for index, op in enumerate(graph.ops):
-        parts = op.module.split(".") if op.module else []
+    for module, run in groupby(range(len(graph.ops)), key=lambda index: graph.ops[index].module):
+        indices = list(run)
+        parts = module.split(".") if module else []
         for depth in range(len(parts)):
             parent, child = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
-            tree.setdefault(parent, {}).setdefault(child, []).append(index)
+            tree.setdefault(parent, {}).setdefault(child, []).extend(indices)
     return tree
 
 
@@ -138,7 +139,7 @@ def canonical_form(graph: OpGraph, path: str, extent: Range) -> Hashable:
             return numbers[value.name]
         if isinstance(value, (tuple, list)):
             return tuple([describe(item) for item in value])
-        if isinstance(value, Mapping):
+        if isinstance(value, (dict, Mapping)):
             return tuple([(key, describe(item)) for key, item in sorted(value.items())])
         return (type(value), str(value))
 

@@ -26,7 +26,7 @@ from graphs.ir import OpGraph
 from graphs.measure import measured
 from graphs.repeats import expanded, find_runs, shortened
 from graphs.routing import with_routing
-from graphs.tidy import renamed, tidied
+from graphs.tidy import tidied
 from graphs.uncollected import uncollected
 from graphs.windows import with_windows
 
@@ -106,24 +106,28 @@ def _capture_shortened(model: nn.Module, inputs_at: Callable[[int], Inputs], nam
     """The capture from a few instances of what repeats, None where nothing repeats or not reliably.
 
     The two batch sizes keep a different number of instances, so whatever depends on how many there are shows
-    up as a difference between the two graphs.
+    up as a difference between the two graphs. Three show that the third does what the second does; two must
+    then lead to the same graph. Ops between instances may follow a second that is not the last: there it
+    takes four.
     """
     runs = find_runs(model)
     if not runs:
         return None
-    graphs: list[OpGraph] = []
-    for batch, kept in ((LOW, 3), (HIGH, 4)):
+
+    def from_few(batch: int, kept: int) -> OpGraph | None:
         try:
             with shortened(model, runs, kept):
                 graph = _exported(model, inputs_at(batch), name, with_lines=False)
         except CaptureError:  # the capture of the whole model says it, and where
             return None
-        longer = expanded(graph, model, runs, kept)
-        if longer is None:
-            return None
-        graphs.append(renamed(longer))
+        return expanded(graph, model, runs, kept)
+
+    low = from_few(LOW, 3)
+    high = low and (from_few(HIGH, 2) or from_few(HIGH, 4))
+    if low is None or high is None:
+        return None
     try:
-        check_alike(*graphs)
+        check_alike(low, high)
     except CaptureError:
         return None
-    return Capture(*graphs)
+    return Capture(low, high)

@@ -85,6 +85,10 @@ def _same(first: Any, other: Any, offset: int, depth: int = 0) -> bool:
         return True
     if type(first) is not type(other) or depth > 8:
         return False
+    if isinstance(first, (dict, Mapping)):  # most settings are a dict of hooks, and empty
+        return first.keys() == other.keys() and all(
+            _same(value, other[key], offset, depth + 1) for key, value in first.items()
+        )
     if isinstance(first, bool):
         return bool(first == other)
     if isinstance(first, int):
@@ -94,10 +98,6 @@ def _same(first: Any, other: Any, offset: int, depth: int = 0) -> bool:
     if isinstance(first, (list, tuple)):
         return len(first) == len(other) and all(
             _same(a, b, offset, depth + 1) for a, b in zip(first, other, strict=True)
-        )
-    if isinstance(first, Mapping):
-        return first.keys() == other.keys() and all(
-            _same(value, other[key], offset, depth + 1) for key, value in first.items()
         )
     if isinstance(first, (set, frozenset)):
         return bool(first == other)

@@ -89,7 +89,7 @@ class Op:
     inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", tuple(refs_in((self.args, self.kwargs))))
+        object.__setattr__(self, "inputs", tuple(refs_in(self.args) + refs_in(self.kwargs)))
 
     def with_tensors(
         self, rename: Callable[[str], str], *, name: str | None = None, module: str | None = None
@@ -239,13 +239,13 @@ def refs_in(value: Any) -> list[str]:
     """Names of the tensors inside nested arguments, in order."""
     if isinstance(value, Ref):
         return [value.name]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return []
+    if not isinstance(value, (tuple, list)):
+        value = value.values() if isinstance(value, (dict, Mapping)) else ()
     found: list[str] = []
     for item in value:
-        if type(item) not in _PLAIN:
+        if type(item) is Ref:
+            found.append(item.name)
+        elif type(item) not in _PLAIN:
             found += refs_in(item)
     return found
 
@@ -258,7 +258,7 @@ def map_refs(value: Any, function: Callable[[str], Any]) -> Any:
         return function(value.name)
     if isinstance(value, (tuple, list)):
         return type(value)([map_refs(item, function) for item in value])
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):  # a dict, as nearly all are, is quicker to tell
         return {key: map_refs(item, function) for key, item in value.items()}
     return value
 

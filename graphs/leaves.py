@@ -57,9 +57,9 @@ def with_leaves_of(graph: OpGraph, model: nn.Module) -> OpGraph:
     own = {buffer.tensor: buffer for buffer in buffers_of(model)}
     constants = tuple(buffer for buffer in graph.buffers if buffer.tensor not in own)
     buffers = tuple(buffer for buffer in (*own.values(), *constants) if buffer.tensor in read)
-    parameters = parameters_of(model)
+    parameters, values = parameters_of(model), dict(model.named_parameters())
     tensors = {name: graph.tensors[name] for name in graph.inputs}
-    tensors |= {item.tensor: _leaf(item.tensor, model.get_parameter(item.name)) for item in parameters}
+    tensors |= {item.tensor: _leaf(item.tensor, values[item.name]) for item in parameters}
     tensors |= {
         item.tensor: _leaf(item.tensor, model.get_buffer(item.name)) for item in buffers if item.tensor in own
     }

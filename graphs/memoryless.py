@@ -26,14 +26,19 @@ def build_without_memory(factory: Callable[[], nn.Module]) -> nn.Module:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
-    # Torch works out what it would draw for a meta tensor in Python, the longest part of building a model.
-    normal = torch.Tensor.normal_
-
-    def normal_in_memory(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return tensor if tensor.is_meta else normal(tensor, *args, **kwargs)
-
     with (
         patch.object(nn.Module, "register_parameter", register_on_meta),
-        patch.object(torch.Tensor, "normal_", normal_in_memory),
+        patch.object(torch.Tensor, "normal_", _in_memory(torch.Tensor.normal_)),
+        patch.object(torch.Tensor, "uniform_", _in_memory(torch.Tensor.uniform_)),
     ):
         return factory()
+
+
+def _in_memory(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A way to draw numbers that leaves meta tensors alone: torch works out in Python what it would draw for
+    them, the longest part of building a model."""
+
+    def drawn(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
+
+    return drawn

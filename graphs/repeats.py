@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from graphs.identical import identical_modules, settings_repeat
 from graphs.ir import Op, OpGraph, Ref
 from graphs.leaves import with_leaves_of
 from graphs.periods import MIN_INSTANCES, periodic
+from graphs.tidy import NamedCopy
 
 Paths = tuple[str, ...]
 
@@ -53,11 +54,12 @@ def find_runs(model: nn.Module) -> tuple[Run, ...]:
     """The outermost runs of at least `MIN_INSTANCES` identical instances in module lists and sequences."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     shared = {key for key, count in owners.items() if count > 1}
+    containers = [
+        path for path, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))
+    ]
     runs: list[Run] = []
-    for path, module in model.named_modules():
-        if any(is_under(path, child) for run in runs for child in run.paths(0, run.length)):
-            continue
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+    for path in containers:
+        if not any(is_under(path, child) for run in runs for child in run.paths(0, run.length)):
             runs += _runs_in(model, path, shared)
     return tuple(runs)
 
@@ -106,73 +108,84 @@ def shortened(model: nn.Module, runs: Sequence[Run], kept: int) -> Iterator[None
             container._modules.update(children)
 
 
+class Place(NamedTuple):
+    """A run in the graph of the shortened model: its first op, and the ops of each instance with those up to
+    the next."""
+
+    start: int
+    run: Run
+    segments: Sequence[Sequence[Op]]
+
+    @property
+    def stop(self) -> int:
+        """The first op after it."""
+        return self.start + sum(map(len, self.segments))
+
+
 def expanded(graph: OpGraph, model: nn.Module, runs: Sequence[Run], kept: int) -> OpGraph | None:
     """The graph of the whole model from that of the shortened one, None where a run does not repeat."""
-    for run in runs:
-        longer = _expand_run(graph, run, kept)
-        if longer is None:
-            return None
-        graph = longer
-    return with_leaves_of(graph, model)
-
-
-def _expand_run(graph: OpGraph, run: Run, kept: int) -> OpGraph | None:
-    children = run.paths(0, kept)
-    found = [extent for child in children if (extent := op_range(graph, child)) is not None]
-    if len(found) < len(children) or found != sorted(found):
+    places = [place for run in runs if (place := _place(graph, run, kept)) is not None]
+    if len(places) < len(runs):
         return None
-    starts, stop = [start for start, _ in found[:: run.period]], found[-1][1]
+    copy = NamedCopy(graph)
+    names = dict(copy.leaves)
+    position = 0
+    for place in sorted(places, key=lambda place: place.start):
+        for op in graph.ops[position : place.start]:
+            copy.add(op, names)
+        _write_run(copy, place, names)
+        position = place.stop
+    for op in graph.ops[position:]:
+        copy.add(op, names)
+    return with_leaves_of(copy.graph(names), model)
+
+
+def _place(graph: OpGraph, run: Run, kept: int) -> Place | None:
+    """Where a run is, None where it does not repeat."""
+    children = run.paths(0, kept)
+    extents = [extent for child in children if (extent := op_range(graph, child)) is not None]
+    if len(extents) < len(children) or extents != sorted(extents):
+        return None
+    starts, stop = [start for start, _ in extents[:: run.period]], extents[-1][1]
     segments = [graph.ops[start:end] for start, end in zip(starts, [*starts[1:], stop], strict=True)]
     if not _repeats(graph, run, segments) or _read_elsewhere(graph, run, starts[0], stop, segments):
         return None
-    return _with_clones(graph, run, segments, starts[0], stop)
+    return Place(starts[0], run, segments)
 
 
-def _with_clones(
-    graph: OpGraph, run: Run, segments: Sequence[Sequence[Op]], start: int, stop: int
-) -> OpGraph:
-    """The graph with the second instance cloned for every one that was left out."""
-    first, second, *others = segments
-    missing = run.length - len(segments)
-    following = {
-        old: new
-        for a, b in zip(first, second, strict=True)
-        for old, new in zip(a.outputs, b.outputs, strict=True)
-    }
-    tensors = dict(graph.tensors)
-    ops = [*first, *second]
+def _write_run(copy: NamedCopy, place: Place, names: dict[str, str]) -> None:
+    """Write a run with the second instance cloned for every one that was left out.
 
-    def append(segment: Sequence[Op], source: int, destination: int, names: Mapping[str, str]) -> None:
-        """Add the ops of one instance as those of another: leaves go by path, other tensors by `names`."""
-        old, new = run.instance(source), run.instance(destination)
-
-        def rename(name: str) -> str:
-            return names.get(name, name) if name in graph.producer else _moved(name, old, new)
-
-        for op in segment:
-            ops.append(op.with_tensors(rename, module=_moved(op.module, old, new)))
-            for name in op.outputs:
-                tensor = graph.tensors[name]
-                tensors[rename(name)] = tensor.renamed(rename(name), rename(tensor.storage))
-
-    for copy in range(missing):
-        names = {old: _copy_name(new, copy - 1) for old, new in following.items()}
-        names |= {name: _copy_name(name, copy) for name in following.values()}
-        append(second, 1, 2 + copy, names)
-    names = {name: _copy_name(name, missing - 1) for name in following.values()}
+    Nothing but its successor reads an instance before the last. So from then on `names` may give the names of
+    what the clone made as those of what the second made.
+    """
+    run, (first, second, *others) = place.run, place.segments
+    missing = run.length - len(place.segments)
+    for op in (*first, *second):
+        copy.add(op, names)
+    before, results = ([name for op in segment for name in op.outputs] for segment in (first, second))
+    for index in range(2, 2 + missing):
+        names.update(zip(before, [names[name] for name in results], strict=True))
+        _write_instance(copy, second, names, run.instance(1), run.instance(index))
     for index, segment in enumerate(others, start=2):
-        append(segment, index, index + missing, names)
-    return replace(graph, ops=(*graph.ops[:start], *ops, *graph.ops[stop:]), tensors=tensors)
+        _write_instance(copy, segment, names, run.instance(index), run.instance(index + missing))
 
 
-def _copy_name(name: str, copy: int) -> str:
-    return name if copy < 0 else f"{name}+{copy}"
+def _write_instance(
+    copy: NamedCopy, segment: Sequence[Op], names: dict[str, str], source: Paths, destination: Paths
+) -> None:
+    """Write the ops of one instance as those of another: modules and leaves go by path."""
+    leaves = {name for op in segment for name in op.inputs if name in copy.leaves}
+    names.update({leaf: _moved(leaf, source, destination) for leaf in leaves})
+    modules = {module: _moved(module, source, destination) for module in {op.module for op in segment}}
+    for op in segment:
+        copy.add(op, names, modules[op.module])
 
 
 def _repeats(graph: OpGraph, run: Run, segments: Sequence[Sequence[Op]]) -> bool:
     """Whether every instance does to its predecessor's results what the second does to the first's."""
     first, second, *others = segments
-    if any(len(segment) != len(first) for segment in segments[:-1]):
+    if any(len(segment) != len(first) for segment in (second, *segments[:-1])):
         return False
     alike = _correspond(graph, (run.instance(0), None, first), (run.instance(1), None, second))
     before: Sequence[Op] = second
