@@ -40,7 +40,8 @@ class Candidates:
 
     def num_shardings(self, scheduled: Scheduled) -> int:
         """How many `of` are: as many for every microbatch size and schedule."""
-        key = scheduled.layout[1:]
+        _, tp, cp, ep, pp, dp, _ = scheduled.layout
+        key = tp, cp, ep, pp, dp
         if key not in self._num_shardings:
             self._num_shardings[key] = sum(1 for _ in self.of(scheduled))
         return self._num_shardings[key]
