@@ -54,13 +54,13 @@ from hardware_db import Cluster
 
 class DataAxes(NamedTuple):
     """Bandwidth time of the data axes over all stages, with every microbatch and once a step, the time in
-    which gradients are added to those of earlier microbatches, the parameters that a rank updates, and bytes
-    of all model states."""
+    which gradients are added to those of earlier microbatches, that of the update on one rank of each stage,
+    and bytes of all model states."""
 
     moved_s: float
     sync_s: float
     accumulation_s: float
-    num_updated: float
+    update_s: float
     state_bytes: float
 
 
@@ -190,14 +190,14 @@ class Bounds:
     def step_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """No step with this parallelism takes less, if a microbatch takes `microbatch_s` on one rank of all
         stages together; `device` has the sums of the same microbatch on one device."""
-        moved_s, sync_s, _, num_updated, _ = self._data(p)
-        microbatch_s += self.more_s(p, device)
+        moved_s, sync_s, _, update_s, _ = self._data(p)
+        more_s = self.more_s(p, device)
+        microbatch_s += more_s
         # What moves behind computing slows it down; what does not fit behind it comes on top.
         contention = self.software.contention
         total_s = microbatch_s + max(contention * moved_s, moved_s - microbatch_s)
-        pipeline_s = max(pipeline_floor_s(p, total_s), self._through_s(p, device))
+        pipeline_s = max(pipeline_floor_s(p, total_s), _through_s(p, device, more_s))
         # Once a step ranks have more to do, but may do it while the pipeline runs empty.
-        update_s = num_updated * least_update_s(p, self.policy, self._pricer)
         once_s = max(contention * sync_s, sync_s - total_s) + update_s
         busy_s = (p.num_microbatches * total_s + once_s) / p.pp
         return max(pipeline_s, busy_s) + self.software.step_overhead_s
@@ -205,37 +205,34 @@ class Bounds:
     def layout_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """The same for every way to run the layout of `p`, the one that keeps least: nothing but its
         microbatches without a bubble, and the way of one of them through all stages."""
-        busy_s = p.num_microbatches * (microbatch_s + self.more_s(p, device)) / p.pp
-        return max(busy_s, self._through_s(p, device)) + self.software.step_overhead_s
+        more_s = self.more_s(p, device)
+        busy_s = p.num_microbatches * (microbatch_s + more_s) / p.pp
+        return max(busy_s, _through_s(p, device, more_s)) + self.software.step_overhead_s
 
     def pipeline_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """The same with the bubble of its schedule."""
-        pipeline_s = pipeline_floor_s(p, microbatch_s + self.more_s(p, device))
-        return max(pipeline_s, self._through_s(p, device)) + self.software.step_overhead_s
-
-    def _through_s(self, p: Parallelism, device: DeviceSums) -> float:
-        """The way of a microbatch through all stages and back, where gradients of weights are put off: from
-        the sums of one device, as a rank may take longer than its share for just those."""
-        return (device.computed_s - device.weight_s) / (p.tp * p.cp) + self.more_s(p, device)
+        more_s = self.more_s(p, device)
+        pipeline_s = pipeline_floor_s(p, microbatch_s + more_s)
+        return max(pipeline_s, _through_s(p, device, more_s)) + self.software.step_overhead_s
 
     def more_s(self, p: Parallelism, device: DeviceSums) -> float:
         """What a microbatch takes on all stages together beside its own passes: what must be computed again,
         and its gradients added to those before."""
-        return self._again_s(p, device) + self._data(p).accumulation_s
+        data = self._data(p)
+        return self._again_s(p, device, data.state_bytes) + data.accumulation_s
 
-    def _again_s(self, p: Parallelism, device: DeviceSums) -> float:
-        """What must at least be computed again for a microbatch, on all stages together.
+    def _again_s(self, p: Parallelism, device: DeviceSums, state_bytes: float) -> float:
+        """What must at least be computed again for a microbatch, on all stages together, beside all model
+        states.
 
         However activations are split, a rank r with k_r microbatches in flight keeps no more of each than
         what is left of its memory, divided by k_r; what the sum over all ranks leaves over is freed at the
         least seconds a byte.
         """
         inner = p.tp * p.cp
-        device_bytes = self.cluster.device.memory_bytes
-        reserved = self.cluster.device.efficiency.reserved_memory_bytes
         shares, least = _shares(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
         # States are somewhere: taken off where they cost the least room.
-        room = (device_bytes - reserved) * shares - self._data(p).state_bytes * least
+        room = (self.limit_bytes - self._reserved_bytes) * shares - state_bytes * least
         kept = room * inner / (1 + self.software.fragmentation)
         return device.least_relief_s(device.all_saved_bytes - kept) / inner
 
@@ -246,10 +243,10 @@ class Bounds:
             elements = _split(self._parameters, p)
             traffic_s = [self._traffic_s(p, number, is_expert) for is_expert, number in elements.items()]
             moved_s, sync_s = map(sum, zip(*traffic_s, strict=True))
-            num_updated = updated_elements(elements, p)
+            update_s = updated_elements(elements, p) * least_update_s(p, self.policy, self._pricer)
             state_bytes = held_states(elements, p, self.policy).total_bytes
             accumulation_s = sum(elements.values()) * least_accumulation_s(p, self.policy, self._pricer)
-            self._known[key] = DataAxes(moved_s, sync_s, accumulation_s, num_updated, state_bytes)
+            self._known[key] = DataAxes(moved_s, sync_s, accumulation_s, update_s, state_bytes)
         return self._known[key]
 
     def _traffic_s(self, p: Parallelism, num_elements: int, is_expert: bool) -> tuple[float, float]:
@@ -288,7 +285,16 @@ class Bounds:
             held += samples * self.working_bytes
         else:
             held = max(held, samples * self.working_bytes, self._blocks_bytes(p, mode, samples))
-        return held + self.cluster.device.efficiency.reserved_memory_bytes
+        return held + self._reserved_bytes
+
+    @cached_property
+    def limit_bytes(self) -> float:
+        """The memory of a device."""
+        return self.cluster.device.memory_bytes
+
+    @cached_property
+    def _reserved_bytes(self) -> float:
+        return self.cluster.device.efficiency.reserved_memory_bytes
 
     def _blocks_bytes(self, p: Parallelism, mode: Recompute, samples: float) -> float:
         """What the repeated blocks alone take of the fullest rank; virtual stages of a rank are thought
@@ -299,6 +305,12 @@ class Bounds:
             return 0.0
         flights = _flights(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
         return len(self.graph.blocks) / float((1 / (state + saved * flights)).sum())
+
+
+def _through_s(p: Parallelism, device: DeviceSums, more_s: float) -> float:
+    """The way of a microbatch through all stages and back, where gradients of weights are put off: from the
+    sums of one device, as a rank may take longer than its share for just those."""
+    return (device.computed_s - device.weight_s) / (p.tp * p.cp) + more_s
 
 
 def _sharding(p: Parallelism) -> tuple[object, ...]:
