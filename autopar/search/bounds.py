@@ -54,14 +54,22 @@ from hardware_db import Cluster
 
 class DataAxes(NamedTuple):
     """Bandwidth time of the data axes over all stages, with every microbatch and once a step, the time in
-    which gradients are added to those of earlier microbatches, that of the update on one rank of each stage,
-    and bytes of all model states."""
+    which gradients are added to those of earlier microbatches, and of the update, and bytes of all model
+    states."""
 
     moved_s: float
     sync_s: float
     accumulation_s: float
     update_s: float
     state_bytes: float
+
+
+class States(NamedTuple):
+    """Bytes of model states on a rank at least, of ways that differ in what the data axes shard: of all
+    stages together, and of any one block."""
+
+    all_bytes: Array
+    block_bytes: Array
 
 
 class DeviceSums(Protocol):
@@ -88,7 +96,7 @@ class Bounds:
         self.graph: OpGraph = capture.graph
         self.batch = 2  # the reference batch of a capture
         self._known: dict[tuple[object, ...], DataAxes] = {}
-        self._block_states: dict[tuple[object, ...], float] = {}
+        self._state_bytes: dict[tuple[object, ...], tuple[float, float]] = {}
 
     @cached_property
     def saved_bytes(self) -> dict[Recompute, float]:
@@ -171,16 +179,25 @@ class Bounds:
     def _experts(self) -> frozenset[str]:
         return expert_parameters(self.graph)
 
+    def states(self, ways: Iterable[Parallelism]) -> States:
+        """The model states of each of these ways."""
+        return States(*np.array([self._states(p) for p in ways]).T)
+
     def block_state_bytes(self, p: Parallelism) -> float:
         """Model states of any one block on a rank, at least."""
+        _, block_bytes = self._states(p)
+        return block_bytes
+
+    def _states(self, p: Parallelism) -> tuple[float, float]:
+        """Bytes of all model states, and of those of any one block."""
         key = _sharding(p)
-        if key not in self._block_states:
-            held = (
+        if key not in self._state_bytes:
+            all_bytes, *blocks_bytes = (
                 held_states(_split(elements, p), p, self.policy).total_bytes
-                for elements in self._block_parameters
+                for elements in (self._parameters, *self._block_parameters)
             )
-            self._block_states[key] = min(held, default=0.0)
-        return self._block_states[key]
+            self._state_bytes[key] = all_bytes, min(blocks_bytes, default=0.0)
+        return self._state_bytes[key]
 
     @cached_property
     def working_bytes(self) -> float:
@@ -244,7 +261,7 @@ class Bounds:
             traffic_s = [self._traffic_s(p, number, is_expert) for is_expert, number in elements.items()]
             moved_s, sync_s = map(sum, zip(*traffic_s, strict=True))
             update_s = updated_elements(elements, p) * least_update_s(p, self.policy, self._pricer)
-            state_bytes = held_states(elements, p, self.policy).total_bytes
+            state_bytes, _ = self._states(p)
             accumulation_s = sum(elements.values()) * least_accumulation_s(p, self.policy, self._pricer)
             self._known[key] = DataAxes(moved_s, sync_s, accumulation_s, update_s, state_bytes)
         return self._known[key]
@@ -276,16 +293,22 @@ class Bounds:
     def memory_bytes(self, p: Parallelism, recompute: Recompute | None = None) -> float:
         """Whatever the program and the cuts, some rank holds this much; with another way to `recompute`, if
         it is given."""
+        return float(self.ways_bytes(p, self.states((p,)), recompute)[0])
+
+    def ways_bytes(self, p: Parallelism, states: States, recompute: Recompute | None = None) -> Array:
+        """The same of each of the ways that differ from `p` in nothing but their model states."""
         samples = p.microbatch_size / (p.tp * p.cp)
         mode = recompute or p.recompute
         if mode == "mixed":
             mode = "full"
-        held = (self._data(p).state_bytes + samples * self.saved_bytes[mode]) / p.pp
+        held = (states.all_bytes + samples * self.saved_bytes[mode]) / p.pp
         if p.pp == 1:
-            held += samples * self.working_bytes
+            held = held + samples * self.working_bytes
         else:
-            held = max(held, samples * self.working_bytes, self._blocks_bytes(p, mode, samples))
-        return held + self._reserved_bytes
+            held = np.maximum(held, samples * self.working_bytes)
+            held = np.maximum(held, self._blocks_bytes(p, mode, samples, states.block_bytes))
+        total: Array = held + self._reserved_bytes
+        return total
 
     @cached_property
     def limit_bytes(self) -> float:
@@ -296,15 +319,15 @@ class Bounds:
     def _reserved_bytes(self) -> float:
         return self.cluster.device.efficiency.reserved_memory_bytes
 
-    def _blocks_bytes(self, p: Parallelism, mode: Recompute, samples: float) -> float:
+    def _blocks_bytes(self, p: Parallelism, mode: Recompute, samples: float, state_bytes: Array) -> Array:
         """What the repeated blocks alone take of the fullest rank; virtual stages of a rank are thought
         equal."""
-        state = self.block_state_bytes(p)
+        if not state_bytes.all():
+            return np.zeros_like(state_bytes)
         saved = samples * self.block_saved_bytes[mode] / p.num_virtual_stages
-        if not state:
-            return 0.0
         flights = _flights(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
-        return len(self.graph.blocks) / float((1 / (state + saved * flights)).sum())
+        found: Array = len(self.graph.blocks) / (1 / (state_bytes[:, None] + saved * flights)).sum(axis=1)
+        return found
 
 
 def _through_s(p: Parallelism, device: DeviceSums, more_s: float) -> float:

@@ -9,7 +9,7 @@ at least what they compute, and at least half of all; what runs alone takes all 
 from __future__ import annotations
 
 from autopar.plan import Parallelism, Recompute
-from autopar.search.bounds import Bounds
+from autopar.search.bounds import Bounds, States
 from autopar.search.floors import Floors, Rank
 from autopar.search.local_programs import Program
 from autopar.search.pins import Pins
@@ -36,8 +36,13 @@ class WayFloors:
 
     def way_may_fit(self, p: Parallelism) -> bool:
         """Whether memory may suffice for a way, whatever it computes again."""
-        memory_bytes = self.bounds.memory_bytes(p, self._recompute)
-        return memory_bytes <= self.bounds.limit_bytes
+        return self.bounds.memory_bytes(p, self._recompute) <= self.bounds.limit_bytes
+
+    def ways_may_fit(self, scheduled: Scheduled, states: States) -> list[bool]:
+        """Whether it may suffice for ways to run a layout with a schedule, by their model states."""
+        memory_bytes = self.bounds.ways_bytes(self.freest(scheduled), states, self._recompute)
+        found: list[bool] = (memory_bytes <= self.bounds.limit_bytes).tolist()
+        return found
 
     def quick_layout_s(self, layout: Layout) -> float:
         """No way to run a layout takes less: the arithmetic of one device, divided over all."""
