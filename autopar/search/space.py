@@ -142,12 +142,12 @@ def _is_written(p: Parallelism, degrees: Degrees) -> bool:
     return p.expert_axis is not None and not (is_narrow and degrees.wide_gradients)
 
 
+_DEFAULT = Parallelism()
+
+
 def parallelism(**settings: object) -> Parallelism:
     """A parallelism that is valid by construction: there are thousands of them."""
     return _DEFAULT.model_copy(update=settings)
-
-
-_DEFAULT = Parallelism()
 
 
 @cache
