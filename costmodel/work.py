@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Literal
 
@@ -77,6 +78,7 @@ class Group:
             )
 
     @classmethod
+    @cache
     def of(cls, *parts: tuple[int, int]) -> Group:
         """The group over axes of these (size, stride), in any order; neighbours that nest become one."""
         merged: list[tuple[int, int]] = []

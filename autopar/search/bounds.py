@@ -54,14 +54,22 @@ from hardware_db import Cluster
 
 class DataAxes(NamedTuple):
     """Bandwidth time of the data axes over all stages, with every microbatch and once a step, the time in
-    which gradients are added to those of earlier microbatches, the parameters that a rank updates, and bytes
-    of all model states."""
+    which gradients are added to those of earlier microbatches, and of the update, and bytes of all model
+    states."""
 
     moved_s: float
     sync_s: float
     accumulation_s: float
-    num_updated: float
+    update_s: float
     state_bytes: float
+
+
+class States(NamedTuple):
+    """Bytes of model states on a rank at least, of ways that differ in what the data axes shard: of all
+    stages together, and of any one block."""
+
+    all_bytes: Array
+    block_bytes: Array
 
 
 class DeviceSums(Protocol):
@@ -88,7 +96,7 @@ class Bounds:
         self.graph: OpGraph = capture.graph
         self.batch = 2  # the reference batch of a capture
         self._known: dict[tuple[object, ...], DataAxes] = {}
-        self._block_states: dict[tuple[object, ...], float] = {}
+        self._state_bytes: dict[tuple[object, ...], tuple[float, float]] = {}
 
     @cached_property
     def saved_bytes(self) -> dict[Recompute, float]:
@@ -171,16 +179,25 @@ class Bounds:
     def _experts(self) -> frozenset[str]:
         return expert_parameters(self.graph)
 
+    def states(self, ways: Iterable[Parallelism]) -> States:
+        """The model states of each of these ways."""
+        return States(*np.array([self._states(p) for p in ways]).T)
+
     def block_state_bytes(self, p: Parallelism) -> float:
         """Model states of any one block on a rank, at least."""
+        _, block_bytes = self._states(p)
+        return block_bytes
+
+    def _states(self, p: Parallelism) -> tuple[float, float]:
+        """Bytes of all model states, and of those of any one block."""
         key = _sharding(p)
-        if key not in self._block_states:
-            held = (
+        if key not in self._state_bytes:
+            all_bytes, *blocks_bytes = (
                 held_states(_split(elements, p), p, self.policy).total_bytes
-                for elements in self._block_parameters
+                for elements in (self._parameters, *self._block_parameters)
             )
-            self._block_states[key] = min(held, default=0.0)
-        return self._block_states[key]
+            self._state_bytes[key] = all_bytes, min(blocks_bytes, default=0.0)
+        return self._state_bytes[key]
 
     @cached_property
     def working_bytes(self) -> float:
@@ -190,14 +207,14 @@ class Bounds:
     def step_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """No step with this parallelism takes less, if a microbatch takes `microbatch_s` on one rank of all
         stages together; `device` has the sums of the same microbatch on one device."""
-        moved_s, sync_s, _, num_updated, _ = self._data(p)
-        microbatch_s += self.more_s(p, device)
+        moved_s, sync_s, _, update_s, _ = self._data(p)
+        more_s = self.more_s(p, device)
+        microbatch_s += more_s
         # What moves behind computing slows it down; what does not fit behind it comes on top.
         contention = self.software.contention
         total_s = microbatch_s + max(contention * moved_s, moved_s - microbatch_s)
-        pipeline_s = max(pipeline_floor_s(p, total_s), self._through_s(p, device))
+        pipeline_s = max(pipeline_floor_s(p, total_s), _through_s(p, device, more_s))
         # Once a step ranks have more to do, but may do it while the pipeline runs empty.
-        update_s = num_updated * least_update_s(p, self.policy, self._pricer)
         once_s = max(contention * sync_s, sync_s - total_s) + update_s
         busy_s = (p.num_microbatches * total_s + once_s) / p.pp
         return max(pipeline_s, busy_s) + self.software.step_overhead_s
@@ -205,37 +222,34 @@ class Bounds:
     def layout_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """The same for every way to run the layout of `p`, the one that keeps least: nothing but its
         microbatches without a bubble, and the way of one of them through all stages."""
-        busy_s = p.num_microbatches * (microbatch_s + self.more_s(p, device)) / p.pp
-        return max(busy_s, self._through_s(p, device)) + self.software.step_overhead_s
+        more_s = self.more_s(p, device)
+        busy_s = p.num_microbatches * (microbatch_s + more_s) / p.pp
+        return max(busy_s, _through_s(p, device, more_s)) + self.software.step_overhead_s
 
     def pipeline_s(self, p: Parallelism, microbatch_s: float, device: DeviceSums) -> float:
         """The same with the bubble of its schedule."""
-        pipeline_s = pipeline_floor_s(p, microbatch_s + self.more_s(p, device))
-        return max(pipeline_s, self._through_s(p, device)) + self.software.step_overhead_s
-
-    def _through_s(self, p: Parallelism, device: DeviceSums) -> float:
-        """The way of a microbatch through all stages and back, where gradients of weights are put off: from
-        the sums of one device, as a rank may take longer than its share for just those."""
-        return (device.computed_s - device.weight_s) / (p.tp * p.cp) + self.more_s(p, device)
+        more_s = self.more_s(p, device)
+        pipeline_s = pipeline_floor_s(p, microbatch_s + more_s)
+        return max(pipeline_s, _through_s(p, device, more_s)) + self.software.step_overhead_s
 
     def more_s(self, p: Parallelism, device: DeviceSums) -> float:
         """What a microbatch takes on all stages together beside its own passes: what must be computed again,
         and its gradients added to those before."""
-        return self._again_s(p, device) + self._data(p).accumulation_s
+        data = self._data(p)
+        return self._again_s(p, device, data.state_bytes) + data.accumulation_s
 
-    def _again_s(self, p: Parallelism, device: DeviceSums) -> float:
-        """What must at least be computed again for a microbatch, on all stages together.
+    def _again_s(self, p: Parallelism, device: DeviceSums, state_bytes: float) -> float:
+        """What must at least be computed again for a microbatch, on all stages together, beside all model
+        states.
 
         However activations are split, a rank r with k_r microbatches in flight keeps no more of each than
         what is left of its memory, divided by k_r; what the sum over all ranks leaves over is freed at the
         least seconds a byte.
         """
         inner = p.tp * p.cp
-        device_bytes = self.cluster.device.memory_bytes
-        reserved = self.cluster.device.efficiency.reserved_memory_bytes
         shares, least = _shares(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
         # States are somewhere: taken off where they cost the least room.
-        room = (device_bytes - reserved) * shares - self._data(p).state_bytes * least
+        room = (self.limit_bytes - self._reserved_bytes) * shares - state_bytes * least
         kept = room * inner / (1 + self.software.fragmentation)
         return device.least_relief_s(device.all_saved_bytes - kept) / inner
 
@@ -246,10 +260,10 @@ class Bounds:
             elements = _split(self._parameters, p)
             traffic_s = [self._traffic_s(p, number, is_expert) for is_expert, number in elements.items()]
             moved_s, sync_s = map(sum, zip(*traffic_s, strict=True))
-            num_updated = updated_elements(elements, p)
-            state_bytes = held_states(elements, p, self.policy).total_bytes
+            update_s = updated_elements(elements, p) * least_update_s(p, self.policy, self._pricer)
+            state_bytes, _ = self._states(p)
             accumulation_s = sum(elements.values()) * least_accumulation_s(p, self.policy, self._pricer)
-            self._known[key] = DataAxes(moved_s, sync_s, accumulation_s, num_updated, state_bytes)
+            self._known[key] = DataAxes(moved_s, sync_s, accumulation_s, update_s, state_bytes)
         return self._known[key]
 
     def _traffic_s(self, p: Parallelism, num_elements: int, is_expert: bool) -> tuple[float, float]:
@@ -279,26 +293,47 @@ class Bounds:
     def memory_bytes(self, p: Parallelism, recompute: Recompute | None = None) -> float:
         """Whatever the program and the cuts, some rank holds this much; with another way to `recompute`, if
         it is given."""
+        return float(self.ways_bytes(p, self.states((p,)), recompute)[0])
+
+    def ways_bytes(self, p: Parallelism, states: States, recompute: Recompute | None = None) -> Array:
+        """The same of each of the ways that differ from `p` in nothing but their model states."""
         samples = p.microbatch_size / (p.tp * p.cp)
         mode = recompute or p.recompute
         if mode == "mixed":
             mode = "full"
-        held = (self._data(p).state_bytes + samples * self.saved_bytes[mode]) / p.pp
+        held = (states.all_bytes + samples * self.saved_bytes[mode]) / p.pp
         if p.pp == 1:
-            held += samples * self.working_bytes
+            held = held + samples * self.working_bytes
         else:
-            held = max(held, samples * self.working_bytes, self._blocks_bytes(p, mode, samples))
-        return held + self.cluster.device.efficiency.reserved_memory_bytes
+            held = np.maximum(held, samples * self.working_bytes)
+            held = np.maximum(held, self._blocks_bytes(p, mode, samples, states.block_bytes))
+        total: Array = held + self._reserved_bytes
+        return total
 
-    def _blocks_bytes(self, p: Parallelism, mode: Recompute, samples: float) -> float:
+    @cached_property
+    def limit_bytes(self) -> float:
+        """The memory of a device."""
+        return self.cluster.device.memory_bytes
+
+    @cached_property
+    def _reserved_bytes(self) -> float:
+        return self.cluster.device.efficiency.reserved_memory_bytes
+
+    def _blocks_bytes(self, p: Parallelism, mode: Recompute, samples: float, state_bytes: Array) -> Array:
         """What the repeated blocks alone take of the fullest rank; virtual stages of a rank are thought
         equal."""
-        state = self.block_state_bytes(p)
+        if not state_bytes.all():
+            return np.zeros_like(state_bytes)
         saved = samples * self.block_saved_bytes[mode] / p.num_virtual_stages
-        if not state:
-            return 0.0
         flights = _flights(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages)
-        return len(self.graph.blocks) / float((1 / (state + saved * flights)).sum())
+        found: Array = len(self.graph.blocks) / (1 / (state_bytes[:, None] + saved * flights)).sum(axis=1)
+        return found
+
+
+def _through_s(p: Parallelism, device: DeviceSums, more_s: float) -> float:
+    """The way of a microbatch through all stages and back, where gradients of weights are put off: from the
+    sums of one device, as a rank may take longer than its share for just those."""
+    return (device.computed_s - device.weight_s) / (p.tp * p.cp) + more_s
 
 
 def _sharding(p: Parallelism) -> tuple[object, ...]:

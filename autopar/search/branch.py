@@ -156,7 +156,7 @@ class BranchAndBound:
             with suppress(KeyboardInterrupt):  # the proof stands
                 self._price_more(num_runners_up)
         self._count_left()
-        self._report("", always=True)
+        self._report(None, always=True)
         return self.outcome
 
     def _run(self) -> None:
@@ -195,8 +195,7 @@ class BranchAndBound:
         heapq.heappop(self._queue)
         for entry in found:
             self._push(*entry)
-        looking_at = "" if isinstance(node, OpenNode) else str(node.p)
-        self._report(looking_at, always=self.outcome.best is not best)
+        self._report(node, always=self.outcome.best is not best)
 
     def _push(self, floor_s: float, node: Node) -> None:
         heapq.heappush(self._queue, (floor_s, self._arrivals, node))
@@ -360,10 +359,11 @@ class BranchAndBound:
         assert number >= 0, "what was priced was not dropped before"
         self.outcome.prune(self.stopped or "time floor", number)
 
-    def _report(self, looking_at: str, *, always: bool) -> None:
+    def _report(self, node: Node | None, *, always: bool) -> None:
         if not always and self._arrivals - self._reported < REPORT_EVERY:
             return
         self._reported = self._arrivals
         gap = self.outcome.gap(self.floor_s)
         best = self.outcome.best
+        looking_at = "" if node is None or isinstance(node, OpenNode) else str(node.p)
         self.report(Progress(self.outcome.num_decided, self.num_candidates, looking_at, best, gap))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING
 
 from autopar.plan import Parallelism
+from autopar.search.bounds import States
 from autopar.search.space import Layout, Scheduled, schedules, shardings
 from costmodel.orders import OVERLAPPING_SCHEDULES
 
@@ -20,7 +22,8 @@ class Candidates:
     def __init__(self, planner: Planner, layouts: tuple[Layout, ...]) -> None:
         self.planner = planner
         self.layouts = layouts
-        self._num_shardings: dict[object, int] = {}
+        self._ways: dict[object, tuple[Parallelism, ...]] = {}
+        self._states: dict[object, States] = {}
         self._numbers: dict[object, int] = {}
 
     def schedules(self, layout: Layout, *, overlapping: bool | None = None) -> Iterator[Scheduled]:
@@ -31,19 +34,27 @@ class Candidates:
 
     def of(self, scheduled: Scheduled) -> Iterator[Parallelism]:
         """The ways to run a layout with a schedule."""
-        planner = self.planner
-        return shardings(scheduled, planner.cluster, planner.degrees, planner.pins)
+        return _scheduled(self._sharded(scheduled), scheduled)
 
     def fitting(self, scheduled: Scheduled) -> Iterator[Parallelism]:
         """Those for which memory may suffice."""
-        return filter(self.planner.way_floors.way_may_fit, self.of(scheduled))
+        ways, key = self._sharded(scheduled), _degrees(scheduled.layout)
+        if key not in self._states:
+            self._states[key] = self.planner.bounds.states(ways)
+        fits = self.planner.way_floors.ways_may_fit(scheduled, self._states[key])
+        return _scheduled(compress(ways, fits), scheduled)
 
     def num_shardings(self, scheduled: Scheduled) -> int:
-        """How many `of` are: as many for every microbatch size and schedule."""
-        key = scheduled.layout[1:]
-        if key not in self._num_shardings:
-            self._num_shardings[key] = sum(1 for _ in self.of(scheduled))
-        return self._num_shardings[key]
+        """How many `of` are."""
+        return len(self._sharded(scheduled))
+
+    def _sharded(self, scheduled: Scheduled) -> tuple[Parallelism, ...]:
+        """The same ways but for microbatches and schedule, of which none depends on what data axes shard."""
+        key = _degrees(scheduled.layout)
+        if key not in self._ways:
+            planner = self.planner
+            self._ways[key] = tuple(shardings(scheduled, planner.cluster, planner.degrees, planner.pins))
+        return self._ways[key]
 
     def number(self, layout: Layout, *, overlapping: bool | None = None) -> int:
         """How many ways there are to run a layout, or with a schedule that hides communication, or not."""
@@ -57,3 +68,14 @@ class Candidates:
     def total(self) -> int:
         """How many there are of all layouts."""
         return sum(map(self.number, self.layouts))
+
+
+def _degrees(layout: Layout) -> tuple[int, ...]:
+    """A layout but for its microbatches."""
+    return layout.tp, layout.cp, layout.ep, layout.pp, layout.dp
+
+
+def _scheduled(ways: Iterable[Parallelism], scheduled: Scheduled) -> Iterator[Parallelism]:
+    """Ways with other microbatches and another schedule."""
+    settings = scheduled.settings
+    return (way.model_copy(update=settings) for way in ways)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from autopar.plan import Parallelism
 from autopar.search.bounds import DeviceSums
@@ -63,6 +63,15 @@ class Share:
         return self.part * self.whole.least_relief_s(excess_bytes / self.part)
 
 
+class Rank(NamedTuple):
+    """What a microbatch takes at least on a rank of all stages together, and what of that is arithmetic,
+    whatever strategies communicate; and the sums of the same microbatch on one `device`."""
+
+    device: Sums
+    microbatch_s: float
+    computed_s: float
+
+
 class Floors:
     """Floors on a microbatch's time. `largest` is a multiple of all microbatch sizes; `table` makes the sums
     of a program."""
@@ -71,12 +80,18 @@ class Floors:
         self.programs = programs
         self.largest = largest
         self.table = table
+        self._devices: dict[tuple[int, int], StageTable] = {}
+        self._shares: dict[tuple[int, int], Share] = {}
+        self._ranks: dict[tuple[int, int, int, int], Rank] = {}
         self._tensor_s: dict[tuple[int, int], float] = {}
         self._computed_s: dict[tuple[int, int], float] = {}
 
     def device(self, microbatch_size: int, ep: int) -> StageTable:
         """A microbatch on one device that has memory enough, its experts shared with `ep` others."""
-        return self.table(self.programs.device(microbatch_size, ep))
+        key = microbatch_size, ep
+        if key not in self._devices:
+            self._devices[key] = self.table(self.programs.device(microbatch_size, ep))
+        return self._devices[key]
 
     def share(self, microbatch_size: int, ep: int) -> Share:
         """The same from the sums of the largest: a program for all sizes."""
@@ -84,10 +99,13 @@ class Floors:
 
     def known(self, microbatch_size: int, ep: int) -> Sums:
         """The same as far as it is known: from a larger size where there is no program of this one yet."""
-        if self.programs.has_fastest(on_device(microbatch_size, ep)):
+        key = microbatch_size, ep
+        if key in self._devices or self.programs.has_fastest(on_device(microbatch_size, ep)):
             return self.device(microbatch_size, ep)
-        multiple = self._multiple(microbatch_size)
-        return Share(self.device(multiple, ep), microbatch_size / multiple)
+        if key not in self._shares:
+            multiple = self._multiple(microbatch_size)
+            self._shares[key] = Share(self.device(multiple, ep), microbatch_size / multiple)
+        return self._shares[key]
 
     def smallest_more_s(self, ep: int) -> float:
         """What the smallest microbatch takes on one device beyond its share of the largest: launches, and
@@ -97,6 +115,17 @@ class Floors:
     def divided(self, p: Parallelism) -> Program:
         """What no program of a candidate's layout can beat, made without one (`LeastPrograms.divided`)."""
         return self.programs.least.divided(p, self._multiple(p.microbatch_size) // p.microbatch_size)
+
+    def rank(self, microbatch_size: int, tp: int, cp: int, ep: int) -> Rank:
+        """A microbatch on a rank of a tensor axis and a context axis, as far as it is known."""
+        key, device = (microbatch_size, tp, cp, ep), self.known(microbatch_size, ep)
+        found = self._ranks.get(key)
+        if found is None or found.device is not device:
+            microbatch_s = self.tensor_s(microbatch_size, tp, ep) / cp
+            microbatch_s += self.context_s(microbatch_size, tp, cp)
+            found = Rank(device, microbatch_s, self.computed_s(microbatch_size, tp, ep) / cp)
+            self._ranks[key] = found
+        return found
 
     def tensor_s(self, microbatch_size: int, tp: int, ep: int) -> float:
         """A microbatch on a rank of a tensor axis."""

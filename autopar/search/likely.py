@@ -114,22 +114,28 @@ class Expected:
         self.queues: list[list[tuple[float, int, Open]]] = [[] for _ in range(NUM_LOOKS)]
         self.slower = list(AT_FIRST)
         self._has_learnt = False
+        self._first: tuple[float, int] | None = None  # until something changes
 
     def push(self, item: Open, tie: int) -> None:
+        self._first = None
         heapq.heappush(self.queues[len(item.likely_s) - 1], (item.likely_s[-1], tie, item))
 
     def first(self) -> tuple[float, int]:
         """What is expected to take least, and its number of looks."""
-        filled = zip(self.queues, self.slower, count(1), strict=False)
-        firsts = ((queue[0][0] * slower, looks) for queue, slower, looks in filled if queue)
-        return min(firsts, default=(float("inf"), 0))
+        if self._first is None:
+            filled = zip(self.queues, self.slower, count(1), strict=False)
+            firsts = ((queue[0][0] * slower, looks) for queue, slower, looks in filled if queue)
+            self._first = min(firsts, default=(float("inf"), 0))
+        return self._first
 
     def pop(self, looks: int) -> Open:
         """The likeliest that was looked at so often."""
+        self._first = None
         return heapq.heappop(self.queues[looks - 1])[2]
 
     def learn(self, item: Open, draft_s: float) -> None:
         """A way turned out to take so long."""
+        self._first = None
         found = [(draft_s / likely_s) ** TRUST for likely_s in item.likely_s]
         self.slower = list(map(min, found, self.slower)) if self._has_learnt else found
         self._has_learnt = True
@@ -137,6 +143,7 @@ class Expected:
     def learn_misfit(self) -> None:
         """A way turned out not to fit."""
         if not self._has_learnt:
+            self._first = None
             self.slower = [MISFIT * slower for slower in self.slower]
 
 

@@ -124,12 +124,13 @@ def schedules(layout: Layout, degrees: Degrees, pins: Pins) -> Iterator[Schedule
 def shardings(scheduled: Scheduled, cluster: Cluster, degrees: Degrees, pins: Pins) -> Iterator[Parallelism]:
     """Every way to run a layout in an order; as many for every order."""
     layout = scheduled.layout
+    common = parallelism(
+        **scheduled.settings, sequence_parallel=pins.sequence_parallel if layout.tp > 1 else None,
+        recompute=pins.recompute or "none", offload=pins.offload or "none",
+    )  # fmt: skip
     for replicate, shard, zero_stage in _shardings(cluster, layout, pins):
-        p = parallelism(
-            **scheduled.settings, dp_replicate=replicate, dp_shard=shard, zero_stage=zero_stage,
-            sequence_parallel=pins.sequence_parallel if layout.tp > 1 else None,
-            recompute=pins.recompute or "none", offload=pins.offload or "none",
-        )  # fmt: skip
+        sharding = {"dp_replicate": replicate, "dp_shard": shard, "zero_stage": zero_stage}
+        p = common.model_copy(update=sharding)
         if pins.admits(p) and (not degrees.programs_only or _is_written(p, degrees)):
             yield p
 
@@ -141,14 +142,12 @@ def _is_written(p: Parallelism, degrees: Degrees) -> bool:
     return p.expert_axis is not None and not (is_narrow and degrees.wide_gradients)
 
 
+_DEFAULT = Parallelism()
+
+
 def parallelism(**settings: object) -> Parallelism:
     """A parallelism that is valid by construction: there are thousands of them."""
-    return Parallelism.model_construct(None, **{**_defaults(), **settings})
-
-
-@cache
-def _defaults() -> Mapping[str, object]:
-    return {name: field.default for name, field in Parallelism.model_fields.items()}
+    return _DEFAULT.model_copy(update=settings)
 
 
 @cache

@@ -9,8 +9,8 @@ at least what they compute, and at least half of all; what runs alone takes all 
 from __future__ import annotations
 
 from autopar.plan import Parallelism, Recompute
-from autopar.search.bounds import Bounds, DeviceSums
-from autopar.search.floors import Floors
+from autopar.search.bounds import Bounds, States
+from autopar.search.floors import Floors, Rank
 from autopar.search.local_programs import Program
 from autopar.search.pins import Pins
 from autopar.search.space import Layout, Scheduled, parallelism
@@ -36,8 +36,13 @@ class WayFloors:
 
     def way_may_fit(self, p: Parallelism) -> bool:
         """Whether memory may suffice for a way, whatever it computes again."""
-        memory_bytes = self.bounds.memory_bytes(p, self._recompute)
-        return memory_bytes <= self.bounds.cluster.device.memory_bytes
+        return self.bounds.memory_bytes(p, self._recompute) <= self.bounds.limit_bytes
+
+    def ways_may_fit(self, scheduled: Scheduled, states: States) -> list[bool]:
+        """Whether it may suffice for ways to run a layout with a schedule, by their model states."""
+        memory_bytes = self.bounds.ways_bytes(self.freest(scheduled), states, self._recompute)
+        found: list[bool] = (memory_bytes <= self.bounds.limit_bytes).tolist()
+        return found
 
     def quick_layout_s(self, layout: Layout) -> float:
         """No way to run a layout takes less: the arithmetic of one device, divided over all."""
@@ -48,14 +53,11 @@ class WayFloors:
     def layout_s(self, layout: Layout, *, overlapping: bool) -> float:
         """No way to run a layout takes less whose schedule hides communication, or none of the others: the
         strategies of its axes."""
-        device = self.floors.known(layout.microbatch_size, layout.ep)
-        microbatch_s = self._microbatch_s(*layout[:4])
-        p = self.freest(layout)
+        p, rank = self.freest(layout), self._rank(layout)
+        microbatch_s = rank.microbatch_s
         if overlapping:
-            computed_s = self.floors.computed_s(layout.microbatch_size, layout.tp, layout.ep) / layout.cp
-            alone = least_alone(layout.pp, layout.num_microbatches)
-            microbatch_s = self._hiding_s(p, device, microbatch_s, computed_s, alone)
-        return self.bounds.layout_s(p, microbatch_s, device)
+            microbatch_s = self._hiding_s(p, rank, least_alone(layout.pp, layout.num_microbatches))
+        return self.bounds.layout_s(p, microbatch_s, rank.device)
 
     def scheduled_s(self, scheduled: Scheduled, program: Program | None = None) -> float:
         """No way to run a layout with a schedule takes less, whatever the program, or with this one: nothing
@@ -63,14 +65,14 @@ class WayFloors:
         p = self.freest(scheduled)
         if not self.way_may_fit(p):
             return float("inf")
-        device = self.floors.known(p.microbatch_size, p.ep)
-        step_s = self.bounds.pipeline_s(p, self._rank_s(p, device, program), device)
+        rank = self._rank(p, program)
+        step_s = self.bounds.pipeline_s(p, self._rank_s(p, rank), rank.device)
         return max(step_s, self.layer.schedule_floor_s(p, program))
 
     def way_s(self, p: Parallelism, program: Program | None = None) -> float:
         """No step takes less, whatever the program, or with this one."""
-        device = self.floors.known(p.microbatch_size, p.ep)
-        step_s = self.bounds.step_s(p, self._rank_s(p, device, program), device)
+        rank = self._rank(p, program)
+        step_s = self.bounds.step_s(p, self._rank_s(p, rank), rank.device)
         return max(step_s, self.layer.schedule_floor_s(p, program))
 
     def close_s(self, p: Parallelism) -> float:
@@ -112,15 +114,14 @@ class WayFloors:
         with others, of a layout, as far as is known without its program: were all its stages alike, and the
         data axes hid nothing."""
         p = kind if isinstance(kind, Parallelism) else self.freest(kind)
-        device = self.floors.known(p.microbatch_size, p.ep)
-        if isinstance(kind, Layout):
-            alone = least_alone(p.pp, p.num_microbatches) if overlapping else None
+        rank = self._rank(p)
+        device = rank.device
+        if not isinstance(kind, Layout):
+            microbatch_s = self._rank_s(p, rank)
+        elif overlapping:
+            microbatch_s = self._hiding_s(p, rank, least_alone(p.pp, p.num_microbatches))
         else:
-            alone = self.layer.alone(p) if p.schedule in OVERLAPPING_SCHEDULES else None
-        microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
-        if alone is not None:
-            computed_s = self.floors.computed_s(p.microbatch_size, p.tp, p.ep) / p.cp
-            microbatch_s = self._hiding_s(p, device, microbatch_s, computed_s, alone)
+            microbatch_s = rank.microbatch_s
         microbatch_s += self.floors.smallest_more_s(p.ep)
         whole_s = microbatch_s + self.bounds.more_s(p, device)
         if isinstance(kind, Layout):  # with the bubble of four stages a rank
@@ -132,29 +133,25 @@ class WayFloors:
         ends_s = uniform_finish_s(p.schedule, p.pp, p.num_microbatches, p.num_virtual_stages, *passes_s)
         return max([floor_s, *(ends_s or ())])
 
-    def _rank_s(self, p: Parallelism, device: DeviceSums, program: Program | None) -> float:
-        """A microbatch on all stages of one rank, less what the schedule hides of it."""
+    def _rank(self, kind: Layout | Parallelism, program: Program | None = None) -> Rank:
+        """A microbatch on all stages of one rank, of this program if there is one."""
+        rank = self.floors.rank(kind.microbatch_size, kind.tp, kind.cp, kind.ep)
         if program is None:
-            microbatch_s = self._microbatch_s(p.microbatch_size, p.tp, p.cp, p.ep)
-            computed_s = self.floors.computed_s(p.microbatch_size, p.tp, p.ep) / p.cp
-        else:
-            table = self.layer.table(program)
-            microbatch_s, computed_s = table.microbatch_s, table.computed_s
-        if p.schedule not in OVERLAPPING_SCHEDULES:
-            return microbatch_s
-        return self._hiding_s(p, device, microbatch_s, computed_s, self.layer.alone(p))
+            return rank
+        table = self.layer.table(program)
+        return rank._replace(microbatch_s=table.microbatch_s, computed_s=table.computed_s)
 
-    def _hiding_s(
-        self, p: Parallelism, device: DeviceSums, microbatch_s: float, computed_s: float, alone: float
-    ) -> float:
+    def _rank_s(self, p: Parallelism, rank: Rank) -> float:
+        """What of that the schedule does not hide."""
+        if p.schedule not in OVERLAPPING_SCHEDULES:
+            return rank.microbatch_s
+        return self._hiding_s(p, rank, self.layer.alone(p))
+
+    def _hiding_s(self, p: Parallelism, rank: Rank, alone: float) -> float:
         """A microbatch that hides what it communicates, but for the part that runs `alone`."""
         # What comes on top is computed, behind communication if that is what takes longer.
-        at_once_s = max(computed_s, (microbatch_s - self.bounds.more_s(p, device)) / 2)
-        return alone * microbatch_s + (1 - alone) * at_once_s
-
-    def _microbatch_s(self, size: int, tp: int, cp: int, ep: int) -> float:
-        """A microbatch on all stages of one rank."""
-        return self.floors.tensor_s(size, tp, ep) / cp + self.floors.context_s(size, tp, cp)
+        exposed_s = rank.microbatch_s - self.bounds.more_s(p, rank.device)
+        return alone * rank.microbatch_s + (1 - alone) * max(rank.computed_s, exposed_s / 2)
 
     def freest(self, kind: Layout | Scheduled) -> Parallelism:
         """A way to run a layout, with its schedule if it has one, that keeps no more beside what is saved of

@@ -13,9 +13,10 @@ from autopar.records.clusters import cluster_of
 from autopar.records.configuration import configuration
 from autopar.records.schema import Record, read_records
 from autopar.request import training_policy
+from autopar.search.candidates import Candidates
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
-from autopar.search.space import Degrees, divisors, layouts, longest_tensor_axis, virtual_stages
+from autopar.search.space import Degrees, divisors, layouts, longest_tensor_axis, shardings, virtual_stages
 from costmodel import optimizer_policy
 from tests.autopar.small_models import cluster, tower
 
@@ -90,6 +91,23 @@ def test_floors_hold_for_sizes_that_do_not_divide_each_other() -> None:
         if p.pp == p.cp == 1 and p.zero_stage == 0:
             microbatch_s = planner.layer.table(planner.programs.program(p)).microbatch_s
             assert planner.floors.tensor_s(p.microbatch_size, p.tp, p.ep) <= microbatch_s * (1 + 1e-9), str(p)
+
+
+@pytest.mark.parametrize("forbid", [{}, {"num_microbatches": {4}, "zero_stage": {2}}])
+def test_ways_are_the_same_for_all_microbatches_and_may_fit_each_by_itself(
+    forbid: dict[str, set[int]],
+) -> None:
+    pins = Pins(forbid={name: frozenset(values) for name, values in forbid.items()})
+    policy, machine = training_policy(tower().graph), cluster(8, 8.0 * tower().graph.num_parameters)
+    planner = Planner(tower(), machine, policy, global_batch=16, pins=pins)
+    candidates, fits = Candidates(planner, planner.layouts), set[bool]()
+    for scheduled in (each for layout in planner.layouts for each in candidates.schedules(layout)):
+        ways = [*shardings(scheduled, planner.cluster, planner.degrees, planner.pins)]
+        assert [*candidates.of(scheduled)] == ways
+        assert candidates.num_shardings(scheduled) == len(ways)
+        fits |= {planner.way_floors.way_may_fit(p) for p in ways}
+        assert [*candidates.fitting(scheduled)] == [p for p in ways if planner.way_floors.way_may_fit(p)]
+    assert fits == {False, True}
 
 
 def test_programs_are_all_ways_that_torch_runs_and_no_others() -> None:
