@@ -215,7 +215,7 @@ class _Run:
         num_products = 0
         found = []
         for op, kind in zip(self.ops, self.kinds, strict=True):
-            found.append(self.all.runs_again(op, num_products, mode))
+            found.append(self.all.runs_again(op, kind, num_products, mode))
             num_products += kind == "matmul"
         return tuple(found)
 
