@@ -117,7 +117,7 @@ class Offers:
 
 def settle(state: State, requires_grad: bool) -> State:
     """The state, with the gradient half made canonical where the tensor has no gradient."""
-    return RR if state == RP and not requires_grad else state
+    return state if requires_grad or state != RP else RR
 
 
 MOST_PARTS = 1024
