@@ -95,12 +95,10 @@ def keep_sets(
             return seconds[op] / found[number].num_bytes if full[op] else 0.0
 
         order = sorted(range(len(found)), key=ratio)
-        for count in range(1, len(order)):
-            dropped = {found[number].op for number in order[:count]}
-            flags = (
-                whole and (twice or index in dropped)
-                for index, (whole, twice) in enumerate(zip(full, selective, strict=True))
-            )
+        flags = [whole and twice for whole, twice in zip(full, selective, strict=True)]
+        for count, number in enumerate(order[:-1], start=1):
+            dropped = found[number].op
+            flags[dropped] = full[dropped]
             yield frozenset(order[count:]), tuple(flags)
 
 
