@@ -239,18 +239,19 @@ class KernelMaker:
         operands = {tensors[name].storage: tensors[name] for name in op.inputs}
         results = [tensors[name] for name in op.outputs]
         dtype = dtype_name(results[0].dtype)
-        written = _bytes(tensor for tensor in results if traffic.is_read(tensor.storage))
-        read = _bytes(tensor for storage, tensor in operands.items() if traffic.is_read(storage))
+        fetched = [tensor for storage, tensor in operands.items() if traffic.is_read(storage)]
+        stored = [tensor for tensor in results if traffic.is_read(tensor.storage)]
+        read, written = _bytes(fetched), _bytes(stored)
         if short_name(op) in _LOOKUPS:
             read = min(read, 2 * _bytes(results))
         forward = _kernel(read + written, dtype, launched=written > 0)
         backward: tuple[Work, ...] = ()
         if any(tensor.requires_grad for tensor in results):
-            gradients = _bytes(t for s, t in operands.items() if t.requires_grad and traffic.is_read(s))
+            gradients = _bytes([tensor for tensor in fetched if tensor.requires_grad])
             num_bytes = gradients + op.saved_internal_bytes
-            num_bytes += _bytes(t for t in results if t.requires_grad and traffic.is_read(t.storage))
-            reachable = operands | {t.storage: t for t in results}
-            num_bytes += _bytes(reachable[s] for s in op.saved if s in reachable and traffic.is_read(s))
+            num_bytes += _bytes([tensor for tensor in stored if tensor.requires_grad])
+            reachable = operands | {tensor.storage: tensor for tensor in results}
+            num_bytes += _bytes([reachable[s] for s in op.saved if s in reachable and traffic.is_read(s)])
             backward = _kernel(num_bytes, dtype, launched=gradients > 0)
         return Kernels(forward, backward, *self._own_moves(op, tensors))
 
@@ -288,4 +289,4 @@ def _kernel(num_bytes: float, dtype: str, *, launched: bool) -> tuple[Work, ...]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> float:
-    return sum(tensor.num_bytes for tensor in tensors)
+    return sum([tensor.num_bytes for tensor in tensors])

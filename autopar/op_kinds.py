@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -29,13 +30,21 @@ _SPLIT_OPS = (
 
 def short_name(op: Op) -> str:
     """`linear` of `aten.linear.default`."""
-    parts = op.target.split(".")
+    return _short_name(op.target)
+
+
+def _short_name(target: str) -> str:
+    parts = target.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 
 
 def is_conversion(op: Op) -> bool:
     """Whether the op is a change of placement that `localize` inserted."""
-    return op.target.startswith("autopar.") and op.target not in _SPLIT_OPS
+    return _is_conversion(op.target)
+
+
+def _is_conversion(target: str) -> bool:
+    return target.startswith("autopar.") and target not in _SPLIT_OPS
 
 
 def is_causal(op: Op) -> bool:
@@ -59,16 +68,23 @@ def without_order(op: Op) -> Op:
 
 def kind_of(op: Op, tensors: Mapping[str, Tensor]) -> Kind:
     """What bounds the op."""
-    if is_conversion(op):
-        return "communication"
+    kind = _kind_by_name(op.target)
+    if kind == "communication":
+        return kind
     if op.outputs and all(tensors[name].storage != name for name in op.outputs):
         return "view"
-    name = short_name(op)
+    return "matmul" if kind == "memory" and op.flops else kind
+
+
+@lru_cache(maxsize=1024)
+def _kind_by_name(target: str) -> Kind:
+    """What bounds ops that are called so, unless they are views, or products under another name."""
+    if _is_conversion(target):
+        return "communication"
+    name = _short_name(target)
     if "scaled_dot_product" in name:
         return "attention"
-    if name in _MATMUL or op.flops:
-        return "matmul"
-    return "memory"
+    return "matmul" if name in _MATMUL else "memory"
 
 
 def has_dropout(op: Op) -> bool:

@@ -47,7 +47,7 @@ class OpCost(NamedTuple):
 
     def times(self, factor: float) -> OpCost:
         """The cost of so many, or of a part."""
-        return OpCost(*(factor * seconds for seconds in self))
+        return OpCost(*[factor * seconds for seconds in self])
 
     def exposing(self, share: float) -> OpCost:
         """The cost where so much of the communication is left, and something hides the rest."""
@@ -67,8 +67,10 @@ class OpCost(NamedTuple):
 
 def total(costs: Iterable[OpCost]) -> OpCost:
     """The sum, field by field."""
-    columns = list(zip(*costs, strict=True))
-    return OpCost(*map(sum, columns)) if columns else OpCost()
+    rows = list(costs)
+    if len(rows) == 1:
+        return rows[0]
+    return OpCost(*map(sum, zip(*rows, strict=True))) if rows else OpCost()
 
 
 class Pricer:
@@ -166,14 +168,14 @@ class Pricer:
         return self.roofline.time_s(Work(flops, num_bytes, dtype_name(dtype), "memory"))
 
     def _kernels_s(self, works: Sequence[Work]) -> float:
-        return sum(self.roofline.time_s(work) for work in works)
+        return sum(map(self.roofline.time_s, works))
 
     def _host_s(self, works: Sequence[Work], moves: Sequence[Move]) -> float:
-        launches = sum(work.num_launches for work in works)
+        launches = sum([work.num_launches for work in works])
         return self.era.host_s_per_launch * launches + self.era.host_s_per_collective * len(moves)
 
     def _moves_s(self, moves: Sequence[Move]) -> float:
-        return sum(self.collective_s(move.kind, move.num_bytes, self.groups[move.axis]) for move in moves)
+        return sum([self.collective_s(move.kind, move.num_bytes, self.groups[move.axis]) for move in moves])
 
     def _lines_of(self, kind: CollectiveKind, group: Group) -> tuple[Algorithm, ...]:
         key = (kind, group)

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from autopar.placements import PR, RP, RR, Own, Partial, Replicate, Shard, State, sharded
 from graphs import rules
@@ -116,7 +117,7 @@ class Offers:
 
 def settle(state: State, requires_grad: bool) -> State:
     """The state, with the gradient half made canonical where the tensor has no gradient."""
-    return RR if state == RP and not requires_grad else state
+    return state if requires_grad or state != RP else RR
 
 
 MOST_PARTS = 1024
@@ -287,8 +288,7 @@ def _agrees_on_repeated_operands(op: Op, strategy: Strategy) -> bool:
 # --- changes of state
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
+class Conversion(NamedTuple):
     """A change of state of one tensor on one axis: what moves forward, and what moves backward.
 
     `name` is the function of the runtime that does it; `forward` and `backward` are the kinds of collective

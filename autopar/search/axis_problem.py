@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from autopar.localize import local_shape, localize_op, splits_causal_rows
+from autopar.localize import localize_op, splits_causal_rows
 from autopar.op_kinds import kind_of
 from autopar.placements import PR, RP, RR, Shard, State
 from autopar.pricing import OpCost, total
@@ -212,11 +212,9 @@ class AxisProblem:
         """What a strategy leaves of an op to a rank: strategies for which this is equal cost the same."""
         if self._is_special(op, strategy):
             return strategy
-        states = zip((*op.inputs, *op.outputs), (*strategy.operands, *strategy.results), strict=True)
-        shapes = tuple(
-            local_shape(self.graph.tensors[name].shape, state, self.size) for name, state in states
-        )
-        return strategy.factor is not None, shapes
+        values = [state.value for state in (*strategy.operands, *strategy.results)]
+        cut = tuple([value.dim if isinstance(value, Shard) else None for value in values])
+        return strategy.factor is not None, cut
 
     def _is_special(self, op: Op, strategy: Strategy) -> bool:
         """Whether a rank does anything but the same op on its parts of the operands."""
@@ -333,7 +331,7 @@ def _tensor_classes(graph: OpGraph, counts: Sequence[int]) -> tuple[TensorClass,
             count = counts[op]
         elif name in graph.parameter_tensors:
             tensor = graph.tensors[name]
-            key = (tensor.shape, str(tensor.dtype), tensor.requires_grad, readers)
+            key = (tensor.shape, tensor.dtype, tensor.requires_grad, readers)
         found.setdefault(key, []).append(name)
         parts[key] = (producer, readers)
         number[key] = number.get(key, 0) + count

@@ -52,10 +52,11 @@ def results(needs: Needs, start: int, stop: int) -> tuple[Result, ...]:
     found = []
     for index, op in enumerate(ops):
         sizes = {name: needs.tensors[name].num_bytes for name in op.outputs if needs.homes[name] in made}
-        if any(sizes.values()) and not needs.runs_again(op, 0, "selective"):
+        kind = needs.kinds[start + index]
+        if any(sizes.values()) and not needs.runs_again(op, kind, 0, "selective"):
             # What a product's backward reads besides is made from what is kept.
-            is_product = needs.kinds[start + index] == "matmul"
-            found.append(Result(index, op.name, sizes, 0 if is_product else needs.need(op).internal_bytes))
+            internal_bytes = 0 if kind == "matmul" else needs.need(op).internal_bytes
+            found.append(Result(index, op.name, sizes, internal_bytes))
     return tuple(found)
 
 
@@ -94,12 +95,10 @@ def keep_sets(
             return seconds[op] / found[number].num_bytes if full[op] else 0.0
 
         order = sorted(range(len(found)), key=ratio)
-        for count in range(1, len(order)):
-            dropped = {found[number].op for number in order[:count]}
-            flags = (
-                whole and (twice or index in dropped)
-                for index, (whole, twice) in enumerate(zip(full, selective, strict=True))
-            )
+        flags = [whole and twice for whole, twice in zip(full, selective, strict=True)]
+        for count, number in enumerate(order[:-1], start=1):
+            dropped = found[number].op
+            flags[dropped] = full[dropped]
             yield frozenset(order[count:]), tuple(flags)
 
 

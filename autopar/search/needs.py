@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
-from autopar.op_kinds import has_dropout, is_conversion, kind_of, short_name
+from autopar.op_kinds import Kind, has_dropout, is_conversion, kind_of, short_name
 from autopar.plan import RecomputeMode
 from costmodel import Software
 from graphs.ir import Op, OpGraph
@@ -131,9 +131,8 @@ class Needs:
         """Whether the op is an attention whose probabilities stand in memory."""
         return self.software.attention == "unfused" and "scaled_dot_product" in op.target
 
-    def runs_again(self, op: Op, index: int, recompute: RecomputeMode) -> bool:
+    def runs_again(self, op: Op, kind: Kind, index: int, recompute: RecomputeMode) -> bool:
         """Whether a block's op, its `index`-th product, runs again under a recompute mode."""
-        kind = kind_of(op, self.tensors)
         match recompute:
             case "none":
                 return False

@@ -51,6 +51,11 @@ class Saved:
         """What is held at most beside what is kept."""
         return max(0, self.peak_bytes - self.num_bytes)
 
+    def renamed(self, names: Mapping[str, str]) -> Saved:
+        """The same with the storages under other names."""
+        storages = {names[name]: size for name, size in self.storages.items()}
+        return Saved(storages, self.internal_bytes, self.peak_bytes, self.phase)
+
 
 def _never(_: Op) -> bool:
     return False
@@ -210,7 +215,7 @@ class _Run:
         num_products = 0
         found = []
         for op, kind in zip(self.ops, self.kinds, strict=True):
-            found.append(self.all.runs_again(op, num_products, mode))
+            found.append(self.all.runs_again(op, kind, num_products, mode))
             num_products += kind == "matmul"
         return tuple(found)
 

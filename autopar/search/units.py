@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, compress, groupby
+from itertools import accumulate, chain, compress, groupby
 from operator import itemgetter
 from typing import TypeVar
 
@@ -49,6 +49,7 @@ class Unit:
         again: which of them the backward runs again under each name.
         saved: what it keeps under each name, and the most that it holds.
         results: what it may keep where all else is computed again.
+        names: of a copy, how it calls what the unit keeps that it was copied from and shares its results.
         parameters: names of the parameter tensors that it reads.
         received_bytes: activations that enter it from earlier units, so what a cut before it sends.
         cost: of all its ops, once `Chain.priced` says so.
@@ -67,6 +68,7 @@ class Unit:
     kernels: tuple[Kernels, ...] = ()
     again: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     results: tuple[Result, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
     cost: OpCost = NO_COST
     recompute_s: Mapping[str, float] = field(default_factory=dict)
     frontier: tuple[str, ...] = ("none",)
@@ -111,11 +113,9 @@ class Unit:
         )
 
     def alike(self, other: Unit) -> Unit:
-        """The unit with the cost and the choices of one that shares its kernels and has them."""
+        """The unit with the cost and the choices of the one it was copied from, which has them."""
         fresh = {
-            name: saved_with([each for each in self.results if each.name in kept], self.saved)
-            for name, kept in other.kept.items()
-            if name not in self.saved
+            mode: saved.renamed(self.names) for mode, saved in other.saved.items() if mode not in self.saved
         }
         return replace(
             self,
@@ -319,17 +319,13 @@ def _numbered(name: str, number: int) -> str:
     return f"{name}#{number}" if number else name
 
 
-def _renamed(unit: Unit, rename: Callable[[str], str]) -> Unit:
+def _renamed(unit: Unit, rename: Callable[[str], str], parameters: tuple[str, ...]) -> Unit:
     """The unit with what it keeps under other names."""
-
-    def named(storages: Mapping[str, int]) -> dict[str, int]:
-        return {rename(name): size for name, size in storages.items()}
-
-    return replace(
-        unit,
-        saved={mode: replace(saved, storages=named(saved.storages)) for mode, saved in unit.saved.items()},
-        results=tuple(result._replace(storages=named(result.storages)) for result in unit.results),
-    )
+    kept: Iterable[Saved | Result] = (*unit.saved.values(), *unit.results)
+    found = dict.fromkeys(chain.from_iterable(each.storages for each in kept))
+    names = {name: rename(name) for name in found}
+    saved = {mode: saved.renamed(names) for mode, saved in unit.saved.items()}
+    return replace(unit, saved=saved, names=names, parameters=parameters)
 
 
 class _Builder:
@@ -373,9 +369,8 @@ class _Builder:
             is_own = storage in self.made_in_blocks
             return self.turns.entering(storage, number) or _numbered(storage, number if is_own else 0)
 
-        parameters = tuple(f"{name}#{number}" for name in unit.parameters)
-        return replace(_renamed(unit, own), parameters=parameters)
+        return _renamed(unit, own, tuple([f"{name}#{number}" for name in unit.parameters]))
 
     def afterwards(self, unit: Unit) -> Unit:
         """A unit that stands for itself, of which what copies made before it are the last."""
-        return _renamed(unit, self.turns.afterwards) if self.turns.last else unit
+        return _renamed(unit, self.turns.afterwards, unit.parameters) if self.turns.last else unit
