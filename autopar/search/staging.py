@@ -280,9 +280,9 @@ class StageLayer:
         now = solved.evaluated
         if not now.fits:
             return solved
-        price = partial(self.evaluator.evaluate, program.chain, p, now.cuts)
+        fit, price = self.evaluator.fits_with, partial(self.evaluator.evaluate, program.chain, p, now.cuts)
         table, variants = self.table(program), self.variants(program)
-        faster = with_faster_units(now, table, variants, self._ranks(program, now), price)
+        faster = with_faster_units(now, table, variants, self._ranks(program, now), partial(fit, now), price)
         return replace(solved, evaluated=faster, bound_s=min(solved.bound_s, faster.step_s))
 
     def _near(self, evaluated: Evaluated) -> Iterator[tuple[int, ...]]:
