@@ -228,7 +228,7 @@ class EvenStages:
                 sums = sums.computing()
             weight_s = None
             if p.schedule in SPLIT_BACKWARD_SCHEDULES:
-                weight_s = self._weight_s(sums)
+                weight_s = sums.weight_s.tolist()
             self._schedule_floors_s[key] = pipeline_lower_bound_s(
                 p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
                 num_virtual=p.num_virtual_stages, schedule_name=p.schedule, weight_s=weight_s,
@@ -249,7 +249,7 @@ class EvenStages:
             sums = self.table.sums(cuts).accumulating(accumulation_s)
             weight_s = savings_s = None
             if p.schedule in SPLIT_BACKWARD_SCHEDULES:
-                weight_s = self._weight_s(sums)
+                weight_s = sums.weight_s.tolist()
             if p.schedule in OVERLAPPING_SCHEDULES:
                 savings_s = _savings_s(sums)
             self._orders_s[key] = max(
@@ -259,11 +259,6 @@ class EvenStages:
                 )
             )  # fmt: skip
         return self._orders_s[key]
-
-    def _weight_s(self, sums: RunSums) -> list[float]:
-        """The gradients of weights of each run."""
-        found: list[float] = sums.runs.sums([unit.cost.weight_s for unit in self.table.chain.units]).tolist()
-        return found
 
 
 def _savings_s(sums: RunSums) -> list[float]:

@@ -68,6 +68,11 @@ class StageTable:
         )
         return self._exposed * np.array(both[0]), self._exposed * np.array(both[1])
 
+    @cached_property
+    def unit_weight_s(self) -> Array:
+        """The gradients of weights in the backward of each unit, which no other stage waits for."""
+        return np.array([unit.cost.weight_s for unit in self.chain.units])
+
     @property
     def _exposed(self) -> float:
         return 1 - self.chain.era.tensor_parallel_overlap
@@ -142,15 +147,18 @@ class StageTable:
     @cached_property
     def unit_working_bytes(self) -> Array:
         """What each unit holds beside what it keeps."""
-        pairs = zip(self.chain.units, self.base, strict=True)
-        return np.array([float(unit.saved[name].working_bytes) for unit, name in pairs])
+        sizes = np.empty(self.num_units)
+        for indices in self._kinds:
+            first = indices[0]
+            sizes[indices] = self.chain.units[first].saved[self.base[first]].working_bytes
+        return sizes
 
     def own_bytes(self, index: int, name: str) -> float:
         """What a unit keeps under a name, but for what it does not keep otherwise and others may keep too:
         a stage counts that once."""
         unit, base = self.chain.units[index], self.base[index]
         fastest, saved = unit.saved[base].storages, unit.saved[name]
-        others = (saved.storages.keys() & self._shared) - fastest.keys()
+        others = (each for each in saved.storages.keys() - fastest.keys() if each in self._shared)
         return float(saved.num_bytes - sum(saved.storages[each] for each in others))
 
     @cached_property
@@ -219,8 +227,8 @@ class StageTable:
 
     @cached_property
     def weight_s(self) -> float:
-        """The gradients of weights among it, which no other stage waits for."""
-        return sum(unit.cost.weight_s for unit in self.chain.units)
+        """The gradients of weights among it."""
+        return sum(self.unit_weight_s.tolist())
 
     @cached_property
     def all_saved_bytes(self) -> float:
