@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -276,8 +276,14 @@ def moments(p: Parallelism) -> NDArray[np.int64]:
 
 def own_stages(p: Parallelism) -> NDArray[np.intp]:
     """The stages of each rank: [rank, stage]."""
-    ranks = range(p.pp)
-    return np.array([rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages) for rank in ranks])
+    return _own_stages(p.schedule, p.pp, p.num_virtual_stages)
+
+
+@cache
+def _own_stages(schedule: str, pp: int, num_virtual_stages: int) -> NDArray[np.intp]:
+    found = np.array([rank_stages(schedule, rank, pp, num_virtual_stages) for rank in range(pp)])
+    found.setflags(write=False)  # all who ask share it
+    return found
 
 
 def _ranks(p: Parallelism) -> tuple[int, ...]:
