@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.search.pieces import num_weights
+from autopar.search.pieces import Bucket, num_weights
 from autopar.search.run_sums import RunSums
 from autopar.search.runs import AllRuns, Array, GivenRuns, RankRuns
 from autopar.search.units import Chain
@@ -110,12 +110,11 @@ class StageTable:
         return found
 
     @cached_property
-    def parameter_kinds(self) -> tuple[list[tuple[float, float, float]], NDArray[np.intp]]:
-        """What units may have of parameters: elements of dense ones, of experts, and the bytes of each; and
-        which of these every unit has."""
+    def parameter_kinds(self) -> tuple[list[tuple[Bucket, ...]], NDArray[np.intp]]:
+        """What units may have of parameters, dense ones and experts; and which of these every unit has."""
         units = [*zip(*map(Array.tolist, self.unit_elements), self._element_bytes, strict=True)]
         kinds = list(dict.fromkeys(units))
-        return kinds, np.array([kinds.index(unit) for unit in units])
+        return [_buckets(*kind) for kind in kinds], np.array([kinds.index(unit) for unit in units])
 
     @property
     def _element_bytes(self) -> list[float]:
@@ -270,3 +269,11 @@ class StageTable:
             runs = RankRuns(cuts, ranks, self.num_units) if ranks else GivenRuns(cuts, self.num_units)
             self._known_sums[key] = RunSums(self, runs)
         return self._known_sums[key]
+
+
+def _buckets(dense: float, experts: float, element_bytes: float) -> tuple[Bucket, ...]:
+    """So many elements of dense parameters and of experts, as they move."""
+    both = (dense, False), (experts, True)
+    return tuple(
+        Bucket(int(number), int(number * element_bytes), is_expert) for number, is_expert in both if number
+    )
