@@ -227,7 +227,7 @@ class StageTable:
     @cached_property
     def weight_s(self) -> float:
         """The gradients of weights among it."""
-        return sum(self.unit_weight_s.tolist())
+        return float(sum(self.unit_weight_s.tolist()))
 
     @cached_property
     def all_saved_bytes(self) -> float:
