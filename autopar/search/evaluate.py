@@ -129,6 +129,13 @@ class Evaluator:
         excess_bytes = host_excess_bytes(states, p, self.policy, self.cluster)
         return Evaluated(p, chain, cuts, names, stages, step, ledgers, device.memory_bytes, excess_bytes)
 
+    def fits_with(self, evaluated: Evaluated, choices: Sequence[str]) -> bool:
+        """Whether a candidate that fits does so with other choices: without a price, which takes longer."""
+        pieces, p = self._pieces[id(evaluated.chain)], evaluated.parallelism
+        chosen = pieces.shortest(tuple(choices))
+        ledgers = rank_ledgers(pieces, evaluated.cuts, p, self.policy, self.cluster.device, chosen)
+        return all(ledger.total_bytes <= evaluated.memory_bytes for ledger in ledgers)
+
     def step(
         self, stages: Sequence[StageWork], chain: Chain, p: Parallelism, cuts: Sequence[int]
     ) -> StepCost:

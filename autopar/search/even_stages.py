@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from autopar.search.runs import AllRuns, Array
 from autopar.search.stage_costs import Machine, accumulating, cached_bytes, moved_once, room_bytes, run_times
 from autopar.search.stage_table import StageTable
 from autopar.search.stages import Where, cheapest, legal
-from costmodel import pipeline_lower_bound_s, rank_finish_s
+from costmodel import rank_finish_s
 from costmodel.events import overlap_saving_s
 from costmodel.orders import (
     OVERLAPPING_SCHEDULES,
@@ -213,26 +213,23 @@ class EvenStages:
         if np.isinf(again_s).any():
             return float("inf")
         times = run_times(sums, moved_once(self.table, p, machine), machine.overlap, again_s)
-        return_s = 0.0 if p.schedule in SPLIT_BACKWARD_SCHEDULES else sums.return_s
         # A rank's first stage is its earliest: what comes before that it must wait for.
         ends_s = sums.arrival_s + p.num_microbatches * times.microbatch_s
-        return float((ends_s + np.maximum(return_s, times.once_s)).max())
+        return float((ends_s + np.maximum(_return_s(sums, p), times.once_s)).max())
 
     def schedule_floor_s(self, p: Parallelism, cuts: tuple[int, ...], accumulation_s: float) -> float:
         """What the schedule takes at least with these cuts, were there nothing else to do than to compute
         and, in so long for each parameter, to add up gradients."""
         key = (p.schedule, p.pp, p.num_microbatches, cuts, accumulation_s)
         if key not in self._schedule_floors_s:
-            sums = self.table.sums(cuts).accumulating(accumulation_s)
+            sums = self.table.sums(cuts, _ranks(p)).accumulating(accumulation_s)
             if p.schedule in OVERLAPPING_SCHEDULES:
                 sums = sums.computing()
-            weight_s = None
-            if p.schedule in SPLIT_BACKWARD_SCHEDULES:
-                weight_s = self._weight_s(sums)
-            self._schedule_floors_s[key] = pipeline_lower_bound_s(
-                p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
-                num_virtual=p.num_virtual_stages, schedule_name=p.schedule, weight_s=weight_s,
-            )  # fmt: skip
+            microbatch_s = sums.forward_s + sums.backward_s
+            ends_s = sums.arrival_s + p.num_microbatches * microbatch_s + _return_s(sums, p)
+            put_off_s = self.table.weight_s if p.schedule in SPLIT_BACKWARD_SCHEDULES else 0.0
+            through_s = float(microbatch_s.sum()) - put_off_s
+            self._schedule_floors_s[key] = max(through_s, float(ends_s.max()))
         return self._schedule_floors_s[key]
 
     def order_s(
@@ -249,7 +246,7 @@ class EvenStages:
             sums = self.table.sums(cuts).accumulating(accumulation_s)
             weight_s = savings_s = None
             if p.schedule in SPLIT_BACKWARD_SCHEDULES:
-                weight_s = self._weight_s(sums)
+                weight_s = sums.weight_s.tolist()
             if p.schedule in OVERLAPPING_SCHEDULES:
                 savings_s = _savings_s(sums)
             self._orders_s[key] = max(
@@ -260,10 +257,11 @@ class EvenStages:
             )  # fmt: skip
         return self._orders_s[key]
 
-    def _weight_s(self, sums: RunSums) -> list[float]:
-        """The gradients of weights of each run."""
-        found: list[float] = sums.runs.sums([unit.cost.weight_s for unit in self.table.chain.units]).tolist()
-        return found
+
+def _return_s(sums: RunSums, p: Parallelism) -> Array | float:
+    """How long the last backward of each rank is on its way to the first stage, which nothing waits for where
+    gradients of weights are put off."""
+    return 0.0 if p.schedule in SPLIT_BACKWARD_SCHEDULES else sums.return_s
 
 
 def _savings_s(sums: RunSums) -> list[float]:
@@ -281,8 +279,14 @@ def moments(p: Parallelism) -> NDArray[np.int64]:
 
 def own_stages(p: Parallelism) -> NDArray[np.intp]:
     """The stages of each rank: [rank, stage]."""
-    ranks = range(p.pp)
-    return np.array([rank_stages(p.schedule, rank, p.pp, p.num_virtual_stages) for rank in ranks])
+    return _own_stages(p.schedule, p.pp, p.num_virtual_stages)
+
+
+@cache
+def _own_stages(schedule: str, pp: int, num_virtual_stages: int) -> NDArray[np.intp]:
+    found = np.array([rank_stages(schedule, rank, pp, num_virtual_stages) for rank in range(pp)])
+    found.setflags(write=False)  # all who ask share it
+    return found
 
 
 def _ranks(p: Parallelism) -> tuple[int, ...]:

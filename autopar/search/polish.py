@@ -43,10 +43,11 @@ def with_faster_units(
     table: StageTable,
     variants: Variants,
     ranks: Sequence[RankUnits],
+    fit: Callable[[Sequence[str]], bool],
     price: Callable[[Sequence[str]], Evaluated],
 ) -> Evaluated:
     """The plan with faster variants where memory is left for them, those first that gain most; `ranks` are
-    the units of each, and `price` prices it with others."""
+    the units of each, and of others `fit` tells whether memory suffices, and `price` the price."""
     failed: set[tuple[object, ...]] = set()
     for rank, unit, name in _faster(plan, table, ranks):
         now = plan.choices[unit]
@@ -54,8 +55,9 @@ def with_faster_units(
         is_faster = table.options[unit].index(name) < table.options[unit].index(now)
         if not is_faster or kind in failed:
             continue
-        again = price((*plan.choices[:unit], name, *plan.choices[unit + 1 :]))
-        if again.fits and again.step_s <= plan.step_s:
+        choices = (*plan.choices[:unit], name, *plan.choices[unit + 1 :])
+        again = price(choices) if fit(choices) else None
+        if again is not None and again.step_s <= plan.step_s:
             plan = again
             continue
         failed.add(kind)

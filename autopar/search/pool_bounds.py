@@ -122,7 +122,7 @@ class RouteCuts:
         """The ways to shard a leg but those that another is as good as in time and in memory."""
         if (leg, price) not in self._ways:
             machine = self.legs.planners[leg.pool].layer.machine
-            offered = ((p, machine(p)) for p in self.legs.ways(leg))
+            offered = ((p, machine) for p in self.legs.ways(leg))
             self._ways[leg, price] = useful_ways(self.legs.table(leg, price), offered)
         return self._ways[leg, price]
 

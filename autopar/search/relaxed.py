@@ -117,7 +117,8 @@ def relaxed(
                 saved=_Shares(unit, least, degree), received_bytes=unit.received_bytes // degree,
             )
         )  # fmt: skip
-    parameters = {name: _shard(shard, tp) for name, shard in device.parameters.items()}
+    shards = {shard: _shard(shard, tp) for shard in set(device.parameters.values())}
+    parameters = {name: shards[shard] for name, shard in device.parameters.items()}
     return replace(device, units=tuple(units), parameters=parameters)
 
 

@@ -26,8 +26,8 @@ from costmodel import OptimizerPolicy, Overlap, model_state_ledger
 
 
 class Machine(NamedTuple):
-    """What stages run on: prices on the mesh, the optimizer's policy, what overlaps, and the memory that
-    there is for them; and whether anything `moves` on the data axes, or is gathered for that."""
+    """What stages run on: prices, the optimizer's policy, what overlaps, and the memory that there is for
+    them; and whether anything `moves` on the data axes, or is gathered for that."""
 
     pricer: Pricer
     policy: OptimizerPolicy
@@ -55,7 +55,7 @@ def moved_once(table: StageTable, p: Parallelism, machine: Machine) -> Once:
     """What moves for each unit; parameters that units share count for the first."""
     update_s = least_update_s(p, machine.policy, machine.pricer)
     kinds, places = table.parameter_kinds
-    each = np.array([_unit_once(*kind, p, machine, update_s) for kind in kinds])
+    each = np.array([_unit_once(kind, p, machine, update_s) for kind in kinds])
     return Once(*each[places].T)
 
 
@@ -108,16 +108,11 @@ def state_bytes(p: Parallelism, policy: OptimizerPolicy, degree: int) -> float:
 
 
 def _unit_once(
-    dense: float, experts: float, element_bytes: float, p: Parallelism, machine: Machine, update_s: float
+    buckets: tuple[Bucket, ...], p: Parallelism, machine: Machine, update_s: float
 ) -> tuple[float, ...]:
     """What moves for one unit; updating a parameter takes `update_s`."""
-    buckets = {
-        Bucket(int(number), int(number * element_bytes), is_expert): 1
-        for number, is_expert in ((dense, False), (experts, True))
-        if number
-    }
     traffic = DataTraffic()
     if machine.moves:
-        traffic = data_traffic(buckets, p, machine.pricer, machine.policy)
-    updated = updated_elements({False: int(dense), True: int(experts)}, p)
+        traffic = data_traffic(dict.fromkeys(buckets, 1), p, machine.pricer, machine.policy)
+    updated = updated_elements({bucket.is_expert: bucket.num_elements for bucket in buckets}, p)
     return traffic.forward_s, traffic.backward_s, traffic.step_s, update_s * updated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -10,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.search.pieces import num_weights
+from autopar.search.pieces import Bucket, num_weights
 from autopar.search.run_sums import RunSums
 from autopar.search.runs import AllRuns, Array, GivenRuns, RankRuns
-from autopar.search.units import Chain
+from autopar.search.units import Chain, Unit
 
 Options = tuple[tuple[str, ...], ...]
 """For each unit the variants it may use, from the fastest to the smallest."""
@@ -68,6 +69,11 @@ class StageTable:
         )
         return self._exposed * np.array(both[0]), self._exposed * np.array(both[1])
 
+    @cached_property
+    def unit_weight_s(self) -> Array:
+        """The gradients of weights in the backward of each unit, which no other stage waits for."""
+        return np.array([unit.cost.weight_s for unit in self.chain.units])
+
     @property
     def _exposed(self) -> float:
         return 1 - self.chain.era.tensor_parallel_overlap
@@ -81,14 +87,14 @@ class StageTable:
     def unit_elements(self) -> tuple[Array, Array]:
         """Elements of dense parameters and of experts, each for the first unit that has it."""
         seen: set[str] = set()
-        sizes = np.zeros((2, self.num_units))
+        sizes = [0.0] * self.num_units, [0.0] * self.num_units
         for index, unit in enumerate(self.chain.units):
             for name in unit.parameters:
                 if name not in seen:
                     seen.add(name)
                     shard = self.chain.parameters[name]
-                    sizes[int(shard.is_expert), index] += shard.num_elements
-        return sizes[0], sizes[1]
+                    sizes[shard.is_expert][index] += shard.num_elements
+        return np.array(sizes[0]), np.array(sizes[1])
 
     @cached_property
     def block_elements(self) -> Array:
@@ -105,27 +111,23 @@ class StageTable:
         return found
 
     @cached_property
-    def parameter_kinds(self) -> tuple[list[tuple[float, float, float]], NDArray[np.intp]]:
-        """What units may have of parameters: elements of dense ones, of experts, and the bytes of each; and
-        which of these every unit has."""
-        units = [*zip(*map(Array.tolist, self.unit_elements), self._element_bytes, strict=True)]
+    def parameter_kinds(self) -> tuple[list[tuple[Bucket, ...]], NDArray[np.intp]]:
+        """What units may have of parameters, dense ones and experts; and which of these every unit has."""
+        elements, element_bytes = self.unit_elements, self._by_kind(self._element_bytes)
+        units = [*zip(*map(Array.tolist, (*elements, element_bytes)), strict=True)]
         kinds = list(dict.fromkeys(units))
-        return kinds, np.array([kinds.index(unit) for unit in units])
+        return [_buckets(*kind) for kind in kinds], np.array([kinds.index(unit) for unit in units])
 
-    @property
-    def _element_bytes(self) -> list[float]:
-        """Bytes of an element of each unit's parameters."""
-        found = []
-        for unit in self.chain.units:
-            shards = [self.chain.parameters[name] for name in unit.parameters]
-            elements = sum(shard.num_elements for shard in shards)
-            found.append(sum(shard.num_bytes for shard in shards) / elements if elements else 0.0)
-        return found
+    def _element_bytes(self, unit: Unit, _: str) -> float:
+        """Bytes of an element of a unit's parameters."""
+        shards = [self.chain.parameters[name] for name in unit.parameters]
+        elements = sum(shard.num_elements for shard in shards)
+        return sum(shard.num_bytes for shard in shards) / elements if elements else 0.0
 
     @cached_property
     def unit_weights(self) -> Array:
         """Elements of a block's weights, one matrix of every stack."""
-        return np.array([num_weights(unit, self.chain.parameters) for unit in self.chain.units])
+        return self._by_kind(lambda unit, _: num_weights(unit, self.chain.parameters))
 
     @cached_property
     def unit_saved_bytes(self) -> Array:
@@ -142,15 +144,14 @@ class StageTable:
     @cached_property
     def unit_working_bytes(self) -> Array:
         """What each unit holds beside what it keeps."""
-        pairs = zip(self.chain.units, self.base, strict=True)
-        return np.array([float(unit.saved[name].working_bytes) for unit, name in pairs])
+        return self._by_kind(lambda unit, name: unit.saved[name].working_bytes)
 
     def own_bytes(self, index: int, name: str) -> float:
         """What a unit keeps under a name, but for what it does not keep otherwise and others may keep too:
         a stage counts that once."""
         unit, base = self.chain.units[index], self.base[index]
         fastest, saved = unit.saved[base].storages, unit.saved[name]
-        others = (saved.storages.keys() & self._shared) - fastest.keys()
+        others = (each for each in saved.storages.keys() - fastest.keys() if each in self._shared)
         return float(saved.num_bytes - sum(saved.storages[each] for each in others))
 
     @cached_property
@@ -197,6 +198,14 @@ class StageTable:
             freed[indices, : len(steps)] = np.diff(totals)
         return working, freed
 
+    def _by_kind(self, value: Callable[[Unit, str], float]) -> Array:
+        """What is the same of all units of a kind, given one of them and its fastest variant."""
+        found = np.empty(self.num_units)
+        for indices in self._kinds:
+            first = indices[0]
+            found[indices] = value(self.chain.units[first], self.base[first])
+        return found
+
     @cached_property
     def _kinds(self) -> list[list[int]]:
         """The units that are alike, up to the names of what they keep."""
@@ -219,8 +228,8 @@ class StageTable:
 
     @cached_property
     def weight_s(self) -> float:
-        """The gradients of weights among it, which no other stage waits for."""
-        return sum(unit.cost.weight_s for unit in self.chain.units)
+        """The gradients of weights among it."""
+        return float(sum(self.unit_weight_s.tolist()))
 
     @cached_property
     def all_saved_bytes(self) -> float:
@@ -262,3 +271,11 @@ class StageTable:
             runs = RankRuns(cuts, ranks, self.num_units) if ranks else GivenRuns(cuts, self.num_units)
             self._known_sums[key] = RunSums(self, runs)
         return self._known_sums[key]
+
+
+def _buckets(dense: float, experts: float, element_bytes: float) -> tuple[Bucket, ...]:
+    """So many elements of dense parameters and of experts, as they move."""
+    both = (dense, False), (experts, True)
+    return tuple(
+        Bucket(int(number), int(number * element_bytes), is_expert) for number, is_expert in both if number
+    )

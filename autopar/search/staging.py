@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -148,7 +148,7 @@ class StageLayer:
         cuts = self._even(p)
         if cuts is None:
             return float("inf")
-        stages, machine = self.even(program), self.machine(p)._replace(moves=moves)
+        stages, machine = self.even(program), self.machine._replace(moves=moves)
         bound_s = stages.bound_s(p, machine, cuts, stages.excess_bytes(p, machine, cuts))
         return bound_s + self.evaluator.era.step_overhead_s
 
@@ -188,7 +188,7 @@ class StageLayer:
         """The least for what must be computed again; infinite where that frees too little."""
         p, cuts = evaluated.parallelism, evaluated.cuts
         excess_bytes = self._least_excess_bytes(stages, evaluated)
-        bound_s = stages.bound_s(p, self.machine(p), cuts, excess_bytes)
+        bound_s = stages.bound_s(p, self.machine, cuts, excess_bytes)
         if bound_s < float("inf") and p.num_virtual_stages > 1:
             bound_s = max(bound_s, self._again_bound(stages, evaluated, excess_bytes).bound_s())
         return bound_s + self.evaluator.era.step_overhead_s
@@ -227,7 +227,7 @@ class StageLayer:
     def _cut(self, table: StageTable, p: Parallelism, *, fitting: bool) -> Cut | None:
         self.effort.solved("stages", cut_size(table.num_units, p.pp))
         where, send_s = self.where(table.chain.units), self.evaluator.messages_s(table.chain, p)
-        return best_cut(table, p, self.machine(p), send_s, where, fitting=fitting)
+        return best_cut(table, p, self.machine, send_s, where, fitting=fitting)
 
     def _device(self, p: Parallelism) -> EvenStages:
         return self.even(self.programs.device(p.microbatch_size, p.ep))
@@ -239,11 +239,12 @@ class StageLayer:
         stages = self._device(p)
         return stages.cuts(p.pp * p.num_virtual_stages, self.where(stages.table.chain.units))
 
-    def machine(self, p: Parallelism) -> Machine:
-        """What the stages of a way run on."""
+    @cached_property
+    def machine(self) -> Machine:
+        """What stages run on."""
         device = self.evaluator.cluster.device
         return Machine(
-            self.evaluator.placed(p),
+            self.evaluator.pricer,
             self.evaluator.policy,
             self.evaluator.overlap,
             device.memory_bytes - device.efficiency.reserved_memory_bytes,
@@ -280,9 +281,9 @@ class StageLayer:
         now = solved.evaluated
         if not now.fits:
             return solved
-        price = partial(self.evaluator.evaluate, program.chain, p, now.cuts)
+        fit, price = self.evaluator.fits_with, partial(self.evaluator.evaluate, program.chain, p, now.cuts)
         table, variants = self.table(program), self.variants(program)
-        faster = with_faster_units(now, table, variants, self._ranks(program, now), price)
+        faster = with_faster_units(now, table, variants, self._ranks(program, now), partial(fit, now), price)
         return replace(solved, evaluated=faster, bound_s=min(solved.bound_s, faster.step_s))
 
     def _near(self, evaluated: Evaluated) -> Iterator[tuple[int, ...]]:
@@ -336,7 +337,7 @@ class StageLayer:
         kept = np.array([ledger.activations_bytes for ledger in ledgers])
         buffers = np.array([ledger.logits_bytes + ledger.buffers_bytes for ledger in ledgers])
         p, cuts = evaluated.parallelism, evaluated.cuts
-        working = buffers - stages.cached_bytes(p, self.machine(p), cuts)
+        working = buffers - stages.cached_bytes(p, self.machine, cuts)
         allowed = kept - self._excess_bytes(evaluated)
         return stages.least_excess_bytes(p, cuts, allowed, working)
 
