@@ -22,7 +22,7 @@ from autopar.search.runs import AllRuns, Array
 from autopar.search.stage_costs import Machine, accumulating, cached_bytes, moved_once, room_bytes, run_times
 from autopar.search.stage_table import StageTable
 from autopar.search.stages import Where, cheapest, legal
-from costmodel import rank_finish_s
+from costmodel import pipeline_lower_bound_s, rank_finish_s
 from costmodel.events import overlap_saving_s
 from costmodel.orders import (
     OVERLAPPING_SCHEDULES,
@@ -213,23 +213,26 @@ class EvenStages:
         if np.isinf(again_s).any():
             return float("inf")
         times = run_times(sums, moved_once(self.table, p, machine), machine.overlap, again_s)
+        return_s = 0.0 if p.schedule in SPLIT_BACKWARD_SCHEDULES else sums.return_s
         # A rank's first stage is its earliest: what comes before that it must wait for.
         ends_s = sums.arrival_s + p.num_microbatches * times.microbatch_s
-        return float((ends_s + np.maximum(_return_s(sums, p), times.once_s)).max())
+        return float((ends_s + np.maximum(return_s, times.once_s)).max())
 
     def schedule_floor_s(self, p: Parallelism, cuts: tuple[int, ...], accumulation_s: float) -> float:
         """What the schedule takes at least with these cuts, were there nothing else to do than to compute
         and, in so long for each parameter, to add up gradients."""
         key = (p.schedule, p.pp, p.num_microbatches, cuts, accumulation_s)
         if key not in self._schedule_floors_s:
-            sums = self.table.sums(cuts, _ranks(p)).accumulating(accumulation_s)
+            sums = self.table.sums(cuts).accumulating(accumulation_s)
             if p.schedule in OVERLAPPING_SCHEDULES:
                 sums = sums.computing()
-            microbatch_s = sums.forward_s + sums.backward_s
-            ends_s = sums.arrival_s + p.num_microbatches * microbatch_s + _return_s(sums, p)
-            put_off_s = self.table.weight_s if p.schedule in SPLIT_BACKWARD_SCHEDULES else 0.0
-            through_s = float(microbatch_s.sum()) - put_off_s
-            self._schedule_floors_s[key] = max(through_s, float(ends_s.max()))
+            weight_s = None
+            if p.schedule in SPLIT_BACKWARD_SCHEDULES:
+                weight_s = sums.weight_s.tolist()
+            self._schedule_floors_s[key] = pipeline_lower_bound_s(
+                p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
+                num_virtual=p.num_virtual_stages, schedule_name=p.schedule, weight_s=weight_s,
+            )  # fmt: skip
         return self._schedule_floors_s[key]
 
     def order_s(
@@ -256,12 +259,6 @@ class EvenStages:
                 )
             )  # fmt: skip
         return self._orders_s[key]
-
-
-def _return_s(sums: RunSums, p: Parallelism) -> Array | float:
-    """How long the last backward of each rank is on its way to the first stage, which nothing waits for where
-    gradients of weights are put off."""
-    return 0.0 if p.schedule in SPLIT_BACKWARD_SCHEDULES else sums.return_s
 
 
 def _savings_s(sums: RunSums) -> list[float]:
