@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import add
 
 import numpy as np
 
 from costmodel.closed_forms import uniform_finish_s
-from costmodel.events import WorkTimes, ordered_steps, run_steps, work_times
+from costmodel.events import WorkTimes, checked_times, ordered_steps, run_steps, work_times
 from costmodel.one_f_one_b import one_f_one_b_finish_s
 from costmodel.orders import OVERLAPPING_SCHEDULES, check_schedule, numbered_orders
 from costmodel.phases import FORWARD, PHASES
@@ -50,6 +51,35 @@ def rank_finish_s(
     if schedule_name == "1F1B" and num_microbatches >= num_stages:
         return one_f_one_b_finish_s(num_microbatches, forward_s, backward_s, sends_s[:-1], blocking_sends)
     return _periodic_finish_s(schedule_name, num_stages, num_microbatches, num_virtual, times, blocking_sends)
+
+
+def latest_finish_s(
+    schedule_name: str,
+    num_stages: int,
+    num_microbatches: int,
+    forward_s: Sequence[float],
+    backward_s: Sequence[float],
+    send_s: float | Sequence[float] = 0.0,
+    num_virtual: int = 1,
+    *,
+    weight_s: Sequence[float] | None = None,
+) -> float:
+    """No rank ends its last backward later, from the closed form of a pipeline whose stages are all like the
+    slowest, which computes nothing while it waits for a message; infinite where there is none.
+
+    Arguments and errors as `simulate`, whose blocking sends are not considered. Up to rounding.
+    """
+    check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
+    sends_s, inputs_s, weights_s = checked_times(
+        schedule_name, num_stages, num_virtual, forward_s, backward_s, send_s, weight_s
+    )
+    slowest_s = max(map(add, forward_s, [0.0, *sends_s]))
+    input_s, slowest_weight_s = max(map(add, inputs_s, [*sends_s, 0.0])), max(weights_s)
+    finish_s = uniform_finish_s(
+        schedule_name, num_stages, num_microbatches, num_virtual,
+        slowest_s, input_s + slowest_weight_s, slowest_weight_s,
+    )  # fmt: skip
+    return float("inf") if finish_s is None else max(finish_s)
 
 
 def _uniform(
