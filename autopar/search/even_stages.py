@@ -47,6 +47,7 @@ class EvenStages:
         self._cuts: dict[int, tuple[int, ...] | None] = {}
         self._schedule_floors_s: dict[tuple[object, ...], float] = {}
         self._orders_s: dict[tuple[object, ...], float] = {}
+        self._latest_s: dict[tuple[object, ...], float] = {}
         self._known_freed: dict[tuple[int, ...], tuple[Array, Array]] = {}
         self._kept_bytes: dict[tuple[object, ...], Array] = {}
         self._known_steps: dict[tuple[object, ...], tuple[Array, Array]] = {}
@@ -251,6 +252,8 @@ class EvenStages:
         if p.num_microbatches > MOST_ROUNDS * p.pp:
             return 0.0
         key = (p.schedule, p.pp, p.num_microbatches, cuts, accumulation_s, sends_s)
+        if self._latest_s.get(key, float("inf")) <= known_s:
+            return 0.0
         if key not in self._orders_s:
             sums = self.table.sums(cuts).accumulating(accumulation_s)
             weight_s = savings_s = None
@@ -260,7 +263,8 @@ class EvenStages:
                 p.schedule, p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
                 sends_s, p.num_virtual_stages,
             )  # fmt: skip
-            if latest_finish_s(*times, weight_s=weight_s) <= known_s * (1 - ROUNDING):
+            self._latest_s[key] = latest_finish_s(*times, weight_s=weight_s) * (1 + ROUNDING)
+            if self._latest_s[key] <= known_s:
                 return 0.0
             if p.schedule in OVERLAPPING_SCHEDULES:
                 savings_s = _savings_s(sums)
