@@ -49,7 +49,7 @@ from costmodel.schedule import (
     simulate,
 )
 from costmodel.software import Software, software, software_eras
-from costmodel.steady import rank_finish_s
+from costmodel.steady import latest_finish_s, rank_finish_s
 from costmodel.step import IDEAL_OVERLAP, TERMS, Overlap, StageWork, StepCost, step_cost
 from costmodel.topology import Span, spans
 from costmodel.work import Collective, CollectiveKind, Group, Work, WorkKind
@@ -87,6 +87,7 @@ __all__ = [
     "end_to_end_training_s",
     "gradient_exchange",
     "host_bytes_per_parameter",
+    "latest_finish_s",
     "matmul_share",
     "model_flops_utilization",
     "model_state_ledger",

@@ -1,20 +1,20 @@
 """The event simulation under `schedule` and `steady`: when each piece of work of a pipeline ends.
 
 A schedule is a partial order of pieces of work that does not depend on how long they take. `ordered_steps`
-sorts it once; running it is then one pass of
+sorts it once, into waves: in each, a rank runs one piece of work at most, which waits for none of its own
+wave or later ones. Running it is then, wave after wave,
 
-    start = max(end of the rank's previous work, end of the work waited for + message)
+    end = max(end of the rank's previous work, end of the work waited for + message) + compute
 
-Work is numbered `phase * num_virtual_stages + stage`, with the phases in the order of `PHASES`. A forward and
-the backward O that runs together with it start when both can, and what they make leaves when both end; the
-forward, then of the phase `_PAIRED`, only waits for its input.
+Work is numbered `phase * num_virtual_stages + stage`, with the phases in the order of `PHASES`; a rank that
+does nothing in a wave does the last work of all, which takes no time. A forward and the backward O that runs
+together with it start when both can, and what they make leaves when both end; the forward, then of the phase
+`_PAIRED`, only waits for its input.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from operator import add, sub
 from typing import NamedTuple
@@ -25,6 +25,9 @@ from numpy.typing import NDArray
 from costmodel.errors import CostModelError
 from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, numbered_orders, stage_ranks
 from costmodel.phases import FORWARD, OVERLAPPING, PHASES, WEIGHT, Orders
+
+MANY_RANKS = 16
+"""From how many ranks on it pays to go through all of a wave at once."""
 
 _PAIRED = len(PHASES)
 
@@ -57,9 +60,9 @@ def work_times(
     overlapped_s = list(map(sub, pairs_s, savings_s))
     before, after, none = [0.0, *sends_s], [*sends_s, 0.0], [0.0] * num_total
     return WorkTimes(
-        compute_s=[*forward_s, *backward_s, *inputs_s, *weights_s, *overlapped_s, *none],
-        receive_s=[*before, *after, *after, *none, *after, *before],
-        send_s=[*after, *before, *before, *none, *before, *none],
+        compute_s=[*forward_s, *backward_s, *inputs_s, *weights_s, *overlapped_s, *none, 0.0],
+        receive_s=[*before, *after, *after, *none, *after, *before, 0.0],
+        send_s=[*after, *before, *before, *none, *before, *none, 0.0],
     )
 
 
@@ -165,21 +168,27 @@ def overlap_saving_s(
     return forward_s + backward_s - at_once_s
 
 
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """All work of a step, each after what it waits for: by rank, work, and position of the step waited for or
-    -1. Packed, as planners come back to a step for each of their programs."""
+class Steps(NamedTuple):
+    """All work of a step in waves: what each rank runs, and which step that waits for, [wave, rank]. Nothing
+    runs in the first. Steps are counted through all waves; what waits for nothing waits for the first.
 
-    ranks: array[int]
-    works: array[int]
-    waits: array[int]
+    Packed, as planners come back to a step for each of their programs.
+    """
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        return zip(self.ranks, self.works, self.waits, strict=True)
+    works: NDArray[np.integer]
+    waits: NDArray[np.int32]
+
+    @property
+    def idle(self) -> int:
+        """The work of doing nothing."""
+        return int(self.works[0, 0])
 
     def in_order(self) -> NDArray[np.intp]:
-        """Their positions in the order of `orders.numbered_orders`: rank after rank, as each runs them."""
-        return np.asarray(self.ranks).argsort(kind="stable")
+        """The steps in the order of `orders.numbered_orders`: rank after rank, as each runs them."""
+        num_waves, num_ranks = self.works.shape
+        steps = np.arange(num_waves * num_ranks).reshape(num_waves, num_ranks)
+        found: NDArray[np.intp] = steps.T[self.idle != self.works.T]
+        return found
 
 
 @lru_cache(maxsize=256)
@@ -188,15 +197,21 @@ def ordered_steps(schedule_name: str, num_stages: int, num_microbatches: int, nu
     orders = numbered_orders(schedule_name, num_stages, num_microbatches, num_virtual)
     num_total = num_stages * num_virtual
     is_paired = np.append(orders.phases[1:] == OVERLAPPING, False)
+    idle = (_PAIRED + 1) * num_total
     works = np.where(is_paired, _PAIRED, orders.phases) * num_total + orders.stages
     waits = _waits(orders, is_paired, num_total)
-    turn = np.array(_one_after_the_other(orders.ranks, waits))
-    position = np.empty_like(turn)
-    position[turn] = np.arange(len(turn))
-    waits = np.where(waits < 0, -1, position[waits])[turn]
-    return Steps(
-        _packed(orders.ranks[turn]), _packed(works[turn]), array("i", waits.astype(np.intc).tobytes())
+    waves = _waves(orders.ranks, waits)
+    is_idle = waves < 0
+    step = np.zeros_like(waits)
+    step[waves[~is_idle]] = np.flatnonzero(~is_idle)
+    waits = np.where(waits < 0, 0, step[waits])
+    steps = Steps(
+        np.where(is_idle, idle, works[waves]).astype(np.min_scalar_type(idle)),
+        np.where(is_idle, 0, waits[waves]).astype(np.int32),
     )
+    for numbers in steps:
+        numbers.setflags(write=False)
+    return steps
 
 
 def _waits(orders: Orders, is_paired: NDArray[np.bool_], num_total: int) -> NDArray[np.intp]:
@@ -211,73 +226,76 @@ def _waits(orders: Orders, is_paired: NDArray[np.bool_], num_total: int) -> NDAr
     return np.where(passes_on & (legs > 0), made_by[legs - 1, microbatches], -1)
 
 
-def _one_after_the_other(ranks: NDArray[np.int32], waits: NDArray[np.intp]) -> list[int]:
-    """All pieces of work, each after the one before it on its rank and the one that it waits for."""
-    starts = np.diff(ranks, prepend=-1).nonzero()[0].tolist()
-    ends: list[int] = np.bincount(ranks).cumsum()[ranks].tolist()
-    waits_for: list[int] = waits.tolist()
-    is_done = bytearray(len(ends) + 1)
-    is_done[-1] = 1  # nothing need be waited for
-    held_up: dict[int, list[int]] = {}  # by the work that they wait for
-    turn: list[int] = []
-    while starts:
-        first = work = starts.pop()
-        end = ends[first]
-        while work < end and is_done[waits_for[work]]:
-            is_done[work] = 1
-            if work in held_up:
-                starts += held_up.pop(work)
-            work += 1
-        turn += range(first, work)
-        if work < end:
-            held_up.setdefault(waits_for[work], []).append(work)
-    assert len(turn) == len(ends), "the order deadlocks"
-    return turn
+def _waves(ranks: NDArray[np.int32], waits: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The pieces of work that run in each wave, [wave, rank], -1 for none: each as soon as the one before it
+    on its rank and the one that it waits for have run."""
+    number = np.arange(len(ranks)) + ranks  # behind each rank's work stands one that never starts
+    never = number[-1] + 2
+    waits_for = np.full(never, never)
+    waits_for[number] = np.where(waits < 0, never + 1, number[waits])
+    has_run = np.zeros(never + 2, dtype=np.bool_)
+    has_run[-1] = True
+    heads = number[np.diff(ranks, prepend=-1).nonzero()]
+    starts = np.zeros(len(heads), dtype=np.bool_)
+    waves, started, num_left = [heads], [starts], len(ranks)
+    while num_left:
+        starts = has_run[waits_for[heads]]
+        assert starts.any(), "the order deadlocks"
+        has_run[heads] = starts
+        waves.append(heads)
+        started.append(starts)
+        heads = heads + starts
+        num_left -= int(np.count_nonzero(starts))
+    return np.where(started, np.array(waves) - np.arange(len(heads)), -1)
 
 
-def _packed(numbers: NDArray[np.integer]) -> array[int]:
-    """Numbers from 0 on, in two bytes each unless thousands of stages make some of them larger."""
-    is_short = numbers.max() < 1 << 16
-    return array("H" if is_short else "i", numbers.astype(np.ushort if is_short else np.intc).tobytes())
-
-
-def run_steps(
-    steps: Steps, times: WorkTimes, num_stages: int, blocking_sends: bool = False
-) -> tuple[list[float], tuple[float, ...]]:
-    """When every step ends, and every rank, if all start as early as they can.
+def run_steps(steps: Steps, times: WorkTimes, blocking_sends: bool = False) -> NDArray[np.float64]:
+    """When every step ends if all start as early as they can, [wave, rank]; in the last, when ranks end.
 
     Messages travel beside compute. With `blocking_sends` a rank waits between two pieces of work until it has
     sent what the first made and received what the second needs; it does both at once.
     """
     if blocking_sends:
-        return _run_blocking(steps, times, num_stages)
+        return _run_blocking(steps, times)
+    num_ranks = steps.works.shape[1]
+    if num_ranks >= MANY_RANKS:
+        return _run_waves(steps, times)
     compute_s, receive_s, _ = times
-    clock_s = [0.0] * num_stages
-    end_s: list[float] = []
-    running, now = 0, 0.0  # of most steps, the next is of the same rank
-    for rank, work, wait in steps:
-        if rank != running:
-            clock_s[running] = now
-            running, now = rank, clock_s[rank]
-        if wait >= 0 and (ready := end_s[wait] + receive_s[work]) > now:
+    end_s = [0.0] * num_ranks
+    works, waits = (numbers[1:].ravel().tolist() for numbers in steps)
+    # What ends in a wave is where the ranks are in the next.
+    for now, work, wait in zip(end_s, works, waits, strict=False):
+        if wait and (ready := end_s[wait] + receive_s[work]) > now:
             now = ready
-        now += compute_s[work]
-        end_s.append(now)
-    clock_s[running] = now
-    return end_s, tuple(clock_s)
+        end_s.append(now + compute_s[work])
+    return np.array(end_s).reshape(steps.works.shape)
 
 
-def _run_blocking(steps: Steps, times: WorkTimes, num_stages: int) -> tuple[list[float], tuple[float, ...]]:
+def _run_waves(steps: Steps, times: WorkTimes) -> NDArray[np.float64]:
+    """The same, all of a wave at once."""
+    end_s: NDArray[np.float64] = np.array(times.compute_s)[steps.works]  # until then, what each takes
+    ready_s = np.array(times.receive_s)[steps.works]
+    all_end_s, waits = end_s.reshape(-1), steps.waits.astype(np.intp)
+    for now, wait, ready, end in zip(end_s, waits[1:], ready_s[1:], end_s[1:], strict=False):
+        ready += all_end_s[wait]
+        end += np.maximum(now, ready)
+    return end_s
+
+
+def _run_blocking(steps: Steps, times: WorkTimes) -> NDArray[np.float64]:
     compute_s, receive_s, send_s = times
-    clock_s = [0.0] * num_stages
-    sending_s = [0.0] * num_stages
-    end_s: list[float] = []
-    for rank, work, wait in steps:
-        now = clock_s[rank]
+    num_ranks, idle = steps.works.shape[1], steps.idle
+    sending_s = [0.0] * num_ranks
+    end_s = [0.0] * num_ranks
+    works, waits = (numbers[1:].ravel().tolist() for numbers in steps)
+    for step, (now, work, wait) in enumerate(zip(end_s, works, waits, strict=False)):
+        if work == idle:
+            end_s.append(now)
+            continue
+        rank = step % num_ranks
         start = now + sending_s[rank]
-        if wait >= 0:
+        if wait:
             start = max(start, max(now, end_s[wait]) + receive_s[work])
-        clock_s[rank] = start + compute_s[work]
         sending_s[rank] = send_s[work]
-        end_s.append(clock_s[rank])
-    return end_s, tuple(clock_s)
+        end_s.append(start + compute_s[work])
+    return np.array(end_s).reshape(steps.works.shape)

@@ -60,17 +60,17 @@ class Timeline:
     _orders: Orders = field(repr=False, compare=False)
     _steps: Steps = field(repr=False, compare=False)
     _compute_s: tuple[float, ...] = field(repr=False)  # by work
-    _end_s: tuple[float, ...] = field(repr=False)  # by step
+    _end_s: NDArray[np.float64] = field(repr=False, compare=False)  # by step
 
     @cached_property
     def events(self) -> tuple[Event, ...]:
         """All that runs, rank by rank in the order it runs."""
         events: list[Event] = []
         orders = zip(*(numbers.tolist() for numbers in self._orders), strict=True)
-        in_order = self._steps.in_order().tolist()
-        for (rank, phase, stage, microbatch), step in zip(orders, in_order, strict=True):
-            end_s = self._end_s[step]
-            start_s = end_s - self._compute_s[self._steps.works[step]]
+        in_order = self._steps.in_order()
+        works, ends_s = self._steps.works.ravel()[in_order].tolist(), self._end_s.ravel()[in_order].tolist()
+        for (rank, phase, stage, microbatch), work, end_s in zip(orders, works, ends_s, strict=True):
+            start_s = end_s - self._compute_s[work]
             if phase == OVERLAPPING:  # with the forward before it, as one
                 events[-1] = events[-1]._replace(start_s=start_s, end_s=end_s)
             events.append(Event(rank, stage, microbatch, _EVENT_PHASES[PHASES[phase]], start_s, end_s))
@@ -80,25 +80,24 @@ class Timeline:
         """A chain of work, as `costmodel.events` numbers it, each of which waits for the one before, that
         ends with the rank's last: if messages travel beside compute, the longest. First of all stands what
         ends last."""
-        held_up_by, last = self._waiting
-        steps = []
-        step = last[rank]
-        while step >= 0:
-            steps.append(step)
-            step = held_up_by[step]
-        return np.asarray(self._steps.works)[steps].astype(np.intp)
+        num_ranks = len(self.finish_s)
+        steps = [self._end_s.size - num_ranks + rank]
+        while steps[-1] >= num_ranks:  # nothing runs in the first wave
+            steps.append(self._held_up_by[steps[-1]])
+        works = self._steps.works.ravel()[steps].astype(np.intp)
+        found: NDArray[np.intp] = works[works != self._steps.idle]
+        return found
 
     @cached_property
-    def _waiting(self) -> tuple[list[int], list[int]]:
-        """The step that each waits for longest, -1 for the first, and the last of every rank."""
-        order, waits, end_s = self._steps.in_order(), np.asarray(self._steps.waits), np.array(self._end_s)
-        is_first = np.diff(self._orders.ranks, prepend=-1) != 0
-        before = np.empty_like(order)
-        before[order] = np.where(is_first, -1, np.roll(order, 1))
-        start_s = end_s - np.array(self._compute_s)[self._steps.works]
-        is_busy = (before >= 0) & (end_s[before] >= start_s * (1 - 1e-12))
-        held_up_by = np.where(is_busy | (waits < 0), before, waits)
-        return held_up_by.tolist(), order[np.roll(is_first, -1)].tolist()
+    def _held_up_by(self) -> list[int]:
+        """By step, the one that it waits for longest."""
+        works, waits = self._steps
+        start_s = self._end_s - np.array(self._compute_s)[works]
+        before = np.arange(works.size).reshape(works.shape) - works.shape[1]
+        before_s = np.roll(self._end_s, 1, axis=0)  # of the first wave no one asks
+        is_busy = before_s >= start_s * (1 - 1e-12)
+        held_up_by: list[int] = np.where(is_busy | (waits == 0), before, waits).ravel().tolist()
+        return held_up_by
 
 
 def simulate(
@@ -131,17 +130,17 @@ def simulate(
     times = work_times(
         schedule_name, num_stages, num_virtual, forward_s, backward_s, send_s, weight_s, overlap_saving_s
     )
-    end_s, finish_s = run_steps(steps, times, num_stages, blocking_sends)
-    each_s = np.array(times.compute_s)[steps.works]
+    end_s = run_steps(steps, times, blocking_sends)
+    finish_s = tuple(end_s[-1].tolist())
     return Timeline(
         step_s=max(finish_s),
-        busy_s=tuple(np.bincount(steps.ranks, each_s).tolist()),
+        busy_s=tuple(np.array(times.compute_s)[steps.works].sum(axis=0).tolist()),
         finish_s=finish_s,
         peak_in_flight=peak_in_flight(*shape),
         _orders=numbered_orders(*shape),
         _steps=steps,
         _compute_s=tuple(times.compute_s),
-        _end_s=tuple(end_s),
+        _end_s=end_s,
     )
 
 

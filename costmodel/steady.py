@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import add
 
 import numpy as np
+from numpy.typing import NDArray
 
 from costmodel.closed_forms import uniform_finish_s
-from costmodel.events import WorkTimes, ordered_steps, run_steps, work_times
+from costmodel.events import WorkTimes, checked_times, ordered_steps, run_steps, work_times
 from costmodel.one_f_one_b import one_f_one_b_finish_s
 from costmodel.orders import OVERLAPPING_SCHEDULES, check_schedule, numbered_orders
 from costmodel.phases import FORWARD, PHASES
+
+Numbers = NDArray[np.intp]
 
 
 def rank_finish_s(
@@ -50,6 +54,35 @@ def rank_finish_s(
     if schedule_name == "1F1B" and num_microbatches >= num_stages:
         return one_f_one_b_finish_s(num_microbatches, forward_s, backward_s, sends_s[:-1], blocking_sends)
     return _periodic_finish_s(schedule_name, num_stages, num_microbatches, num_virtual, times, blocking_sends)
+
+
+def latest_finish_s(
+    schedule_name: str,
+    num_stages: int,
+    num_microbatches: int,
+    forward_s: Sequence[float],
+    backward_s: Sequence[float],
+    send_s: float | Sequence[float] = 0.0,
+    num_virtual: int = 1,
+    *,
+    weight_s: Sequence[float] | None = None,
+) -> float:
+    """No rank ends its last backward later, from the closed form of a pipeline whose stages are all like the
+    slowest, which computes nothing while it waits for a message; infinite where there is none.
+
+    Arguments and errors as `simulate`, whose blocking sends are not considered. Up to rounding.
+    """
+    check_schedule(schedule_name, num_stages, num_microbatches, num_virtual)
+    sends_s, inputs_s, weights_s = checked_times(
+        schedule_name, num_stages, num_virtual, forward_s, backward_s, send_s, weight_s
+    )
+    slowest_s = max(map(add, forward_s, [0.0, *sends_s]))
+    input_s, slowest_weight_s = max(map(add, inputs_s, [*sends_s, 0.0])), max(weights_s)
+    finish_s = uniform_finish_s(
+        schedule_name, num_stages, num_microbatches, num_virtual,
+        slowest_s, input_s + slowest_weight_s, slowest_weight_s,
+    )  # fmt: skip
+    return float("inf") if finish_s is None else max(finish_s)
 
 
 def _uniform(
@@ -95,30 +128,31 @@ def _periodic_finish_s(
     num_short = 4 * num_stages + num_microbatches % num_stages  # two rounds beyond the longest warm-up
     while repeats and num_short < num_microbatches:
         steps = ordered_steps(*shape, num_short, num_virtual)
-        end_s, finish_s = run_steps(steps, times, num_stages, blocking_sends)
-        round_s = _round_s(end_s, _rounds_apart(*shape, num_short, num_virtual))
+        end_s = run_steps(steps, times, blocking_sends)
+        round_s = _round_s(end_s.ravel(), *_rounds_apart(*shape, num_short, num_virtual))
         if round_s is not None:
             num_more = (num_microbatches - num_short) // num_stages
-            return tuple(finish + num_more * round_s for finish in finish_s)
+            return tuple((end_s[-1] + num_more * round_s).tolist())
         num_short += num_short // num_stages * num_stages
     steps = ordered_steps(*shape, num_microbatches, num_virtual)
-    return run_steps(steps, times, num_stages, blocking_sends)[1]
+    return tuple(run_steps(steps, times, blocking_sends)[-1].tolist())
 
 
-def _round_s(end_s: Sequence[float], apart: Sequence[tuple[int, int]]) -> float | None:
+def _round_s(end_s: NDArray[np.float64], earlier: Numbers, later: Numbers) -> float | None:
     """How long a round of microbatches takes; None while rounds still differ."""
-    rounds_s = [end_s[later] - end_s[earlier] for earlier, later in apart]
-    if not rounds_s:
+    rounds_s = end_s[later] - end_s[earlier]
+    if not rounds_s.size:
         return None
-    longest_s = max(rounds_s)
-    return longest_s if longest_s - min(rounds_s) <= 1e-9 * longest_s else None
+    longest_s = float(rounds_s.max())
+    return longest_s if longest_s - rounds_s.min() <= 1e-9 * longest_s else None
 
 
 @lru_cache(maxsize=64)
 def _rounds_apart(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int
-) -> tuple[tuple[int, int], ...]:
-    """Pairs of steps a round apart: each rank's last round of work before its cool-down, and the one before.
+) -> tuple[Numbers, Numbers]:
+    """Steps a round apart, the earlier and the later ones: each rank's last round of work before its
+    cool-down, and the one before.
 
     Empty when the order of the one is not that of the other.
     """
@@ -137,5 +171,5 @@ def _rounds_apart(
     before = microbatches[last] - num_stages
     earlier = step_of[phases[last], stages[last], before]
     if (starts < 0).any() or (before < 0).any() or (earlier < 0).any():
-        return ()
-    return tuple(zip(earlier.tolist(), position[last].tolist(), strict=True))
+        return earlier[:0], earlier[:0]
+    return earlier, position[last]

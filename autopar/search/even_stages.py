@@ -22,7 +22,7 @@ from autopar.search.runs import AllRuns, Array
 from autopar.search.stage_costs import Machine, accumulating, cached_bytes, moved_once, room_bytes, run_times
 from autopar.search.stage_table import StageTable
 from autopar.search.stages import Where, cheapest, legal
-from costmodel import pipeline_lower_bound_s, rank_finish_s
+from costmodel import latest_finish_s, pipeline_lower_bound_s, rank_finish_s
 from costmodel.events import overlap_saving_s
 from costmodel.orders import (
     OVERLAPPING_SCHEDULES,
@@ -47,6 +47,7 @@ class EvenStages:
         self._cuts: dict[int, tuple[int, ...] | None] = {}
         self._schedule_floors_s: dict[tuple[object, ...], float] = {}
         self._orders_s: dict[tuple[object, ...], float] = {}
+        self._latest_s: dict[tuple[object, ...], float] = {}
         self._known_freed: dict[tuple[int, ...], tuple[Array, Array]] = {}
         self._kept_bytes: dict[tuple[object, ...], Array] = {}
         self._known_steps: dict[tuple[object, ...], tuple[Array, Array]] = {}
@@ -236,28 +237,39 @@ class EvenStages:
         return self._schedule_floors_s[key]
 
     def order_s(
-        self, p: Parallelism, cuts: tuple[int, ...], accumulation_s: float, sends_s: tuple[float, ...]
+        self,
+        p: Parallelism,
+        cuts: tuple[int, ...],
+        accumulation_s: float,
+        sends_s: tuple[float, ...],
+        known_s: float,
     ) -> float:
         """What the schedule takes with these cuts in its own order, nothing computed again and nothing
         gathered: no step of the program takes less. Otherwise as `schedule_floor_s`; `sends_s` are the
-        messages between stages. 0 where rounds of microbatches are so many that the bubble, which is all
-        that the busiest rank does not know of, is not worth the simulation."""
+        messages between stages. 0 where that is no more than `known_s` even if all stages are like the
+        slowest; and where rounds of microbatches are so many that the bubble, which is all that the busiest
+        rank does not know of, is not worth the simulation."""
         if p.num_microbatches > MOST_ROUNDS * p.pp:
             return 0.0
         key = (p.schedule, p.pp, p.num_microbatches, cuts, accumulation_s, sends_s)
+        if self._latest_s.get(key, float("inf")) <= known_s:
+            return 0.0
         if key not in self._orders_s:
             sums = self.table.sums(cuts).accumulating(accumulation_s)
             weight_s = savings_s = None
             if p.schedule in SPLIT_BACKWARD_SCHEDULES:
                 weight_s = sums.weight_s.tolist()
+            times = (
+                p.schedule, p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
+                sends_s, p.num_virtual_stages,
+            )  # fmt: skip
+            self._latest_s[key] = latest_finish_s(*times, weight_s=weight_s) * (1 + ROUNDING)
+            if self._latest_s[key] <= known_s:
+                return 0.0
             if p.schedule in OVERLAPPING_SCHEDULES:
                 savings_s = _savings_s(sums)
-            self._orders_s[key] = max(
-                rank_finish_s(
-                    p.schedule, p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
-                    sends_s, p.num_virtual_stages, weight_s=weight_s, overlap_saving_s=savings_s or 0.0,
-                )
-            )  # fmt: skip
+            finish_s = rank_finish_s(*times, weight_s=weight_s, overlap_saving_s=savings_s or 0.0)
+            self._orders_s[key] = max(finish_s)
         return self._orders_s[key]
 
 

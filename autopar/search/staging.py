@@ -133,8 +133,10 @@ class StageLayer:
         cuts = self._even(p)
         assert cuts is not None, "the busiest rank has some"
         sends_s = self._sends_s(program.chain, p, cuts)
-        order_s = self.even(program).order_s(p, cuts, self._accumulation_s(p), sends_s)
-        return max(busiest_s, order_s + self.evaluator.era.step_overhead_s)
+        overhead_s = self.evaluator.era.step_overhead_s
+        known_s = busiest_s - overhead_s
+        order_s = self.even(program).order_s(p, cuts, self._accumulation_s(p), sends_s, known_s)
+        return max(busiest_s, order_s + overhead_s)
 
     def busiest_s(self, program: Program, p: Parallelism, *, moves: bool = True) -> float:
         """The same of the rank that has most to do, which asks no more of a program's passes than that
@@ -153,16 +155,18 @@ class StageLayer:
         return bound_s + self.evaluator.era.step_overhead_s
 
     @clocked("stages")
-    def divided_order_s(self, p: Parallelism) -> float:
-        """No step takes less: the schedule's own order, with one device's work divided over all ranks of the
-        stages; 0 where cuts are still open."""
+    def divided_order_s(self, p: Parallelism, known_s: float) -> float:
+        """No step takes less: `known_s`, or if that is more, the schedule's own order, with one device's work
+        divided over all ranks of the stages, unless cuts are still open."""
         cuts = self._even(p)
         if p.num_virtual_stages == 1 or cuts is None:
-            return 0.0
+            return known_s
+        overhead_s, num_shares = self.evaluator.era.step_overhead_s, p.tp * p.cp
         # All ranks of a context axis add up the gradients of the same parameters.
-        silent = (0.0,) * (len(cuts) - 1)
-        whole_s = self._device(p).order_s(p, cuts, p.cp * self._accumulation_s(p), silent)
-        return whole_s / (p.tp * p.cp) + self.evaluator.era.step_overhead_s
+        accumulation_s, silent = p.cp * self._accumulation_s(p), (0.0,) * (len(cuts) - 1)
+        known_whole_s = (known_s - overhead_s) * num_shares
+        whole_s = self._device(p).order_s(p, cuts, accumulation_s, silent, known_whole_s)
+        return max(known_s, whole_s / num_shares + overhead_s)
 
     def _accumulation_s(self, p: Parallelism) -> float:
         return least_accumulation_s(p, self.evaluator.policy, self.evaluator.pricer)

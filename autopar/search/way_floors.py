@@ -82,7 +82,7 @@ class WayFloors:
             return 0.0  # drafts are exact there, and say more
         if p not in self._close_s:
             divided = self.floors.divided(p)
-            self._close_s[p] = max(self.layer.busiest_s(divided, p), self.layer.divided_order_s(p))
+            self._close_s[p] = self.layer.divided_order_s(p, self.layer.busiest_s(divided, p))
         return self._close_s[p]
 
     def likely_close_s(self, p: Parallelism) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from costmodel import SCHEDULES, rank_finish_s, simulate
+from costmodel import SCHEDULES, latest_finish_s, rank_finish_s, simulate
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -28,6 +28,30 @@ def test_finish_times_are_the_simulations(name: str, spread: float, send_s: floa
             options["overlap_saving_s"] = rng.choice([0.0, 0.3])
         simulated = simulate(*arguments, **options)
         assert rank_finish_s(*arguments, **options) == pytest.approx(simulated.finish_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("send_s", [0, 0.1, 3])
+def test_no_rank_ends_later_than_with_all_stages_like_the_slowest(name: str, send_s: float) -> None:
+    rng = random.Random(f"{name}{send_s}")
+    for _ in range(20):
+        v = {"GPipe": 1, "1F1B": 1, "ZBVZeroBubble": 2, "DualPipeV": 2}.get(name, rng.choice([1, 2, 4]))
+        p = rng.randint(1, 6)
+        m = p * rng.randint(2, 6)
+        forward_s = [1 + rng.random() for _ in range(p * v)]
+        backward_s = [2 + rng.random() for _ in range(p * v)]
+        weight_s = [rng.random() * whole for whole in backward_s]
+        sends_s = [send_s * rng.random() for _ in range(p * v - 1)]
+        arguments = (name, p, m, forward_s, backward_s, sends_s, v)
+        latest_s = latest_finish_s(*arguments, weight_s=weight_s)
+        assert max(simulate(*arguments, weight_s=weight_s).finish_s) <= latest_s * (1 + 1e-9)
+        alike = (name, p, m, forward_s[:1] * (p * v), backward_s[:1] * (p * v), 0.0, v)
+        alike_s = simulate(*alike, weight_s=weight_s[:1] * (p * v)).step_s
+        assert latest_finish_s(*alike, weight_s=weight_s[:1] * (p * v)) == pytest.approx(alike_s)
+
+
+def test_broken_rounds_may_end_whenever() -> None:
+    assert latest_finish_s("Interleaved1F1B", 4, 10, [1.0] * 8, [2.0] * 8, 0.0, 2) == float("inf")
 
 
 @pytest.mark.parametrize("seed", range(40))
