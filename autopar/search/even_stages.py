@@ -35,6 +35,9 @@ from costmodel.orders import (
 ROUNDING = 1e-9
 """By which part what is freed may fall short of what must be."""
 
+MOST_STEPS = 2
+"""Of how many schedules it is kept what ranks may free: far the largest of what is known of a chain."""
+
 MOST_ROUNDS = 64
 """Microbatches of a step for each rank up to which its order is simulated."""
 
@@ -195,6 +198,8 @@ class EvenStages:
         order = rates.argsort(axis=2, kind="stable")
         found = np.take_along_axis(rates, order, 2), np.take_along_axis(sizes, order, 2)
         if weights is None:
+            if len(self._known_steps) == MOST_STEPS:
+                del self._known_steps[next(iter(self._known_steps))]
             self._known_steps[key] = found
         return found
 
