@@ -172,7 +172,8 @@ class Steps(NamedTuple):
     """All work of a step in waves: what each rank runs, and which step that waits for, [wave, rank]. Nothing
     runs in the first. Steps are counted through all waves; what waits for nothing waits for the first.
 
-    Packed, as planners come back to a step for each of their programs.
+    Packed, as planners come back to a step for each of their programs; where microbatches are far fewer than
+    ranks, most of it is idle.
     """
 
     works: NDArray[np.integer]

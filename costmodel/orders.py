@@ -205,7 +205,8 @@ def _shared(numbers: _AnyArray) -> _AnyArray:
 
 
 def _different(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows in order, each once: `np.unique`, which is slow for rows."""
+    """The rows in order, each once."""
+    # `np.unique` compares rows as bytes, which takes far longer.
     rows = rows[np.lexsort(rows.T[::-1])]
     found: NDArray[np.int64] = rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))]
     return found

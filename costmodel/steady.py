@@ -15,7 +15,7 @@ from costmodel.one_f_one_b import one_f_one_b_finish_s
 from costmodel.orders import OVERLAPPING_SCHEDULES, check_schedule, numbered_orders
 from costmodel.phases import FORWARD, PHASES
 
-Numbers = NDArray[np.intp]
+_Positions = NDArray[np.intp]
 
 
 def rank_finish_s(
@@ -138,7 +138,7 @@ def _periodic_finish_s(
     return tuple(run_steps(steps, times, blocking_sends)[-1].tolist())
 
 
-def _round_s(end_s: NDArray[np.float64], earlier: Numbers, later: Numbers) -> float | None:
+def _round_s(end_s: NDArray[np.float64], earlier: _Positions, later: _Positions) -> float | None:
     """How long a round of microbatches takes; None while rounds still differ."""
     rounds_s = end_s[later] - end_s[earlier]
     if not rounds_s.size:
@@ -150,7 +150,7 @@ def _round_s(end_s: NDArray[np.float64], earlier: Numbers, later: Numbers) -> fl
 @lru_cache(maxsize=64)
 def _rounds_apart(
     schedule_name: str, num_stages: int, num_microbatches: int, num_virtual: int
-) -> tuple[Numbers, Numbers]:
+) -> tuple[_Positions, _Positions]:
     """Steps a round apart, the earlier and the later ones: each rank's last round of work before its
     cool-down, and the one before.
 

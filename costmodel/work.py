@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -77,21 +77,10 @@ class Group:
                 f"{self.stride}{f', {self.outer}' if self.outer else ''}"
             )
 
-    @classmethod
-    @cache
-    def of(cls, *parts: tuple[int, int]) -> Group:
+    @staticmethod
+    def of(*parts: tuple[int, int]) -> Group:
         """The group over axes of these (size, stride), in any order; neighbours that nest become one."""
-        merged: list[tuple[int, int]] = []
-        for size, stride in sorted(parts, key=lambda part: part[1]):
-            if size == 1:
-                continue
-            if merged and merged[-1][0] * merged[-1][1] == stride:
-                merged[-1] = merged[-1][0] * size, merged[-1][1]
-            else:
-                merged.append((size, stride))
-        if not merged:
-            return cls(1)
-        return cls(prod(size for size, _ in merged), merged[0][1], tuple(merged[1:]))
+        return _group_over(parts)
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
@@ -102,6 +91,21 @@ class Group:
     def reach(self) -> int:
         """How many devices lie between its first and last rank, both counted."""
         return 1 + sum((size - 1) * stride for size, stride in self.parts)
+
+
+@lru_cache(maxsize=4096)
+def _group_over(parts: tuple[tuple[int, int], ...]) -> Group:
+    merged: list[tuple[int, int]] = []
+    for size, stride in sorted(parts, key=lambda part: part[1]):
+        if size == 1:
+            continue
+        if merged and merged[-1][0] * merged[-1][1] == stride:
+            merged[-1] = merged[-1][0] * size, merged[-1][1]
+        else:
+            merged.append((size, stride))
+    if not merged:
+        return Group(1)
+    return Group(prod(size for size, _ in merged), merged[0][1], tuple(merged[1:]))
 
 
 @dataclass(frozen=True, slots=True)

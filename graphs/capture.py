@@ -107,8 +107,8 @@ def _capture_shortened(model: nn.Module, inputs_at: Callable[[int], Inputs], nam
 
     The two batch sizes keep a different number of instances, so whatever depends on how many there are shows
     up as a difference between the two graphs. Three show that the third does what the second does; two must
-    then lead to the same graph. Ops between instances may follow a second that is not the last: there it
-    takes four.
+    then lead to the same graph. Where ops stand between instances, the last of two is not like a second that
+    others follow: then the second capture keeps four.
     """
     runs = find_runs(model)
     if not runs:
@@ -123,8 +123,10 @@ def _capture_shortened(model: nn.Module, inputs_at: Callable[[int], Inputs], nam
         return expanded(graph, model, runs, kept)
 
     low = from_few(LOW, 3)
-    high = low and (from_few(HIGH, 2) or from_few(HIGH, 4))
-    if low is None or high is None:
+    if low is None:
+        return None
+    high = from_few(HIGH, 2) or from_few(HIGH, 4)
+    if high is None:
         return None
     try:
         check_alike(low, high)

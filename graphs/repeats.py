@@ -131,6 +131,7 @@ def expanded(graph: OpGraph, model: nn.Module, runs: Sequence[Run], kept: int) -
     names = dict(copy.leaves)
     position = 0
     for place in sorted(places, key=lambda place: place.start):
+        assert position <= place.start, "runs do not overlap"
         for op in graph.ops[position : place.start]:
             copy.add(op, names)
         _write_run(copy, place, names)

@@ -181,7 +181,7 @@ class Bounds:
 
     def states(self, ways: Iterable[Parallelism]) -> States:
         """The model states of each of these ways."""
-        return States(*np.array([self._states(p) for p in ways]).T)
+        return States(*np.array([self._states(p) for p in ways]).reshape(-1, 2).T)
 
     def block_state_bytes(self, p: Parallelism) -> float:
         """Model states of any one block on a rank, at least."""

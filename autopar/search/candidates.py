@@ -49,7 +49,7 @@ class Candidates:
         return len(self._sharded(scheduled))
 
     def _sharded(self, scheduled: Scheduled) -> tuple[Parallelism, ...]:
-        """The same ways but for microbatches and schedule, of which none depends on what data axes shard."""
+        """The ways to shard the data axes under these degrees; microbatches and schedule are of no account."""
         key = _degrees(scheduled.layout)
         if key not in self._ways:
             planner = self.planner

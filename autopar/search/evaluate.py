@@ -130,7 +130,7 @@ class Evaluator:
         return Evaluated(p, chain, cuts, names, stages, step, ledgers, device.memory_bytes, excess_bytes)
 
     def fits_with(self, evaluated: Evaluated, choices: Sequence[str]) -> bool:
-        """Whether a candidate that fits does so with other choices: without a price, which takes longer."""
+        """Whether a candidate that fits does so with other choices, which are not priced."""
         pieces, p = self._pieces[id(evaluated.chain)], evaluated.parallelism
         chosen = pieces.shortest(tuple(choices))
         ledgers = rank_ledgers(pieces, evaluated.cuts, p, self.policy, self.cluster.device, chosen)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -296,7 +296,7 @@ def own_stages(p: Parallelism) -> NDArray[np.intp]:
     return _own_stages(p.schedule, p.pp, p.num_virtual_stages)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _own_stages(schedule: str, pp: int, num_virtual_stages: int) -> NDArray[np.intp]:
     found = np.array([rank_stages(schedule, rank, pp, num_virtual_stages) for rank in range(pp)])
     found.setflags(write=False)  # all who ask share it

@@ -37,7 +37,7 @@ class RunSums:
     """
 
     def __init__(self, table: StageTable, runs: Runs) -> None:
-        self.table = table
+        self._table = table
         self.runs = runs
         self.forward_s = runs.sums(table.unit_forward_s)
         self.backward_s = runs.sums(table.unit_backward_s)
@@ -54,22 +54,22 @@ class RunSums:
     @cached_property
     def communication_s(self) -> tuple[Array, ...]:
         """What of the passes, forward and backward, is communication."""
-        return tuple(map(self.runs.sums, self.table.unit_communication_s))
+        return tuple(map(self.runs.sums, self._table.unit_communication_s))
 
     @cached_property
     def weight_s(self) -> Array:
         """The gradients of weights among the backward."""
-        return self.runs.sums(self.table.unit_weight_s)
+        return self.runs.sums(self._table.unit_weight_s)
 
     @cached_property
     def saved_bytes(self) -> Array:
         """What a run keeps of a microbatch with the fastest variants."""
-        return self.runs.sums(self.table.unit_saved_bytes)
+        return self.runs.sums(self._table.unit_saved_bytes)
 
     @cached_property
     def segments(self) -> list[tuple[float, float, Array]]:
         """What its units can free, the cheapest first: seconds a byte, bytes each, and how many units."""
-        return [(s.rate, s.freed_bytes, self.runs.sums(s.members)) for s in self.table.segments]
+        return [(s.rate, s.freed_bytes, self.runs.sums(s.members)) for s in self._table.segments]
 
     def accumulating(self, seconds: float) -> RunSums:
         """The same where each parameter's gradient takes so long to be added to those of other

@@ -49,7 +49,7 @@ class Unit:
         again: which of them the backward runs again under each name.
         saved: what it keeps under each name, and the most that it holds.
         results: what it may keep where all else is computed again.
-        names: of a copy, how it calls what the unit keeps that it was copied from and shares its results.
+        names: of a copy, its own name for each storage of the unit that it was copied from.
         parameters: names of the parameter tensors that it reads.
         received_bytes: activations that enter it from earlier units, so what a cut before it sends.
         cost: of all its ops, once `Chain.priced` says so.

@@ -142,7 +142,7 @@ class WayFloors:
         return rank._replace(microbatch_s=table.microbatch_s, computed_s=table.computed_s)
 
     def _rank_s(self, p: Parallelism, rank: Rank) -> float:
-        """What of that the schedule does not hide."""
+        """A microbatch on a rank, less what the schedule hides of it."""
         if p.schedule not in OVERLAPPING_SCHEDULES:
             return rank.microbatch_s
         return self._hiding_s(p, rank, self.layer.alone(p))

@@ -47,7 +47,8 @@ def test_more_work_than_two_bytes_can_number_has_steps_too() -> None:
 def test_many_ranks_end_as_they_do_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     v = {"GPipe": 1, "1F1B": 1}.get(name, 2)
-    p, m, num_total = 16, 48, 16 * v
+    p = events.MANY_RANKS
+    m, num_total = 3 * p, p * v
     forward_s, backward_s = rng.random(num_total), 1 + rng.random(num_total)
     weight_s, send_s = rng.random(num_total), rng.random(num_total - 1)
     stages = (each.tolist() for each in (forward_s, backward_s, send_s, weight_s))
