@@ -49,7 +49,7 @@ class Candidates:
         return len(self._sharded(scheduled))
 
     def _sharded(self, scheduled: Scheduled) -> tuple[Parallelism, ...]:
-        """The ways to shard the data axes under these degrees; microbatches and schedule are of no account."""
+        """The ways to shard the data axes under these degrees; microbatches and schedule do not matter."""
         key = _degrees(scheduled.layout)
         if key not in self._ways:
             planner = self.planner
