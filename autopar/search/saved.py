@@ -51,11 +51,6 @@ class Saved:
         """What is held at most beside what is kept."""
         return max(0, self.peak_bytes - self.num_bytes)
 
-    def renamed(self, names: Mapping[str, str]) -> Saved:
-        """The same with the storages under other names."""
-        storages = {names[name]: size for name, size in self.storages.items()}
-        return Saved(storages, self.internal_bytes, self.peak_bytes, self.phase)
-
 
 def _never(_: Op) -> bool:
     return False

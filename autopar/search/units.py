@@ -49,7 +49,6 @@ class Unit:
         again: which of them the backward runs again under each name.
         saved: what it keeps under each name, and the most that it holds.
         results: what it may keep where all else is computed again.
-        names: of a copy, its own name for each storage of the unit that it was copied from.
         parameters: names of the parameter tensors that it reads.
         received_bytes: activations that enter it from earlier units, so what a cut before it sends.
         cost: of all its ops, once `Chain.priced` says so.
@@ -68,7 +67,6 @@ class Unit:
     kernels: tuple[Kernels, ...] = ()
     again: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     results: tuple[Result, ...] = ()
-    names: Mapping[str, str] = field(default_factory=dict)
     cost: OpCost = NO_COST
     recompute_s: Mapping[str, float] = field(default_factory=dict)
     frontier: tuple[str, ...] = ("none",)
@@ -113,9 +111,11 @@ class Unit:
         )
 
     def alike(self, other: Unit) -> Unit:
-        """The unit with the cost and the choices of the one it was copied from, which has them."""
+        """The unit with the cost and the choices of one that shares its kernels and has them."""
         fresh = {
-            mode: saved.renamed(self.names) for mode, saved in other.saved.items() if mode not in self.saved
+            name: saved_with([each for each in self.results if each.name in kept], self.saved)
+            for name, kept in other.kept.items()
+            if name not in self.saved
         }
         return replace(
             self,
@@ -324,8 +324,16 @@ def _renamed(unit: Unit, rename: Callable[[str], str], parameters: tuple[str, ..
     kept: Iterable[Saved | Result] = (*unit.saved.values(), *unit.results)
     found = dict.fromkeys(chain.from_iterable(each.storages for each in kept))
     names = {name: rename(name) for name in found}
-    saved = {mode: saved.renamed(names) for mode, saved in unit.saved.items()}
-    return replace(unit, saved=saved, names=names, parameters=parameters)
+
+    def named(storages: Mapping[str, int]) -> dict[str, int]:
+        return {names[name]: size for name, size in storages.items()}
+
+    return replace(
+        unit,
+        saved={mode: replace(saved, storages=named(saved.storages)) for mode, saved in unit.saved.items()},
+        results=tuple(result._replace(storages=named(result.storages)) for result in unit.results),
+        parameters=parameters,
+    )
 
 
 class _Builder:
