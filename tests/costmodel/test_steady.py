@@ -37,7 +37,7 @@ def test_no_rank_ends_later_than_with_all_stages_like_the_slowest(name: str, sen
     for _ in range(20):
         v = {"GPipe": 1, "1F1B": 1, "ZBVZeroBubble": 2, "DualPipeV": 2}.get(name, rng.choice([1, 2, 4]))
         p = rng.randint(1, 6)
-        m = p * rng.randint(1, 6) if v > 1 else rng.randint(1, 30)
+        m = rng.randint(1, 30) if name in ("GPipe", "1F1B") else p * rng.randint(1, 6)
         forward_s = [1 + rng.random() for _ in range(p * v)]
         backward_s = [2 + rng.random() for _ in range(p * v)]
         weight_s = [rng.random() * whole for whole in backward_s]
@@ -47,7 +47,9 @@ def test_no_rank_ends_later_than_with_all_stages_like_the_slowest(name: str, sen
         assert max(simulate(*arguments, weight_s=weight_s).finish_s) <= latest_s * (1 + 1e-9)
         alike = (name, p, m, forward_s[:1] * (p * v), backward_s[:1] * (p * v), 0.0, v)
         alike_s = simulate(*alike, weight_s=weight_s[:1] * (p * v)).step_s
-        assert latest_finish_s(*alike, weight_s=weight_s[:1] * (p * v)) == pytest.approx(alike_s)
+        alike_latest_s = latest_finish_s(*alike, weight_s=weight_s[:1] * (p * v))
+        assert alike_latest_s in (pytest.approx(alike_s), float("inf"))
+        assert alike_latest_s < float("inf") or m < 2 * p
 
 
 def test_broken_rounds_may_end_whenever() -> None:
