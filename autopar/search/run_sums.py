@@ -27,20 +27,23 @@ class RunSums:
     """The sums of a chain that no parallelism changes, over some runs of its units.
 
     Attributes:
-        forward_s, backward_s: the passes of a run.
+        forward_s, backward_s: the passes of a run; communication_s: what of each is communication; weight_s:
+            the gradients of weights among the backward.
         arrival_s, return_s: the forward and the backward of all that comes before it.
         num_sharding_units: units that are gathered and reduced by themselves, or one for all.
         elements: of dense parameters and of experts; elements_before: of both, before the run.
         block_elements: of the largest block; root_elements: outside of blocks; largest_weights: of the
             weights of the largest block, one matrix of every stack.
-        working_bytes: what the last unit of a run holds beside what is kept.
+        saved_bytes: what a run keeps of a microbatch with the fastest variants; working_bytes: what its last
+            unit holds beside what is kept.
     """
 
     def __init__(self, table: StageTable, runs: Runs) -> None:
-        self._table = table
         self.runs = runs
         self.forward_s = runs.sums(table.unit_forward_s)
         self.backward_s = runs.sums(table.unit_backward_s)
+        self.communication_s = tuple(map(runs.sums, table.unit_communication_s))
+        self.weight_s = runs.sums(table.unit_weight_s)
         self.arrival_s = runs.before(table.unit_forward_s)
         self.return_s = runs.before(table.unit_backward_s)
         self.num_sharding_units = np.maximum(1.0, runs.sums(table.unit_has_parameters))
@@ -49,27 +52,14 @@ class RunSums:
         self.block_elements = runs.largest(table.block_elements)
         self.root_elements = runs.sums(table.root_elements)
         self.largest_weights = runs.largest(table.unit_weights)
+        self.saved_bytes = runs.sums(table.unit_saved_bytes)
         self.working_bytes = runs.last(table.unit_working_bytes)
-
-    @cached_property
-    def communication_s(self) -> tuple[Array, ...]:
-        """What of the passes, forward and backward, is communication."""
-        return tuple(map(self.runs.sums, self._table.unit_communication_s))
-
-    @cached_property
-    def weight_s(self) -> Array:
-        """The gradients of weights among the backward."""
-        return self.runs.sums(self._table.unit_weight_s)
-
-    @cached_property
-    def saved_bytes(self) -> Array:
-        """What a run keeps of a microbatch with the fastest variants."""
-        return self.runs.sums(self._table.unit_saved_bytes)
+        self._segments = table.segments
 
     @cached_property
     def segments(self) -> list[tuple[float, float, Array]]:
         """What its units can free, the cheapest first: seconds a byte, bytes each, and how many units."""
-        return [(s.rate, s.freed_bytes, self.runs.sums(s.members)) for s in self._table.segments]
+        return [(s.rate, s.freed_bytes, self.runs.sums(s.members)) for s in self._segments]
 
     def accumulating(self, seconds: float) -> RunSums:
         """The same where each parameter's gradient takes so long to be added to those of other
