@@ -11,15 +11,16 @@ axis as a keyword; `autopar.strategies.conversion` says which one stands between
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from autopar.local_forms import LOCAL_FORMS
 from autopar.op_kinds import is_causal
 from autopar.placements import RR, Partial, Shard, State
 from autopar.strategies import Conversion, Strategy, conversion, settle
-from graphs.ir import Op, OpGraph, Ref, Tensor, map_refs
+from graphs.ir import Block, Op, OpGraph, Ref, Tensor, map_refs
 
 CAUSAL_ROWS = "autopar.scaled_dot_product_attention"
 """Attention that knows at which positions its queries stand: theirs are split, and its mask is causal."""
@@ -86,6 +87,7 @@ class _Localizer:
         self.ranks = _Ranks(self.graph, self.axis, self.size, self.tensors)
         self.states: dict[str, dict[str, State]] = {}
         self.ops: list[list[Op]] = [[] for _ in self.graph.ops]
+        self.conversions: list[list[tuple[int, State, State]]] = [[] for _ in self.graph.ops]
         self.versions: dict[str, dict[State, str]] = {}
 
     def run(self) -> Localized:
@@ -105,8 +107,20 @@ class _Localizer:
                 for name in local.outputs:
                     if name not in self.tensors:  # a step on the way to the op's result
                         self._define(self.graph.tensors[op.output], strategy.results[0], name)
-        ops = tuple(op for group in self.ops for op in group)
-        return Localized(replace(self.graph, tensors=self.tensors, ops=ops, blocks=()), self.states)
+        ops, blocks = tuple(op for group in self.ops for op in group), tuple(self._blocks())
+        return Localized(replace(self.graph, tensors=self.tensors, ops=ops, blocks=blocks), self.states)
+
+    def _blocks(self) -> Iterator[Block]:
+        """The blocks where their ops are now. Those of one class stay so whose ops have the same strategies
+        and come with the same conversions: nothing else tells them apart."""
+        starts = [0, *accumulate(map(len, self.ops))]
+        classes: dict[Hashable, int] = {}
+        for block in self.graph.blocks:
+            inside = slice(block.start, block.stop)
+            keys = tuple([strategy.key for strategy in self.assignment.choice[inside]])
+            conversions = tuple(map(tuple, self.conversions[inside]))
+            number = classes.setdefault((block.block_class, keys, conversions), len(classes))
+            yield replace(block, block_class=number, start=starts[block.start], stop=starts[block.stop])
 
     def _define(
         self, tensor: Tensor, state: State, name: str | None = None, storage: str | None = None
@@ -137,11 +151,13 @@ class _Localizer:
         assert how is not None, f"{self.graph.ops[consumer].name} needs {name} as {needed}, made as {made}"
         local = f"{name}__{self.axis}_{len(versions)}"
         self._define(tensor, needed, local)
+        beside = self.graph.producer[name] if isinstance(made.value, Partial) else consumer
+        neighbour = self.graph.ops[beside]
+        self.conversions[beside].append(((*neighbour.inputs, *neighbour.outputs).index(name), made, needed))
         maker = self.graph.ops[self.graph.producer[name]] if name in self.graph.producer else None
         if maker is not None and maker.target in CONSTANTS and isinstance(needed.value, Shard):
             self.ops[consumer].append(self._constant(maker, local))
             return local
-        beside = self.graph.producer[name] if isinstance(made.value, Partial) else consumer
         self.ops[beside].append(
             Op(
                 name=local,
@@ -149,7 +165,7 @@ class _Localizer:
                 args=(Ref(versions[made]), *conversion_dims(how, made, needed)),
                 kwargs={"axis": self.axis, **zigzag_argument(made, needed)},
                 outputs=(local,),
-                module=self.graph.ops[beside].module,
+                module=neighbour.module,
             )
         )
         return local

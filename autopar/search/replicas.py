@@ -20,7 +20,6 @@ from autopar.localize import Assignment, Localized, localize
 from autopar.op_kinds import without_order
 from autopar.placements import RP, RR, Placement, Shard, State, sharded
 from autopar.strategies import Offers, Strategy, conversion, natural_sections, settle
-from graphs.blocks import find_blocks
 from graphs.ir import Op, OpGraph
 
 SEQUENCE = 1
@@ -56,21 +55,14 @@ def make_replica(whole: OpGraph, dp: Assignment | None, cp: int, split: Split | 
     gathered: tuple[str, ...] = ()
     if dp is not None:
         assignments["dp"], keys["dp"] = dp, strategy_keys(whole, dp)
-        local = _with_blocks(localize(local, dp), whole)
+        local = localize(local, dp)
         gathered = tuple(op.name for op in gathered_ops(whole, dp))
     outer = local.graph
     if cp > 1:
         assignments["cp"] = (split or context_parallel)(outer, cp)
         keys["cp"] = strategy_keys(outer, assignments["cp"])
-        local = _with_blocks(localize(local, assignments["cp"]), whole)
+        local = localize(local, assignments["cp"])
     return Replica(whole, outer, local, assignments, keys, gathered)
-
-
-def _with_blocks(local: Localized, whole: OpGraph) -> Localized:
-    """With its blocks, those told apart that are so in the graph it was made from."""
-    forms = {block.path: block.form for block in whole.blocks}
-    blocks = (replace(block, form=forms.get(block.path, 0)) for block in find_blocks(local.graph))
-    return replace(local, graph=replace(local.graph, blocks=tuple(blocks)))
 
 
 def strategy_keys(graph: OpGraph, assignment: Assignment) -> dict[str, str]:

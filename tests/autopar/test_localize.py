@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 
 import pytest
 import torch
 
 import graphs
+from autopar import models
+from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment, Localized, localize, localize_op
+from autopar.model_scaling import small
 from autopar.placements import RP, RR, Partial, Shard, sharded
 from autopar.rewrite.local import chosen
-from autopar.strategies import Strategy, natural_sections, settle, strategies
+from autopar.strategies import REPLICATE, Strategy, natural_sections, settle, strategies
 from graphs import OpGraph
+from graphs.blocks import canonical_form, find_blocks
 from tests.autopar.double_captures import captured
 from tests.autopar.graph_builder import GraphBuilder
 from tests.autopar.random_plans import random_strategies
@@ -51,6 +56,37 @@ def test_random_strategies_give_loss_and_gradients_of_the_whole(name: str, seed:
         parts = [torch.zeros_like(part) if part.grad is None else part.grad for part in ranks[name_]]
         made = whole_of(parts, state.grad)
         torch.testing.assert_close(made, wanted, msg=f"the gradient of {name_}")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3-8b"])
+def test_blocks_of_a_class_still_do_the_same_on_a_rank(name: str) -> None:
+    spec = small(models.load(name), num_layers=4, seq_len=64)
+    graph = graphs.capture(spec.build_without_memory(), spec.inputs).at(SIZE)
+    alike = data_parallel(graph, SIZE)
+    local = localize(Localized.of(graph), alike).graph
+    assert _classes(local) == [[block.path for block in graph.blocks]]
+    assert {block.path for block in find_blocks(local)} == {block.path for block in graph.blocks}
+
+    odd = graph.blocks[2]
+    for index in range(odd.start, odd.stop):  # every op of it once in a way of its own
+        choice = list(alike.choice)
+        offered = strategies(graph.ops[index], graph, SIZE, natural_sections(graph, SIZE))
+        choice[index] = next(each for each in offered if each.key == REPLICATE)
+        if choice[index].key != alike.choice[index].key:
+            local = localize(Localized.of(graph), replace(alike, choice=tuple(choice))).graph
+            assert [odd.path] in _classes(local)
+
+
+def _classes(graph: OpGraph) -> list[list[str]]:
+    """The paths of the blocks of each class, which do the same."""
+    classes: dict[int, list[str]] = {}
+    forms: dict[int, set[Hashable]] = {}
+    for block in graph.blocks:
+        classes.setdefault(block.block_class, []).append(block.path)
+        form = canonical_form(graph, block.path, (block.start, block.stop))
+        forms.setdefault(block.block_class, set()).add(form)
+    assert all(len(alike) == 1 for alike in forms.values())
+    return list(classes.values())
 
 
 @pytest.mark.parametrize("op_case", CASES, ids=str)
