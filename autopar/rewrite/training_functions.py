@@ -2,25 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from textwrap import indent
+from typing import NamedTuple
 
 from autopar.rewrite.facts import TrainingFacts
 from costmodel.orders import SPLIT_BACKWARD_SCHEDULES
 
 
+class _Held(NamedTuple):
+    """Something that a rank holds: the field of `Rank`, its annotation, and the lines of `build` that make
+    it."""
+
+    name: str
+    annotation: str
+    made: str
+
+
+def _held(facts: TrainingFacts) -> Iterator[_Held]:
+    """What a rank holds beside its mesh and its stages, in the order in which it is made."""
+    if facts.parallelism.pp > 1:
+        yield _Held("schedule", "PipelineSchedule", _schedule(facts))
+    if facts.ties:
+        yield _Held(
+            "tied",
+            "list[Tied]  # parameters that several stages have copies of",
+            "    tied = tied_parameters(stages, TIES, RANKS_OF_STAGES, mesh)\n",
+        )
+    if facts.has_buckets:
+        made = _bucketed(facts) + _buckets("gradients", "parameters", facts.data_axis)
+        yield _Held("gradients", "GradientBuckets", made)
+    if facts.expert_axis:
+        made = _buckets("expert_gradients", "apart", facts.expert_axis)
+        yield _Held("expert_gradients", "GradientBuckets  # summed over fewer ranks", made)
+    if facts.precision.needs_loss_scale:
+        made = """\
+    loss_scale = LossScale()
+    if len(STAGES) - 1 in stages:
+        loss_scale.scale_output(stages[len(STAGES) - 1])
+"""
+        yield _Held("loss_scale", "LossScale", made)
+
+
+def _schedule(facts: TrainingFacts) -> str:
+    name, precision = facts.parallelism.schedule, facts.precision
+    splitting = ", leave_weights" if name in SPLIT_BACKWARD_SCHEDULES else ""
+    if splitting and facts.has_master_shards and precision.gradient != precision.compute:
+        splitting = ", lambda stage: leave_weights(stage, PRECISION.gradient)"
+    arguments = f'stages, BORDERS, "{name}", NUM_MICROBATCHES, mesh, device{splitting}'
+    return f"    schedule = pipeline({arguments})\n"
+
+
+def _bucketed(facts: TrainingFacts) -> str:
+    """The parameters whose gradients are summed over all replicas, those of dealt out experts `apart`."""
+    if facts.parallelism.ep == 1:
+        return """\
+    parameters = [each for stage in stages.values() for each in stage.parameters()]
+"""
+    return """\
+    apart = dict.fromkeys(each for stage in stages.values() for each in experts_of(stage, PLACEMENTS))
+    parameters = [each for stage in stages.values() for each in stage.parameters() if each not in apart]
+"""
+
+
+def _buckets(name: str, parameters: str, axis: str | None) -> str:
+    return f"""\
+    {name} = GradientBuckets({parameters}, mesh.get_group("{axis}"), NUM_MICROBATCHES)
+"""
+
+
 def rank_class(facts: TrainingFacts) -> str:
     """The class that holds what a rank has."""
     fields = ["mesh: DeviceMesh", "stages: dict[int, nn.Module]"]
-    if facts.parallelism.pp > 1:
-        fields.append("schedule: PipelineSchedule")
-    if facts.ties:
-        fields.append("tied: list[Tied]  # parameters that several stages have copies of")
-    if facts.has_buckets:
-        fields.append("gradients: GradientBuckets")
-    if facts.expert_axis:
-        fields.append("expert_gradients: GradientBuckets  # summed over fewer ranks")
-    if facts.precision.needs_loss_scale:
-        fields.append("loss_scale: LossScale")
+    fields += [f"{each.name}: {each.annotation}" for each in _held(facts)]
     return f'''\
 @dataclass(frozen=True)
 class Rank:
@@ -38,64 +92,17 @@ class Rank:
 
 def build_function(facts: TrainingFacts) -> str:
     """The function that builds it."""
-    plan = facts.parallelism
     aliases = ", ALIASES" if facts.aliases else ""
     initial = ", INITIAL" if facts.initial else ""
     mine, stages = "", "{0: STAGES[0](mesh)}"
-    if plan.pp > 1:
+    if facts.parallelism.pp > 1:
         mine = (
             "    mine = [index for index, rank in enumerate(RANKS_OF_STAGES)"
             ' if rank == mesh.get_local_rank("pp")]\n'
         )
         stages = "{index: STAGES[index](mesh) for index in mine}"
-    zero, ending, arguments = "", "", "mesh, stages"
-    if plan.zero_stage:
-        precision = ", precision=PRECISION" if facts.has_master_shards else ""
-        experts = ", experts=experts_of(stage, PLACEMENTS)" if plan.ep > 1 else ""
-        options = f"zero_stage={plan.zero_stage}{precision}{experts}"
-        zero = f"        shard_parameters(stage, BLOCKS, mesh, {options})\n"
-    if plan.pp > 1:
-        splitting = ", leave_weights" if plan.schedule in SPLIT_BACKWARD_SCHEDULES else ""
-        if splitting and facts.has_master_shards and facts.precision.gradient != facts.precision.compute:
-            splitting = ", lambda stage: leave_weights(stage, PRECISION.gradient)"
-        pipeline = f'pipeline(stages, BORDERS, "{plan.schedule}", NUM_MICROBATCHES, mesh, device{splitting})'
-        ending += f"    schedule = {pipeline}\n"
-        arguments += ", schedule"
-    if facts.ties:
-        ending += "    tied = tied_parameters(stages, TIES, RANKS_OF_STAGES, mesh)\n"
-        arguments += ", tied"
-    if facts.precision.gradient != facts.precision.compute and not facts.has_master_shards:
-        ending += f"""\
-    for stage in stages.values():
-        for parameter in stage.parameters():
-            parameter.grad_dtype = {facts.precision.gradient}
-"""
-    if facts.has_buckets:
-        if plan.ep > 1:
-            ending += """\
-    apart = dict.fromkeys(each for stage in stages.values() for each in experts_of(stage, PLACEMENTS))
-    parameters = [each for stage in stages.values() for each in stage.parameters() if each not in apart]
-"""
-        else:
-            ending += """\
-    parameters = [each for stage in stages.values() for each in stage.parameters()]
-"""
-        ending += f"""\
-    gradients = GradientBuckets(parameters, mesh.get_group("{facts.data_axis}"), NUM_MICROBATCHES)
-"""
-        arguments += ", gradients"
-    if facts.expert_axis:
-        ending += f"""\
-    expert_gradients = GradientBuckets(apart, mesh.get_group("{facts.expert_axis}"), NUM_MICROBATCHES)
-"""
-        arguments += ", expert_gradients"
-    if facts.precision.needs_loss_scale:
-        ending += """\
-    loss_scale = LossScale()
-    if len(STAGES) - 1 in stages:
-        loss_scale.scale_output(stages[len(STAGES) - 1])
-"""
-        arguments += ", loss_scale"
+    others = list(_held(facts))
+    arguments = ", ".join(["mesh", "stages", *(each.name for each in others)])
     return f'''\
 def build(device: torch.device, weights: Mapping[str, Any] | Path | None) -> Rank:
     """This rank, with its part of the original model's `weights` (fresh ones if None)."""
@@ -104,19 +111,39 @@ def build(device: torch.device, weights: Mapping[str, Any] | Path | None) -> Ran
     with torch.device("meta"):  # no memory before it is clear which part this rank holds
         stages: dict[int, nn.Module] = {stages}
     for stage in stages.values():
-{zero}\
+{_sharding(facts)}\
         allocate(stage, device)
         if weights is None:
             initialize(stage, mesh, PLACEMENTS{initial})
         else:
             load(stage, weights, mesh, PLACEMENTS{aliases})
-{ending}\
+{_gradient_dtype(facts)}\
+{"".join(each.made for each in others)}\
     return Rank({arguments})'''
+
+
+def _sharding(facts: TrainingFacts) -> str:
+    plan = facts.parallelism
+    if not plan.zero_stage:
+        return ""
+    precision = ", precision=PRECISION" if facts.has_master_shards else ""
+    experts = ", experts=experts_of(stage, PLACEMENTS)" if plan.ep > 1 else ""
+    options = f"zero_stage={plan.zero_stage}{precision}{experts}"
+    return f"        shard_parameters(stage, BLOCKS, mesh, {options})\n"
+
+
+def _gradient_dtype(facts: TrainingFacts) -> str:
+    if facts.precision.gradient == facts.precision.compute or facts.has_master_shards:
+        return ""
+    return f"""\
+        for parameter in stage.parameters():
+            parameter.grad_dtype = {facts.precision.gradient}
+"""
 
 
 def step_function(facts: TrainingFacts) -> str:
     """The function that computes loss and gradients of a step."""
-    body = "".join(f"    rank.{name}.clear()\n" for name in _buckets(facts))
+    body = "".join(f"    rank.{name}.clear()\n" for name in _names_of_buckets(facts))
     body += _pipelined(facts) if facts.parallelism.pp > 1 else _accumulated(facts)
     return f'''\
 def forward_backward(rank: Rank, batch: dict[str, Tensor]) -> Tensor:
@@ -127,8 +154,7 @@ def forward_backward(rank: Rank, batch: dict[str, Tensor]) -> Tensor:
 {body}{_reductions(facts)}    return total'''
 
 
-def _buckets(facts: TrainingFacts) -> list[str]:
-    """What a rank calls its buckets of gradients."""
+def _names_of_buckets(facts: TrainingFacts) -> list[str]:
     return ["gradients"] * facts.has_buckets + ["expert_gradients"] * bool(facts.expert_axis)
 
 
@@ -176,7 +202,7 @@ def _reductions(facts: TrainingFacts) -> str:
     loss."""
     text = ""
     if facts.has_buckets:  # first: the other sums read what is reduced while the backward runs
-        text += "".join(f"    rank.{name}.reduce()\n" for name in _buckets(facts))
+        text += "".join(f"    rank.{name}.reduce()\n" for name in _names_of_buckets(facts))
     if facts.parallelism.zero_stage and facts.has_whole_parameters:
         text += f"""\
     for stage in rank.stages.values():
