@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from costmodel.errors import CostModelError
 from costmodel.events import overlap_saving_s
-from costmodel.orders import OVERLAPPING_SCHEDULES, rank_orders, rank_stages
+from costmodel.orders import OVERLAPPING_SCHEDULES, alone_parts, rank_stages
 from costmodel.steady import rank_finish_s
 
 TERMS = (
@@ -158,10 +158,8 @@ def step_cost(
         if sends_s:
             unhindered_s = finish()[slowest]
         terms = _work_terms([stages[n] for n in own], [exposed[n] for n in own], num_microbatches)
-        hidden_s = 0.0
-        if any(savings_s):
-            orders = rank_orders(schedule_name, num_ranks, num_microbatches, num_virtual)
-            hidden_s = sum(savings_s[stage] for phase, stage, _ in orders[slowest] if phase == "O")
+        _, alone = alone_parts(schedule_name, num_ranks, num_microbatches, num_virtual)
+        hidden_s = num_microbatches * sum((1 - float(alone[n])) * savings_s[n] for n in own)
         terms["tensor_parallel"] -= hidden_s
         busy_s = num_microbatches * sum(forward_s[n] + backward_s[n] for n in own) - hidden_s
         terms["pipeline_bubble"] = max(0.0, unhindered_s - busy_s)
