@@ -70,7 +70,8 @@ def _collect(
 ) -> None:
     """Add the repeated children of a module, and look inside those that are not.
 
-    Forms go by number: they are long, and take their time to compare.
+    Only children with as many ops as another can have the form of another. Forms go by number: they are long,
+    and take their time to compare.
     """
     children = tree.get(parent, {})
     ranges = {
@@ -78,18 +79,20 @@ def _collect(
         for child, indices in children.items()
         if indices[-1] - indices[0] + 1 == len(indices)
     }
+    sizes = Counter(stop - start for start, stop in ranges.values())
     forms = {
         child: numbers.setdefault(canonical_form(graph, child, extent), len(numbers))
         for child, extent in ranges.items()
+        if sizes[extent[1] - extent[0]] > 1
     }
     counts = Counter(forms.values())
     repeated = {form for form, count in counts.items() if count > 1}
     for form in list(repeated):
-        members = [child for child in ranges if forms[child] == form]
+        members = [child for child in forms if forms[child] == form]
         if not _is_a_sequence(graph, members, ranges):
             repeated.discard(form)
     for child in children:
-        if child in forms and forms[child] in repeated:
+        if forms.get(child) in repeated:
             found.append((ranges[child], child, forms[child]))
         else:
             _collect(graph, tree, child, numbers, found)
