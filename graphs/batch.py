@@ -58,7 +58,9 @@ def interpolate(low: OpGraph, high: OpGraph, batch: int) -> OpGraph:
         raise CaptureError(f"the batch size must be at least 1, got {batch}")
 
     def between(first: Any, second: Any) -> Any:
-        if isinstance(first, int) and not isinstance(first, bool):
+        if first == second:
+            return first
+        if isinstance(first, int):
             return first + (second - first) * (batch - LOW)
         if isinstance(first, (tuple, list)):
             return type(first)(between(a, b) for a, b in zip(first, second, strict=True))
@@ -74,6 +76,8 @@ def interpolate(low: OpGraph, high: OpGraph, batch: int) -> OpGraph:
         return result
 
     def op_between(first: Op, second: Op) -> Op:
+        if first == second:
+            return first
         return replace(
             first,
             args=between(first.args, second.args),
@@ -82,13 +86,11 @@ def interpolate(low: OpGraph, high: OpGraph, batch: int) -> OpGraph:
             saved_internal_bytes=count(first.saved_internal_bytes, second.saved_internal_bytes),
         )
 
-    tensors = {
-        name: replace(tensor, shape=between(tensor.shape, high.tensors[name].shape))
-        for name, tensor in low.tensors.items()
-    }
-    return replace(
-        low, tensors=tensors, ops=tuple(op_between(a, b) for a, b in zip(low.ops, high.ops, strict=True))
-    )
+    def tensor_between(first: Tensor, second: Tensor) -> Tensor:
+        return first if first == second else replace(first, shape=between(first.shape, second.shape))
+
+    tensors = {name: tensor_between(tensor, high.tensors[name]) for name, tensor in low.tensors.items()}
+    return replace(low, tensors=tensors, ops=tuple(map(op_between, low.ops, high.ops)))
 
 
 def check_alike(low: OpGraph, high: OpGraph) -> None:
