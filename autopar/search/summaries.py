@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -76,8 +78,9 @@ def fingerprint(graph: OpGraph) -> str:
 
 
 def _sample_shapes(capture: Capture) -> dict[str, tuple[int, ...]]:
-    try:
-        graph = capture.at(1)
-    except CaptureError:
-        graph = capture.graph
-    return {name: graph.tensors[name].shape for name in graph.inputs}
+    """Shapes of the inputs at one sample; at the captured batch of a model that has no other."""
+    graph = capture.graph
+    inputs = replace(graph, tensors={name: graph.tensors[name] for name in graph.inputs}, ops=())
+    with suppress(CaptureError):
+        inputs = replace(capture, graph=inputs).at(1)
+    return {name: tensor.shape for name, tensor in inputs.tensors.items()}
