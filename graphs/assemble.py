@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind
 
 from graphs import ir
+from graphs.interpret import fake_tensors
 from graphs.leaves import has_values, parameters_of, with_leaves_of
 from graphs.order import in_order_of_use
 from graphs.trace import Tracer
@@ -19,7 +19,7 @@ from graphs.trace import Tracer
 
 def assemble(model: nn.Module, program: ExportedProgram, name: str) -> ir.OpGraph:
     """The graph of an exported model; names of ops are provisional, costs and blocks are missing."""
-    return _Assembler(model, program, Tracer(FakeTensorMode())).graph(name)
+    return _Assembler(model, program, Tracer(fake_tensors())).graph(name)
 
 
 class _Assembler:

@@ -7,8 +7,19 @@ from typing import Any, cast
 
 import torch
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graphs.ir import Op, OpGraph, map_refs
+
+
+def fake_tensors() -> FakeTensorMode:
+    """A mode of fake tensors with the settings of torch.export's.
+
+    torch remembers by these settings what a call returns, so nothing that an export has called is worked out
+    again. Where a size or a number depends on the values of tensors, it is a symbol.
+    """
+    return FakeTensorMode(shape_env=ShapeEnv(trace_asserts=True))
 
 
 def resolve(target: str) -> OpOverload:

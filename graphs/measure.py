@@ -12,11 +12,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from graphs.interpret import call
+from graphs.interpret import call, fake_tensors
 from graphs.ir import Op, OpGraph, Tensor
 
 _DROPOUT_MASK_BYTES = 1
@@ -29,10 +28,10 @@ def measured(graph: OpGraph) -> OpGraph:
     autograd keeps and that belongs to a tensor of the graph is listed in `saved` of every op that keeps it.
     """
     with (
-        FakeTensorMode() as fake_mode,
+        fake_tensors(),
         FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter,
     ):
-        values = _leaves(graph, fake_mode)
+        values = _leaves(graph)
         owners = {value.untyped_storage()._cdata: name for name, value in values.items()}
         tensors = {name: graph.tensors[name] for name in values}
         ops = []
@@ -69,7 +68,7 @@ class _Saved(saved_tensors_hooks):
         return tensor
 
 
-def _leaves(graph: OpGraph, fake_mode: FakeTensorMode) -> dict[str, torch.Tensor]:
+def _leaves(graph: OpGraph) -> dict[str, torch.Tensor]:
     names = [
         *graph.inputs,
         *(item.tensor for item in graph.parameters),

@@ -109,7 +109,9 @@ class Tracer:
         args, kwargs = unbind(call)
         with self._fake_mode:
             result = call.target(*args, **kwargs)
-        results = [result] if isinstance(result, torch.Tensor) else list(result)
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        if any(map(_is_symbolic, results)):
+            raise DataDependentOutputException(call.target)
         if len(results) == 1 and id(results[0]) in self._names:
             return result
         if not all(isinstance(item, torch.Tensor) for item in results):
@@ -224,6 +226,12 @@ class Tracer:
 
     def _where(self, node: Node) -> Mapping[str, str | None]:
         return {"module": module_of(self._module), "source": source_line(node)}
+
+
+def _is_symbolic(result: Any) -> bool:
+    """Whether a result is a number, or has a size, that only the values of tensors tell."""
+    sizes = result.shape if isinstance(result, torch.Tensor) else (result,)
+    return any(isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) for size in sizes)
 
 
 def source_line(node: Node) -> str | None:
