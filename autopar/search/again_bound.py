@@ -21,7 +21,7 @@ work runs side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import NamedTuple
@@ -30,9 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.search.evaluate import Evaluated
-from autopar.search.even_stages import EvenStages, moments
+from autopar.search.even_stages import EvenStages, moments, own_stages
 from autopar.search.runs import Array
-from autopar.search.solver import LinearModel, Row, solve
+from autopar.search.solver import LinearModel, Row, Term, solve
 from costmodel import Overlap, StageWork, simulate
 from costmodel.orders import OVERLAPPING_SCHEDULES, rank_stages, stage_ranks
 from costmodel.phases import BACKWARD, FORWARD, INPUT, OVERLAPPING, PHASES, WEIGHT
@@ -52,6 +52,9 @@ NEGLIGIBLE = 1e-5
 
 SHORTER = 0.01
 """By how much shorter it may be to be kept for the next time."""
+
+_STEP = 0
+"""The step as a variable of the linear program; after it come the parts of what is computed again."""
 
 STEP = 0.1
 """How far chains are looked for from the best place towards the program's answer, as a part of the way."""
@@ -147,54 +150,52 @@ class AgainBound:
 
     def _least(self, chains: Sequence[Again]) -> tuple[float, Array]:
         """The least of the longest of these chains, and what stages then compute again."""
-        model, step, again = self._model
+        parts = self._parts
         rows: list[Row] = []
         for chain in chains:
-            passed = zip(again, (-chain.weights).tolist(), strict=True)
-            rows.append((chain.seconds, float("inf"), ((step, 1.0), *(term for term in passed if term[1]))))
-        found = solve(model.with_rows(rows))
-        return found.bound, np.array([found.values[seconds] for seconds in again])
+            passed = _terms(-chain.weights[parts.stages] * parts.seconds)
+            rows.append((chain.seconds, float("inf"), ((_STEP, 1.0), *passed)))
+        found = solve(self._model.with_rows(rows))
+        again_s = parts.seconds * found.values[_STEP + 1 :]
+        return found.bound, np.bincount(parts.stages, again_s, len(self.passes)).astype(np.float64)
 
     @cached_property
-    def _model(self) -> tuple[LinearModel, int, list[int]]:
-        """What ranks must free, without chains: the step, and what each stage computes again."""
+    def _model(self) -> LinearModel:
+        """What ranks must free, without chains: the step, and how much of each part is computed again."""
         model = LinearModel()
-        step = model.variable(1.0, upper=float("inf"))
-        again = [model.variable(upper=float("inf")) for _ in self.passes]
-        parts: list[list[tuple[int, _Part]]] = [[] for _ in self.passes]
-        for part in self._parts:
-            parts[part.stage].append((model.variable(), part))
-        for seconds, own in zip(again, parts, strict=True):
-            model.row(0.0, 0.0, [(seconds, -1.0), *((x, part.seconds) for x, part in own)])
-        for mine, flights, needed_bytes in self._needs:
-            freed = [
-                (x, flight * part.freed_bytes / needed_bytes)
-                for stage, flight in zip(mine, flights, strict=True)
-                for x, part in parts[stage]
-                if flight
-            ]
+        model.variable(1.0, upper=float("inf"))
+        for _ in self._parts.stages:
+            model.variable()
+        for rank, moment in zip(*self._needed_bytes.nonzero(), strict=True):
+            flights = np.zeros(len(self.passes))
+            flights[own_stages(self.p)[rank]] = moments(self.p)[rank, moment]
+            freed = flights[self._parts.stages] * self._parts.freed_bytes / self._needed_bytes[rank, moment]
             # What all that can be computed again just frees, rounding may put out of reach.
-            model.row(min(1.0, sum(size for _, size in freed)), float("inf"), freed)
-        return model, step, again
+            model.row(min(1.0, sum(freed.tolist())), float("inf"), _terms(freed))
+        return model
 
-    @property
-    def _needs(self) -> Iterator[tuple[tuple[int, ...], list[int], float]]:
-        """The stages of a rank, the microbatches that it keeps of them at a moment, and how much it keeps
-        too much then."""
+    @cached_property
+    def _needed_bytes(self) -> Array:
+        """How much too much each rank keeps at a moment: [rank, moment]."""
         kept_bytes = self.even.kept_bytes(self.p, self.cuts)
         allowed_bytes = kept_bytes.max(axis=1) - self.excess_bytes
         needed_bytes = kept_bytes - allowed_bytes[:, None]
-        for rank, moment in zip(*np.nonzero(needed_bytes > 1.0), strict=True):
-            yield self.mine[rank], moments(self.p)[rank, moment].tolist(), float(needed_bytes[rank, moment])
+        found: Array = np.where(needed_bytes > 1.0, needed_bytes, 0.0)
+        return found
 
     @cached_property
-    def _parts(self) -> list[_Part]:
-        return [
-            _Part(stage, rate * freed * number, freed * number)
-            for rate, freed, numbers in self.even.table.sums(self.cuts).segments
-            for stage, number in enumerate(numbers.tolist())
-            if number
-        ]
+    def _parts(self) -> _Parts:
+        """What stages may compute again, but for what none needs that computes all that is quicker again:
+        that frees enough for its rank, whatever other stages do."""
+        flights = moments(self.p)
+        alone_bytes = np.where(flights, self._needed_bytes[:, :, None] / np.maximum(flights, 1), 0.0)
+        most_bytes = np.empty(len(self.passes))
+        most_bytes[own_stages(self.p)] = alone_bytes.max(axis=1)
+        rates, freed_bytes = self.even.freed(self.cuts)
+        quicker_bytes = freed_bytes.cumsum(axis=0) - freed_bytes
+        parts, stages = ((freed_bytes > 0) & (quicker_bytes < most_bytes)).nonzero()
+        freed_bytes = freed_bytes[parts, stages]
+        return _Parts(stages, rates[parts] * freed_bytes, freed_bytes)
 
     def _chains(self, again_s: Array, number: int) -> tuple[float, list[Again]]:
         """What a step takes with so much computed again in each stage, and the chains to the ranks that end
@@ -222,14 +223,18 @@ class AgainBound:
 
     def _timed(self, path: Path) -> Again:
         """A path with this way's times."""
+        passes = np.array(path.passes, dtype=np.float64)
+        seconds = float((passes * self._apart_s).sum()) + self.once_s[path.last]
+        seconds += sum(number * send_s for number, send_s in zip(path.sends, self.send_s, strict=True))
+        return Again(seconds, passes[1] + passes[2], path)
+
+    @cached_property
+    def _apart_s(self) -> Array:
+        """What each stage takes in each of the phases `APART`."""
         weight_s = np.array([stage.weight_s for stage in self.stages])
         backward_s = np.array([way.backward_s for way in self.passes])
         forward_s = np.array([way.forward_s for way in self.passes])
-        each_s = forward_s, backward_s, backward_s - weight_s, weight_s
-        passes = np.array(path.passes, dtype=np.float64)
-        seconds = float((passes * np.array(each_s)).sum()) + self.once_s[path.last]
-        seconds += sum(number * send_s for number, send_s in zip(path.sends, self.send_s, strict=True))
-        return Again(seconds, passes[1] + passes[2], path)
+        return np.array([forward_s, backward_s, backward_s - weight_s, weight_s])
 
     def _relieved_s(self, chain: Again) -> float:
         weights = chain.weights.tolist()
@@ -252,12 +257,18 @@ def _passed(works: NDArray[np.intp], num_stages: int) -> NDArray[np.intp]:
     return np.bincount(works, minlength=size).reshape(-1, num_stages)
 
 
-class _Part(NamedTuple):
-    """Something that a stage may compute again, or a part of it: seconds and bytes of a microbatch."""
+class _Parts(NamedTuple):
+    """What may be computed again, each a part of a stage: which stage, and seconds and bytes of a microbatch."""
 
-    stage: int
-    seconds: float
-    freed_bytes: float
+    stages: NDArray[np.intp]
+    seconds: Array
+    freed_bytes: Array
+
+
+def _terms(coefficients: Array) -> list[Term]:
+    """Those of all parts in a row of the linear program."""
+    (parts,) = coefficients.nonzero()
+    return [*zip((_STEP + 1 + parts).tolist(), coefficients[parts].tolist(), strict=True)]
 
 
 def _counts(chain: Again, again_s: Array, step_s: float, shorter: float = NEGLIGIBLE) -> bool:

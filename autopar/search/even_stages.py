@@ -186,12 +186,10 @@ class EvenStages:
         key = (p.schedule, p.pp, p.num_microbatches, cuts)
         if weights is None and key in self._known_steps:
             return self._known_steps[key]
-        segments = self.table.sums(cuts).segments
         own, flights = own_stages(p), moments(p)[:, :, :, None]
-        each = np.array([rate for rate, _, _ in segments])
-        freed = np.array([freed * number for _, freed, number in segments]).reshape(-1, len(cuts)).T
+        each, freed = self.freed(cuts)
         slow = np.ones(len(cuts)) if weights is None else np.array(weights)
-        sizes = (flights * freed[own][:, None]).reshape(p.pp, flights.shape[1], -1)
+        sizes = (flights * freed.T[own][:, None]).reshape(p.pp, flights.shape[1], -1)
         # What is never in flight frees nothing, whatever it takes.
         seconds = slow[own][:, None, :, None] / np.maximum(flights, 1) * each
         rates = seconds.reshape(sizes.shape)
@@ -205,9 +203,16 @@ class EvenStages:
 
     def most_relief_s(self, cuts: tuple[int, ...]) -> list[float]:
         """What each stage can compute again at most of one microbatch."""
-        parts = (rate * freed * number for rate, freed, number in self.table.sums(cuts).segments)
-        found: list[float] = sum(parts, np.zeros(len(cuts))).tolist()
+        rates, freed = self.freed(cuts)
+        found: list[float] = (rates @ freed).tolist()
         return found
+
+    def freed(self, cuts: tuple[int, ...]) -> tuple[Array, Array]:
+        """What stages can free of a microbatch, the quickest first: seconds a byte, and how many bytes each
+        stage, [part, stage]."""
+        segments = self.table.sums(cuts).segments
+        freed = np.array([freed * number for _, freed, number in segments])
+        return np.array([rate for rate, _, _ in segments]), freed.reshape(-1, len(cuts))
 
     def bound_s(self, p: Parallelism, machine: Machine, cuts: tuple[int, ...], excess_bytes: Array) -> float:
         """What a step with these cuts takes at least if ranks keep so much less of activations; infinite
