@@ -258,7 +258,7 @@ def _passed(works: NDArray[np.intp], num_stages: int) -> NDArray[np.intp]:
 
 
 class _Parts(NamedTuple):
-    """What may be computed again, each a part of a stage: which stage, and seconds and bytes of a microbatch."""
+    """What may be computed again, each a part of a stage: its stage, seconds and bytes of a microbatch."""
 
     stages: NDArray[np.intp]
     seconds: Array

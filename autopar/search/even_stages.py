@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,15 @@ MOST_ROUNDS = 64
 """Microbatches of a step for each rank up to which its order is simulated."""
 
 
+class Staged(NamedTuple):
+    """Where stages begin, the seconds in which each of their parameters' gradients is added up, and the
+    messages between them."""
+
+    cuts: tuple[int, ...]
+    accumulation_s: float
+    sends_s: tuple[float, ...]
+
+
 class EvenStages:
     """The stages of one chain in schedules whose cuts memory has no say in."""
 
@@ -49,8 +59,8 @@ class EvenStages:
         self.table = table
         self._cuts: dict[int, tuple[int, ...] | None] = {}
         self._schedule_floors_s: dict[tuple[object, ...], float] = {}
-        self._orders_s: dict[tuple[object, ...], float] = {}
-        self._latest_s: dict[tuple[object, ...], float] = {}
+        self._known_latest_s: dict[tuple[object, ...], float] = {}
+        self._known_finish_s: dict[tuple[object, ...], float] = {}
         self._known_freed: dict[tuple[int, ...], tuple[Array, Array]] = {}
         self._kept_bytes: dict[tuple[object, ...], Array] = {}
         self._known_steps: dict[tuple[object, ...], tuple[Array, Array]] = {}
@@ -237,50 +247,55 @@ class EvenStages:
             sums = self.table.sums(cuts).accumulating(accumulation_s)
             if p.schedule in OVERLAPPING_SCHEDULES:
                 sums = sums.computing()
-            weight_s = None
-            if p.schedule in SPLIT_BACKWARD_SCHEDULES:
-                weight_s = sums.weight_s.tolist()
             self._schedule_floors_s[key] = pipeline_lower_bound_s(
                 p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
-                num_virtual=p.num_virtual_stages, schedule_name=p.schedule, weight_s=weight_s,
+                num_virtual=p.num_virtual_stages, schedule_name=p.schedule, weight_s=_weight_s(p, sums),
             )  # fmt: skip
         return self._schedule_floors_s[key]
 
-    def order_s(
-        self,
-        p: Parallelism,
-        cuts: tuple[int, ...],
-        accumulation_s: float,
-        sends_s: tuple[float, ...],
-        known_s: float,
-    ) -> float:
-        """What the schedule takes with these cuts in its own order, nothing computed again and nothing
-        gathered: no step of the program takes less. Otherwise as `schedule_floor_s`; `sends_s` are the
-        messages between stages. 0 where that is no more than `known_s` even if all stages are like the
-        slowest; and where rounds of microbatches are so many that the bubble, which is all that the busiest
-        rank does not know of, is not worth the simulation."""
-        if p.num_microbatches > MOST_ROUNDS * p.pp:
-            return 0.0
-        key = (p.schedule, p.pp, p.num_microbatches, cuts, accumulation_s, sends_s)
-        if self._latest_s.get(key, float("inf")) <= known_s:
-            return 0.0
-        if key not in self._orders_s:
-            sums = self.table.sums(cuts).accumulating(accumulation_s)
-            weight_s = savings_s = None
-            if p.schedule in SPLIT_BACKWARD_SCHEDULES:
-                weight_s = sums.weight_s.tolist()
-            times = (
+    def order_s(self, p: Parallelism, staged: Staged, known_s: float) -> float:
+        """What the schedule takes in its own order, nothing computed again and nothing gathered, or `known_s`
+        if that is more: no step of the program takes less. Otherwise as `schedule_floor_s`.
+
+        Only simulated where it may take more, as it would were all stages like the slowest; and where rounds
+        of microbatches are so few that the bubble, all that the busiest rank does not know of, is worth it.
+        """
+        if p.num_microbatches > MOST_ROUNDS * p.pp or self._latest_s(p, staged) <= known_s:
+            return known_s
+        return max(known_s, self._finish_s(p, staged))
+
+    def _latest_s(self, p: Parallelism, staged: Staged) -> float:
+        """When the last rank would end, were all stages like the slowest."""
+        key = (p.schedule, p.pp, p.num_microbatches, staged)
+        if key not in self._known_latest_s:
+            sums = self._sums(staged)
+            latest_s = latest_finish_s(
                 p.schedule, p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
-                sends_s, p.num_virtual_stages,
+                staged.sends_s, p.num_virtual_stages, weight_s=_weight_s(p, sums),
             )  # fmt: skip
-            self._latest_s[key] = latest_finish_s(*times, weight_s=weight_s) * (1 + ROUNDING)
-            if self._latest_s[key] <= known_s:
-                return 0.0
-            if p.schedule in OVERLAPPING_SCHEDULES:
-                savings_s = _savings_s(sums)
-            finish_s = rank_finish_s(*times, weight_s=weight_s, overlap_saving_s=savings_s or 0.0)
-            self._orders_s[key] = max(finish_s)
-        return self._orders_s[key]
+            self._known_latest_s[key] = latest_s * (1 + ROUNDING)
+        return self._known_latest_s[key]
+
+    def _finish_s(self, p: Parallelism, staged: Staged) -> float:
+        """When it ends with stages as they are."""
+        key = (p.schedule, p.pp, p.num_microbatches, staged)
+        if key not in self._known_finish_s:
+            sums = self._sums(staged)
+            savings_s = _savings_s(sums) if p.schedule in OVERLAPPING_SCHEDULES else 0.0
+            finish_s = rank_finish_s(
+                p.schedule, p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
+                staged.sends_s, p.num_virtual_stages, weight_s=_weight_s(p, sums), overlap_saving_s=savings_s,
+            )  # fmt: skip
+            self._known_finish_s[key] = max(finish_s)
+        return self._known_finish_s[key]
+
+    def _sums(self, staged: Staged) -> RunSums:
+        return self.table.sums(staged.cuts).accumulating(staged.accumulation_s)
+
+
+def _weight_s(p: Parallelism, sums: RunSums) -> list[float] | None:
+    """The gradients of weights among the backward of each stage, where the schedule tells them apart."""
+    return sums.weight_s.tolist() if p.schedule in SPLIT_BACKWARD_SCHEDULES else None
 
 
 def _savings_s(sums: RunSums) -> list[float]:

@@ -22,7 +22,7 @@ from autopar.search.again_bound import MOST_ROUNDS, AgainBound, Path
 from autopar.search.data_axes import least_accumulation_s
 from autopar.search.effort import clocked, cut_size
 from autopar.search.evaluate import Evaluated, Evaluator
-from autopar.search.even_stages import EvenStages, moments, own_stages
+from autopar.search.even_stages import EvenStages, Staged, moments, own_stages
 from autopar.search.local_programs import Program
 from autopar.search.outcome import Solved, better
 from autopar.search.polish import handed_on, takers, with_faster_units
@@ -124,19 +124,20 @@ class StageLayer:
         return self._alone[key]
 
     @clocked("stages")
-    def floor_s(self, program: Program, p: Parallelism) -> float:
-        """No step takes less; infinite where memory, or the number of units, allows no stages at all. Quick
-        where `draft` is exact."""
-        busiest_s = self.busiest_s(program, p)
-        if not 0 < busiest_s < float("inf"):
+    def floor_s(
+        self, program: Program, p: Parallelism, enough_s: float = float("inf"), *, moves: bool = True
+    ) -> float:
+        """No step takes less, of which no more than `enough_s` is worth while; infinite where memory, or the
+        number of units, allows no stages at all. Quick where `draft` is exact. Unless it `moves`, nothing
+        does so on the data axes."""
+        busiest_s = self.busiest_s(program, p, moves=moves)
+        if not 0 < busiest_s < enough_s:
             return busiest_s
         cuts = self._even(p)
         assert cuts is not None, "the busiest rank has some"
-        sends_s = self._sends_s(program.chain, p, cuts)
+        staged = Staged(cuts, self._accumulation_s(p), self._sends_s(program.chain, p, cuts))
         overhead_s = self.evaluator.era.step_overhead_s
-        known_s = busiest_s - overhead_s
-        order_s = self.even(program).order_s(p, cuts, self._accumulation_s(p), sends_s, known_s)
-        return max(busiest_s, order_s + overhead_s)
+        return self.even(program).order_s(p, staged, busiest_s - overhead_s) + overhead_s
 
     def busiest_s(self, program: Program, p: Parallelism, *, moves: bool = True) -> float:
         """The same of the rank that has most to do, which asks no more of a program's passes than that
@@ -163,10 +164,9 @@ class StageLayer:
             return known_s
         overhead_s, num_shares = self.evaluator.era.step_overhead_s, p.tp * p.cp
         # All ranks of a context axis add up the gradients of the same parameters.
-        accumulation_s, silent = p.cp * self._accumulation_s(p), (0.0,) * (len(cuts) - 1)
-        known_whole_s = (known_s - overhead_s) * num_shares
-        whole_s = self._device(p).order_s(p, cuts, accumulation_s, silent, known_whole_s)
-        return max(known_s, whole_s / num_shares + overhead_s)
+        staged = Staged(cuts, p.cp * self._accumulation_s(p), sends_s=(0.0,) * (len(cuts) - 1))
+        whole_s = self._device(p).order_s(p, staged, (known_s - overhead_s) * num_shares)
+        return whole_s / num_shares + overhead_s
 
     def _accumulation_s(self, p: Parallelism) -> float:
         return least_accumulation_s(p, self.evaluator.policy, self.evaluator.pricer)

@@ -91,9 +91,10 @@ class WayFloors:
             return self.layer.evenly_s(self.floors.divided(p), p)
         return self.close_s(p)
 
-    def stages_s(self, p: Parallelism, program: Program) -> float:
-        """The same with what any program of the layout takes at least; its fastest `program` was made."""
-        return self.layer.floor_s(self._least(p, program), p)
+    def stages_s(self, p: Parallelism, program: Program, enough_s: float = float("inf")) -> float:
+        """The same with what any program of the layout takes at least; its fastest `program` was made. No
+        more than `enough_s` is worth while."""
+        return self.layer.floor_s(self._least(p, program), p, enough_s)
 
     def busiest_s(self, scheduled: Scheduled, program: Program | None) -> float:
         """What the busiest rank takes at least, with what any program takes if the fastest was made; nothing
