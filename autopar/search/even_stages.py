@@ -23,7 +23,7 @@ from autopar.search.runs import AllRuns, Array
 from autopar.search.stage_costs import Machine, accumulating, cached_bytes, moved_once, room_bytes, run_times
 from autopar.search.stage_table import StageTable
 from autopar.search.stages import Where, cheapest, legal
-from costmodel import latest_finish_s, pipeline_lower_bound_s, rank_finish_s
+from costmodel import latest_finish_s, rank_finish_s
 from costmodel.events import overlap_saving_s
 from costmodel.orders import (
     OVERLAPPING_SCHEDULES,
@@ -241,16 +241,19 @@ class EvenStages:
 
     def schedule_floor_s(self, p: Parallelism, cuts: tuple[int, ...], accumulation_s: float) -> float:
         """What the schedule takes at least with these cuts, were there nothing else to do than to compute
-        and, in so long for each parameter, to add up gradients."""
+        and, in so long for each parameter, to add up gradients: a rank as in `bound_s`, or a microbatch on
+        its way through all stages."""
         key = (p.schedule, p.pp, p.num_microbatches, cuts, accumulation_s)
         if key not in self._schedule_floors_s:
-            sums = self.table.sums(cuts).accumulating(accumulation_s)
+            sums = self.table.sums(cuts, _ranks(p)).accumulating(accumulation_s)
             if p.schedule in OVERLAPPING_SCHEDULES:
                 sums = sums.computing()
-            self._schedule_floors_s[key] = pipeline_lower_bound_s(
-                p.pp, p.num_microbatches, sums.forward_s.tolist(), sums.backward_s.tolist(),
-                num_virtual=p.num_virtual_stages, schedule_name=p.schedule, weight_s=_weight_s(p, sums),
-            )  # fmt: skip
+            whole_s = sums.forward_s + sums.backward_s
+            is_split = p.schedule in SPLIT_BACKWARD_SCHEDULES
+            through_s = whole_s - sums.weight_s if is_split else whole_s
+            return_s = 0.0 if is_split else sums.return_s
+            ends_s = sums.arrival_s + p.num_microbatches * whole_s + return_s
+            self._schedule_floors_s[key] = float(max(through_s.sum(), ends_s.max()))
         return self._schedule_floors_s[key]
 
     def order_s(self, p: Parallelism, staged: Staged, known_s: float) -> float:

@@ -66,6 +66,7 @@ class StageLayer:
         self.options = options
         self.where = where
         self._tables: dict[int, tuple[Program, EvenStages, Variants]] = {}
+        self._devices: dict[tuple[int, int], EvenStages] = {}
         self._alone: dict[tuple[object, ...], float] = {}
         self._paths: dict[tuple[str, int, int, int], list[Path]] = {}
 
@@ -234,7 +235,10 @@ class StageLayer:
         return best_cut(table, p, self.machine, send_s, where, fitting=fitting)
 
     def _device(self, p: Parallelism) -> EvenStages:
-        return self.even(self.programs.device(p.microbatch_size, p.ep))
+        key = p.microbatch_size, p.ep
+        if key not in self._devices:
+            self._devices[key] = self.even(self.programs.device(*key))
+        return self._devices[key]
 
     def _even(self, p: Parallelism) -> tuple[int, ...] | None:
         """Even for one device; the programs of all ranks are cut alike."""
