@@ -11,8 +11,9 @@ so the linear program is solved by taking the cheapest seconds a byte first, for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
-from functools import cached_property
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from autopar.search.runs import Array, Runs
 
 if TYPE_CHECKING:
-    from autopar.search.stage_table import StageTable
+    from autopar.search.stage_table import Segment, StageTable
 
 
 class RunSums:
@@ -54,12 +55,12 @@ class RunSums:
         self.largest_weights = runs.largest(table.unit_weights)
         self.saved_bytes = runs.sums(table.unit_saved_bytes)
         self.working_bytes = runs.last(table.unit_working_bytes)
-        self._segments = table.segments
+        self._segments = cache(partial(_freed, table.segments, runs))  # one for all copies
 
-    @cached_property
+    @property
     def segments(self) -> list[tuple[float, float, Array]]:
         """What its units can free, the cheapest first: seconds a byte, bytes each, and how many units."""
-        return [(s.rate, s.freed_bytes, self.runs.sums(s.members)) for s in self._segments]
+        return self._segments()
 
     def accumulating(self, seconds: float) -> RunSums:
         """The same where each parameter's gradient takes so long to be added to those of other
@@ -90,3 +91,7 @@ class RunSums:
             left -= taken
         seconds[left > 1e-6 * np.maximum(1.0, excess_bytes)] = np.inf
         return seconds
+
+
+def _freed(segments: Sequence[Segment], runs: Runs) -> list[tuple[float, float, Array]]:
+    return [(each.rate, each.freed_bytes, runs.sums(each.members)) for each in segments]
