@@ -29,7 +29,9 @@ class RouteFloors:
     def __init__(self, legs: Legs, common: int) -> None:
         self.legs = legs
         self.common = common
-        self._leg_times: dict[tuple[Leg, int], LegTimes] = {}
+        self._tables: dict[tuple[int, int, int], StageTable] = {}
+        self._leg_times: dict[tuple[int, float, int], LegTimes] = {}
+        self._seams_floors_s: dict[tuple[int, ...], float] = {}
         self._capacity: dict[Leg, float] = {}
 
     def may_fit(self, route: Route) -> bool:
@@ -58,18 +60,30 @@ class RouteFloors:
         return self._seams_s(route, self._tensor_leg)
 
     def _seams_s(self, route: Route, times_of: Callable[[Leg], LegTimes]) -> float:
-        times = [
-            replace(times_of(leg), send_s=self.legs.crossing_s(route, number))
-            for number, leg in enumerate(route.legs)
-        ]
-        return float(seam_floors(times, route.num_microbatches)[0].min(initial=np.inf))
+        """The same for all routes with these times of legs, which share their messages."""
+        times = [times_of(leg) for leg in route.legs]
+        key = (route.num_microbatches, *map(id, times))
+        if key not in self._seams_floors_s:
+            sending = [
+                replace(leg, send_s=self.legs.crossing_s(route, number)) for number, leg in enumerate(times)
+            ]
+            floors_s, _ = seam_floors(sending, route.num_microbatches)
+            self._seams_floors_s[key] = float(floors_s.min(initial=np.inf))
+        return self._seams_floors_s[key]
 
     def _device_leg(self, leg: Leg) -> LegTimes:
         """One device's arithmetic, divided over all of the leg."""
-        layout, planner = leg.layout, self.legs.planners[leg.pool]
+        layout = leg.layout
         size = self._reference(layout.microbatch_size)
-        table = planner.layer.table(planner.programs.device(size, layout.ep))
+        table = self._device_table(leg.pool, size, layout.ep)
         return self._scaled(leg, table, layout.microbatch_size / size / (layout.tp * layout.cp))
+
+    def _device_table(self, pool: int, microbatch_size: int, ep: int) -> StageTable:
+        key = pool, microbatch_size, ep
+        if key not in self._tables:
+            planner = self.legs.planners[pool]
+            self._tables[key] = planner.layer.table(planner.programs.device(microbatch_size, ep))
+        return self._tables[key]
 
     def _tensor_leg(self, leg: Leg) -> LegTimes:
         """The same with what any strategies on the tensor axis take."""
@@ -82,7 +96,8 @@ class RouteFloors:
         return self._scaled(leg, table, layout.microbatch_size / SMALL)
 
     def _scaled(self, leg: Leg, table: StageTable, share: float) -> LegTimes:
-        key = leg, id(table)
+        """A share of a table's times; the same for all legs with as many stages."""
+        key = leg.layout.pp, share, id(table)
         if key not in self._leg_times:
             times = LegTimes.of(share * table.unit_forward_s, share * table.unit_backward_s, leg.layout.pp)
             self._leg_times[key] = times
