@@ -15,7 +15,10 @@ makes
 
     P + S_{q+1} + (m - 1 - n) W_q / p_q      and      A_q + W_q / (1 - (1 - 1/m)^p_q) + R_q
 
-bounds whatever the cuts inside, and a link that takes d for a message P + (m - 1) d.
+bounds whatever the cuts inside, and a link that takes d for a message P + (m - 1) d. Of the first leg, seams
+change P alone, and the least P of all bounds V; of the last, they do not change V - P where O is left out.
+So two dynamic programs, for all beginnings of the chain and for all its ends, bound what these legs make of
+every seam (`_end_floors`).
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from numpy.typing import NDArray
 
 from autopar.search.runs import Array
 from autopar.search.stage_times import StageTimes, busy_s
-from autopar.search.stages import cheapest
+from autopar.search.stages import cheapest, largest_after, largest_before
 
 Seams = NDArray[np.int_]
 
@@ -88,6 +91,9 @@ def best_cuts(legs: Sequence[LegTimes], num_microbatches: int, cutoff_s: float =
     """
     best: RouteCut | None = None
     floors_s, seams = seam_floors(legs, num_microbatches)
+    if not len(seams):
+        return None
+    floors_s = np.maximum(floors_s, _end_floors(legs, seams, num_microbatches))
     for number in np.argsort(floors_s, kind="stable").tolist():
         limit_s = cutoff_s if best is None else best.bound_s
         if floors_s[number] >= limit_s:
@@ -135,9 +141,33 @@ def _all_seams(num_units: int, num_stages: tuple[int, ...]) -> Seams:
     return np.array(possible, dtype=int).reshape(-1, len(num_stages) + 1)
 
 
+def _end_floors(legs: Sequence[LegTimes], seams: Seams, m: int) -> Array:
+    """What no cuts of the first leg, and none of the last, undercut between seams."""
+    path_s = _path_s(legs, seams.T)
+    first_s = [
+        largest_before([span.values_s() for span in stages])
+        for stages in _all_spans(legs[0], float(path_s.min()), m)
+    ]
+    whole_s = float(sum(before[-1] for before in legs[-1].before_s))
+    last_s = [
+        largest_after([span.busy_s + span.return_s for span in stages])
+        for stages in _all_spans(legs[-1], whole_s, m)
+    ]
+    floors_s: Array = np.maximum(
+        np.min(first_s, axis=0)[seams[:, 1]], path_s - whole_s + np.min(last_s, axis=0)[seams[:, -2]]
+    )
+    return floors_s
+
+
+def _all_spans(leg: LegTimes, path_s: float, m: int) -> list[list[_Span]]:
+    """The runs of all units as stages in each way, were the leg the first and a microbatch's path so long."""
+    offsets = Offsets(0.0, 0.0, path_s, 0.0)
+    return [_spans(leg, stages, 0, len(leg.send_s), offsets, m) for stages in leg.ways]
+
+
 def _between(legs: Sequence[LegTimes], seams: Sequence[int], m: int, limit_s: float) -> RouteCut | None:
     """The best between these seams, if it is below the limit."""
-    offsets = Offsets(0.0, 0.0, _path_s(legs, seams), 0.0)
+    offsets = Offsets(0.0, 0.0, float(_path_s(legs, np.array(seams))), 0.0)
     cuts: list[int] = []
     ways = []
     bound_s = 0.0
@@ -161,13 +191,14 @@ def _between(legs: Sequence[LegTimes], seams: Sequence[int], m: int, limit_s: fl
     return RouteCut(tuple(cuts), tuple(ways), bound_s)
 
 
-def _path_s(legs: Sequence[LegTimes], seams: Sequence[int]) -> float:
-    """One microbatch through all stages and back."""
+def _path_s(legs: Sequence[LegTimes], seams: Seams) -> Array:
+    """One microbatch through all stages and back; several choices of seams are columns."""
     pairs = zip(legs, pairwise(seams), strict=True)
-    return sum(
-        2 * float(leg.send_s[first]) + sum(float(before[last] - before[first]) for before in leg.before_s)
+    path_s: Array = sum(
+        2 * leg.send_s[first] + sum(before[last] - before[first] for before in leg.before_s)
         for leg, (first, last) in pairs
     )
+    return path_s
 
 
 class _Span(NamedTuple):

@@ -113,3 +113,19 @@ def cheapest(values: Sequence[Array]) -> Cut | None:
     for previous in reversed(came_from):
         cuts.append(int(previous[cuts[-1]]))
     return Cut((0, *reversed(cuts[1:])), float(best[-1]))
+
+
+def largest_before(values: Sequence[Array]) -> Array:
+    """The largest value of the cheapest cuts of all units before each, whose stages have these values."""
+    best: Array = values[0][0]
+    for stage in values[1:]:
+        best = np.maximum(best[:, None], stage).min(axis=0)
+    return best
+
+
+def largest_after(values: Sequence[Array]) -> Array:
+    """The same of all units from each on."""
+    best: Array = values[-1][:, -1]
+    for stage in reversed(values[:-1]):
+        best = np.maximum(stage, best).min(axis=1)
+    return best
