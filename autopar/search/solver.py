@@ -312,6 +312,7 @@ def _parameters(solver: int, limits: _Limits) -> parameters_pb2.SolveParametersP
     if solver == _GLOP:
         found.lp_algorithm = parameters_pb2.LP_ALGORITHM_DUAL_SIMPLEX
         found.presolve = parameters_pb2.EMPHASIS_OFF  # takes longer than it saves on programs like ours
+        found.scaling = parameters_pb2.EMPHASIS_OFF  # our rows are of one size already
         return found
     found.relative_gap_tolerance = limits.relative_gap
     if solver != _SOLVERS["highs"]:  # which takes no number of threads, and uses one
