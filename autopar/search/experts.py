@@ -60,7 +60,7 @@ def with_own_experts(chain: Chain, graph: OpGraph, maker: KernelMaker) -> Chain:
     for unit in chain.units:
         if id(unit.kernels) not in known:
             known[id(unit.kernels)] = own(unit)
-    return replace(chain, units=tuple(replace(unit, kernels=known[id(unit.kernels)]) for unit in chain.units))
+    return replace(chain, units=tuple(unit._replace(kernels=known[id(unit.kernels)]) for unit in chain.units))
 
 
 def deal_out_experts(chain: Chain, graph: OpGraph, size: int) -> Chain:
@@ -68,11 +68,8 @@ def deal_out_experts(chain: Chain, graph: OpGraph, size: int) -> Chain:
     experts = expert_parameters(graph)
     own = {name for name in chain.parameters if name.partition("#")[0] in experts}
     parameters = {
-        name: replace(
-            shard,
-            num_elements=shard.num_elements // size,
-            num_bytes=shard.num_bytes // size,
-            is_expert=True,
+        name: shard._replace(
+            num_elements=shard.num_elements // size, num_bytes=shard.num_bytes // size, is_expert=True
         )
         if name in own
         else shard
@@ -93,7 +90,7 @@ def deal_out_experts(chain: Chain, graph: OpGraph, size: int) -> Chain:
             return unit
         kernels = dealt.setdefault(id(unit.kernels), (*unit.kernels, exchanges[names]))
         again = {mode: (*flags, mode == "full") for mode, flags in unit.again.items()}
-        return replace(unit, kernels=kernels, again=again)
+        return unit._replace(kernels=kernels, again=again)
 
     return replace(chain, units=tuple(exchanging(unit) for unit in chain.units), parameters=parameters)
 

@@ -14,7 +14,7 @@ of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from autopar.pricing import OpCost
@@ -43,6 +43,10 @@ class Result(NamedTuple):
     def num_bytes(self) -> int:
         """All that is kept."""
         return sum(self.storages.values()) + self.internal_bytes
+
+    def renamed(self, rename: Callable[[str], str]) -> Result:
+        """The same with storages under other names."""
+        return self._replace(storages={rename(name): size for name, size in self.storages.items()})
 
 
 def results(needs: Needs, start: int, stop: int) -> tuple[Result, ...]:

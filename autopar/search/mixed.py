@@ -148,7 +148,7 @@ def blend(programs: Sequence[Program], outside: int, levels: Sequence[int]) -> B
         fastest = origins["none"]
         saved = {name: offered[level].saved[_plain(name)] for name, level in origins.items()}
         units.append(
-            replace(offered[fastest], recompute_s=like.recompute_s, frontier=like.frontier, saved=saved)
+            offered[fastest]._replace(recompute_s=like.recompute_s, frontier=like.frontier, saved=saved)
         )
         all_origins.append(origins)
         shards = programs[fastest].chain.parameters
@@ -170,7 +170,7 @@ def _choices(offered: Mapping[int, Unit], exposed: float) -> tuple[Unit, Origins
             if variant in unit.frontier:
                 choices.append(Choice(name, (), again_s[name], unit.saved[variant].num_bytes))
     names = tuple(str(choice.kept) for choice in frontier(choices))
-    return replace(offered[fastest], recompute_s=again_s, frontier=names), origins
+    return offered[fastest]._replace(recompute_s=again_s, frontier=names), origins
 
 
 def _plain(name: str) -> str:

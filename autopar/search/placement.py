@@ -83,7 +83,7 @@ def placed_chain(program: Program, p: Parallelism, evaluator: Evaluator) -> Chai
         if key not in moved:
             moved[key] = _moved(unit, pricer)
         like = moved[key]
-        units.append(replace(unit, cost=like.cost, recompute_s=like.recompute_s))
+        units.append(unit._replace(cost=like.cost, recompute_s=like.recompute_s))
     return replace(program.chain, units=tuple(units))
 
 
@@ -92,7 +92,7 @@ def _moved(unit: Unit, pricer: Pricer) -> Unit:
     again_s = {
         name: pricer.unit(list(compress(costs, flags))).forward_total_s for name, flags in unit.again.items()
     }
-    return replace(unit, cost=pricer.unit(costs), recompute_s=again_s)
+    return unit._replace(cost=pricer.unit(costs), recompute_s=again_s)
 
 
 def _program_groups(program: Program, p: Parallelism) -> Mapping[str, Group]:

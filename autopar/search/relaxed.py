@@ -24,15 +24,15 @@ least the sum over its ops of the least of their strategies; and all of what run
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from autopar.pricing import OpCost, Pricer
 from autopar.search.block_floor import BlockFloor, Trade
-from autopar.search.saved import Saved
+from autopar.search.saved import Saved, SavedByName
 from autopar.search.units import Chain, ParameterShard, Unit
 
 MOST_PRICES = 5
@@ -112,9 +112,10 @@ def relaxed(
         # Units that share what they compute again still do.
         least = known[kind]
         units.append(
-            replace(
-                unit, cost=least.cost, recompute_s=least.recompute_s, frontier=least.frontier,
-                saved=_Shares(unit, least, degree), received_bytes=unit.received_bytes // degree,
+            unit._replace(
+                cost=least.cost, recompute_s=least.recompute_s, frontier=least.frontier,
+                saved=SavedByName((*unit.saved, *least.saved), partial(_kept, unit, least, degree)),
+                received_bytes=unit.received_bytes // degree,
             )
         )  # fmt: skip
     shards = {shard: _shard(shard, tp) for shard in set(device.parameters.values())}
@@ -122,27 +123,14 @@ def relaxed(
     return replace(device, units=tuple(units), parameters=parameters)
 
 
-class _Shares(Mapping[str, Saved]):
-    """What a unit keeps under each name on one of `degree` ranks, and under those of `least`, which shares
-    its kernels. Worked out when asked for: there are many layouts, and of each few names are looked at."""
-
-    def __init__(self, unit: Unit, least: Unit, degree: int) -> None:
-        self.whole = unit.saved
-        self.least = least.saved
-        self.degree = degree
-
-    def __getitem__(self, name: str) -> Saved:
-        if name in self.whole:
-            return _scaled(self.whole[name], self.degree)
-        entering = self["full"].storages
-        beside = self.least[name].num_bytes - sum(entering.values())
-        return Saved(entering, beside, self["none"].peak_bytes)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self.whole, **self.least})
-
-    def __len__(self) -> int:
-        return len(self.whole.keys() | self.least.keys())
+def _kept(unit: Unit, least: Unit, degree: int, name: str) -> Saved:
+    """What a unit keeps under a name on one of `degree` ranks; names of its own has `least`, which shares its
+    kernels."""
+    if name in unit.saved:
+        return _scaled(unit.saved[name], degree)
+    entering = _scaled(unit.saved["full"], degree).storages
+    beside = least.saved[name].num_bytes - sum(entering.values())
+    return Saved(entering, beside, unit.saved["none"].peak_bytes // degree)
 
 
 def _scaled(saved: Saved, degree: int) -> Saved:
@@ -152,7 +140,7 @@ def _scaled(saved: Saved, degree: int) -> Saved:
 
 def _shard(shard: ParameterShard, tp: int) -> ParameterShard:
     elements, num_bytes = shard.num_elements // tp, shard.num_bytes // tp
-    return replace(shard, num_elements=elements, num_bytes=num_bytes, is_partial=False)
+    return shard._replace(num_elements=elements, num_bytes=num_bytes, is_partial=False)
 
 
 class _Least:
@@ -188,7 +176,7 @@ class _Least:
 
     def unit(self, trades: bool) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
-        least = replace(self.device, cost=self._cost(), recompute_s=again_s)
+        least = self.device._replace(cost=self._cost(), recompute_s=again_s)
         if not (trades and self.floor and self.floor.trades and self.device.is_block):
             return least
         saved = dict(self.device.saved)
@@ -197,7 +185,7 @@ class _Least:
             names.append(f"least-{number}")
             again_s[names[-1]] = max(0.0, seconds - self.least_s)
             saved[names[-1]] = Saved({}, int(num_bytes))
-        return replace(least, frontier=tuple(names), saved=saved)
+        return least._replace(frontier=tuple(names), saved=saved)
 
     def _cost(self) -> OpCost:
         if self.floor is None:

@@ -51,6 +51,34 @@ class Saved:
         """What is held at most beside what is kept."""
         return max(0, self.peak_bytes - self.num_bytes)
 
+    def renamed(self, rename: Callable[[str], str]) -> Saved:
+        """The same with storages under other names."""
+        storages = {rename(name): size for name, size in self.storages.items()}
+        return Saved(storages, self.internal_bytes, self.peak_bytes, self.phase)
+
+
+class SavedByName(Mapping[str, Saved]):
+    """What a unit keeps under each of its `names`, which `make` works out when it is asked for: units are
+    many, and of each few names are looked at."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Saved]) -> None:
+        self._names = dict.fromkeys(names)
+        self._make = make
+        self._made: dict[str, Saved] = {}
+
+    def __getitem__(self, name: str) -> Saved:
+        if name not in self._made:
+            if name not in self._names:
+                raise KeyError(name)
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
 
 def _never(_: Op) -> bool:
     return False

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, compress, groupby
+from dataclasses import dataclass, replace
+from itertools import accumulate, compress, groupby
 from operator import itemgetter
-from typing import TypeVar
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 from autopar.kernels import KernelMaker, Kernels
 from autopar.localize import Localized
@@ -20,7 +21,7 @@ from autopar.placements import RP
 from autopar.plan import RecomputeMode
 from autopar.pricing import OpCost, Pricer
 from autopar.search.keep_sets import Choice, Result, frontier, keep_sets, results, saved_with
-from autopar.search.saved import Saved, SavedActivations
+from autopar.search.saved import Saved, SavedActivations, SavedByName
 from costmodel import Software
 from graphs.ir import Block, Op, OpGraph
 
@@ -32,8 +33,7 @@ RECOMPUTE_MODES: tuple[RecomputeMode, ...] = ("none", "selective", "full")
 """The modes that the search tries for all blocks alike."""
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """One unit, for one microbatch on one rank.
 
     What it may do to keep less has names: the recompute modes, and for blocks with a price `keep-1`,
@@ -65,12 +65,12 @@ class Unit:
     received_bytes: int
     start: int = 0
     kernels: tuple[Kernels, ...] = ()
-    again: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    again: Mapping[str, tuple[bool, ...]] = MappingProxyType({})
     results: tuple[Result, ...] = ()
     cost: OpCost = NO_COST
-    recompute_s: Mapping[str, float] = field(default_factory=dict)
+    recompute_s: Mapping[str, float] = MappingProxyType({})
     frontier: tuple[str, ...] = ("none",)
-    kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kept: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def priced(self, pricer: Pricer) -> Unit:
         """The unit with its cost, and what it may keep under that."""
@@ -80,7 +80,7 @@ class Unit:
             return pricer.unit(list(compress(costs, flags))).forward_total_s
 
         recompute_s = {mode: again_s(flags) for mode, flags in self.again.items()}
-        unit = replace(self, cost=pricer.unit(costs), recompute_s=recompute_s)
+        unit = self._replace(cost=pricer.unit(costs), recompute_s=recompute_s)
         if not self.is_block:
             return unit
         choices = [
@@ -102,34 +102,34 @@ class Unit:
             name = choice.kept if isinstance(choice.kept, str) else f"keep-{len(kept)}"
             names.append(name)
             if not isinstance(choice.kept, str):
-                found = [self.results[number] for number in sorted(choice.kept)]
-                kept[name] = tuple(result.name for result in found)
+                kept[name] = tuple(self.results[number].name for number in sorted(choice.kept))
                 again[name], recompute_s[name] = choice.again, choice.extra_s
-                saved[name] = saved_with(found, self.saved)
-        return replace(
-            self, again=again, recompute_s=recompute_s, saved=saved, frontier=tuple(names), kept=kept
+                saved[name] = self._saved_with(kept[name])
+        return self._replace(
+            again=again, recompute_s=recompute_s, saved=saved, frontier=tuple(names), kept=kept
         )
 
     def alike(self, other: Unit) -> Unit:
         """The unit with the cost and the choices of one that shares its kernels and has them."""
-        fresh = {
-            name: saved_with([each for each in self.results if each.name in kept], self.saved)
-            for name, kept in other.kept.items()
-            if name not in self.saved
-        }
-        return replace(
-            self,
+
+        def saved(name: str) -> Saved:
+            return self.saved[name] if name in self.saved else self._saved_with(other.kept[name])
+
+        return self._replace(
             cost=other.cost,
             again=other.again,
             recompute_s=other.recompute_s,
             frontier=other.frontier,
             kept=other.kept,
-            saved={**self.saved, **fresh},
+            saved=SavedByName((*self.saved, *other.kept), saved),
         )
 
+    def _saved_with(self, kept: Sequence[str]) -> Saved:
+        """What it keeps with the results of these ops."""
+        return saved_with([result for result in self.results if result.name in kept], self.saved)
 
-@dataclass(frozen=True)
-class ParameterShard:
+
+class ParameterShard(NamedTuple):
     """The part of a parameter that one rank computes with.
 
     `is_partial` if its gradient is summed over `tp`; `is_expert` if it is dealt out over `ep`, so that only
@@ -321,19 +321,9 @@ def _numbered(name: str, number: int) -> str:
 
 def _renamed(unit: Unit, rename: Callable[[str], str], parameters: tuple[str, ...]) -> Unit:
     """The unit with what it keeps under other names."""
-    kept: Iterable[Saved | Result] = (*unit.saved.values(), *unit.results)
-    found = dict.fromkeys(chain.from_iterable(each.storages for each in kept))
-    names = {name: rename(name) for name in found}
-
-    def named(storages: Mapping[str, int]) -> dict[str, int]:
-        return {names[name]: size for name, size in storages.items()}
-
-    return replace(
-        unit,
-        saved={mode: replace(saved, storages=named(saved.storages)) for mode, saved in unit.saved.items()},
-        results=tuple(result._replace(storages=named(result.storages)) for result in unit.results),
-        parameters=parameters,
-    )
+    saved = SavedByName(unit.saved, lambda mode: unit.saved[mode].renamed(rename))
+    results = tuple([result.renamed(rename) for result in unit.results])
+    return unit._replace(saved=saved, results=results, parameters=parameters)
 
 
 class _Builder:
@@ -372,10 +362,10 @@ class _Builder:
     def copy(self, unit: Unit, number: int) -> Unit:
         """The same block once more: what blocks make and own is its own, what the one before it made is
         that's, and what all share is shared."""
+        made, turns = self.made_in_blocks, self.turns
 
         def own(storage: str) -> str:
-            is_own = storage in self.made_in_blocks
-            return self.turns.entering(storage, number) or _numbered(storage, number if is_own else 0)
+            return turns.entering(storage, number) or _numbered(storage, number if storage in made else 0)
 
         return _renamed(unit, own, tuple([f"{name}#{number}" for name in unit.parameters]))
 

@@ -64,7 +64,7 @@ def parallelisms(num: int, seed: int) -> list[Parallelism]:
 
 def unlike(chain: Chain) -> Chain:
     """The chain with kernels of its own for every unit, so that no two stages are alike."""
-    return replace(chain, units=tuple(replace(unit, kernels=(*unit.kernels,)) for unit in chain.units))
+    return replace(chain, units=tuple(unit._replace(kernels=(*unit.kernels,)) for unit in chain.units))
 
 
 def alone(p: Parallelism, era: Software, choices: Sequence[str] | None = None) -> Evaluated:
