@@ -29,7 +29,7 @@ from autopar.search.least_programs import LeastPrograms
 from autopar.search.local_programs import MOST_PROBLEMS, Program, ProgramKey
 from autopar.search.other_depths import OtherDepths
 from autopar.search.pinned import Degrees, PinnedStrategies, RegionRule
-from autopar.search.replicas import Replica, Samples, make_replica, strategy_keys
+from autopar.search.replicas import Replica, Samples, make_replica, strategy_keys, with_context
 from autopar.search.shallow import Shallow, local_counts, shallow
 from autopar.search.space import parallelism
 from autopar.search.units import Chain, build_chain
@@ -156,10 +156,13 @@ class Programs:
         customary way, or in the cheapest one beside a tensor axis of `beside_tp` ranks."""
         key = (microbatch_size, data_size, cp, beside_tp)
         if key not in self._replicas:
-            whole = self.graph(microbatch_size * data_size)
-            dp = self._propagate(whole, data_size) if data_size > 1 else None
-            split = None if beside_tp is None else partial(self._split_context, data_size, beside_tp)
-            self._replicas[key] = make_replica(whole, dp, cp, split)
+            if cp > 1:
+                split = None if beside_tp is None else partial(self._split_context, data_size, beside_tp)
+                found = with_context(self.replica(microbatch_size, data_size), cp, split)
+            else:
+                whole = self.graph(microbatch_size * data_size)
+                found = make_replica(whole, self._propagate(whole, data_size) if data_size > 1 else None)
+            self._replicas[key] = found
         return self._replicas[key]
 
     def replica_of(self, key: ProgramKey) -> Replica:

@@ -47,9 +47,8 @@ class Replica:
     gathered: tuple[str, ...]
 
 
-def make_replica(whole: OpGraph, dp: Assignment | None, cp: int, split: Split | None = None) -> Replica:
-    """The replica with `dp` applied and, where `cp` is above 1, the sequence split: by `split`, or in the
-    customary way of `context_parallel`."""
+def make_replica(whole: OpGraph, dp: Assignment | None, cp: int = 1, split: Split | None = None) -> Replica:
+    """The replica with `dp` applied and, where `cp` is above 1, the sequence split (`with_context`)."""
     local, assignments = Localized.of(whole), {}
     keys: dict[str, Mapping[str, str]] = {}
     gathered: tuple[str, ...] = ()
@@ -57,12 +56,21 @@ def make_replica(whole: OpGraph, dp: Assignment | None, cp: int, split: Split | 
         assignments["dp"], keys["dp"] = dp, strategy_keys(whole, dp)
         local = localize(local, dp)
         gathered = tuple(op.name for op in gathered_ops(whole, dp))
-    outer = local.graph
-    if cp > 1:
-        assignments["cp"] = (split or context_parallel)(outer, cp)
-        keys["cp"] = strategy_keys(outer, assignments["cp"])
-        local = localize(local, assignments["cp"])
-    return Replica(whole, outer, local, assignments, keys, gathered)
+    replica = Replica(whole, local.graph, local, assignments, keys, gathered)
+    return with_context(replica, cp, split) if cp > 1 else replica
+
+
+def with_context(replica: Replica, cp: int, split: Split | None = None) -> Replica:
+    """The replica, whole on the context axis so far, with the sequence split over `cp` ranks: by `split`, or
+    in the customary way of `context_parallel`."""
+    outer = replica.outer
+    assignment = (split or context_parallel)(outer, cp)
+    return replace(
+        replica,
+        local=localize(replica.local, assignment),
+        assignments={**replica.assignments, "cp": assignment},
+        keys={**replica.keys, "cp": strategy_keys(outer, assignment)},
+    )
 
 
 def strategy_keys(graph: OpGraph, assignment: Assignment) -> dict[str, str]:
