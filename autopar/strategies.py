@@ -19,14 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from typing import NamedTuple
 
 from autopar.placements import PR, RP, RR, Own, Partial, Replicate, Shard, State, sharded
 from graphs import rules
 from graphs.ir import Op, OpGraph, RowOrder, Tensor
 from graphs.rules.form import Call
-from graphs.rules.rule import Dim, Place, Rule
+from graphs.rules.rule import Place, Rule
 
 Sections = tuple[int, ...]
 
@@ -141,7 +140,7 @@ def natural_sections(
             if factor in rule.unsplittable:
                 continue
             for place in rule.places[factor]:
-                if _major(rule, factor, place.names) <= most:
+                if place.major <= most:
                     cut = _own_sections(rule, factor, place)
                     if cut is not None and len(cut) > 1 and all(part % axis_size == 0 for part in cut):
                         found.setdefault(sum(cut), {})[cut] = None
@@ -203,7 +202,7 @@ def _states(
 
 def _natural(rule: Rule, factor: str, axis_size: int, place: Place) -> State | None:
     """How a tensor lies where a factor is split as the rule has it."""
-    if _major(rule, factor, place.names) > MOST_PARTS:
+    if place.major > MOST_PARTS:
         return None
     divided = rule.sections.get(place.dimension, (rule.sizes[factor],))
     if any(part % axis_size for part in divided):
@@ -215,8 +214,7 @@ def _cut(rule: Rule, factor: str, place: Place, cut: Sections) -> State | None:
     """How a tensor lies where each part of a factor is split."""
     if place.names[0] != factor or place.dimension in rule.sections:
         return None
-    minor = prod([rule.sizes[name] for name in place.names[1:]])
-    return sharded(place.dim, tuple([part * minor for part in cut]))
+    return sharded(place.dim, tuple([part * place.minor for part in cut]))
 
 
 def _own_sections(rule: Rule, factor: str, place: Place) -> Sections | None:
@@ -226,14 +224,7 @@ def _own_sections(rule: Rule, factor: str, place: Place) -> Sections | None:
     given = rule.sections.get(place.dimension)
     if given is not None:
         return given
-    major = _major(rule, factor, place.names)
-    minor = prod([rule.sizes[name] for name in place.names[place.names.index(factor) + 1 :]])
-    return None if major == 1 else (rule.sizes[factor] * minor,) * major
-
-
-def _major(rule: Rule, factor: str, names: Dim) -> int:
-    """How often a dimension goes through all of a factor."""
-    return prod([rule.sizes[name] for name in names[: names.index(factor)]])
+    return None if place.major == 1 else (rule.sizes[factor] * place.minor,) * place.major
 
 
 def _linear(rule: Rule) -> Iterator[Strategy]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Literal, NamedTuple
 
 Dim = tuple[str, ...]
@@ -19,12 +20,15 @@ Dim = tuple[str, ...]
 
 
 class Place(NamedTuple):
-    """A dimension that holds a factor: dimension `dim` of an operand or result by number, and its factors."""
+    """A dimension that holds a factor: dimension `dim` of an operand or result by number, and its factors. It
+    goes through all of the factor `major` times, in steps of `minor` elements."""
 
     side: Literal["operand", "result"]
     number: int
     dim: int
     names: Dim
+    major: int
+    minor: int
 
     @property
     def dimension(self) -> tuple[Literal["operand", "result"], int, int]:
@@ -76,6 +80,9 @@ class Rule:
         for side, tensors in sides:
             for number, dims in enumerate(tensors):
                 for dim, names in enumerate(dims):
+                    sizes = [self.sizes[name] for name in names]
                     for factor in dict.fromkeys(names):
-                        found[factor].append(Place(side, number, dim, names))
+                        at = names.index(factor)
+                        major, minor = prod(sizes[:at]), prod(sizes[at + 1 :])
+                        found[factor].append(Place(side, number, dim, names, major, minor))
         return {factor: tuple(places) for factor, places in found.items()}
