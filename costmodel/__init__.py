@@ -45,7 +45,6 @@ from costmodel.schedule import (
     Event,
     Timeline,
     closed_form_step_s,
-    pipeline_lower_bound_s,
     simulate,
 )
 from costmodel.software import Software, software, software_eras
@@ -97,7 +96,6 @@ __all__ = [
     "optimizer_policy",
     "peak_activation_bytes",
     "peak_in_flight",
-    "pipeline_lower_bound_s",
     "rank_finish_s",
     "rank_orders",
     "rank_stages",

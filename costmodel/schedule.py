@@ -8,11 +8,9 @@ by stage and by boundary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
-from operator import add
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,8 +18,8 @@ from numpy.typing import NDArray
 
 from costmodel.closed_forms import uniform_finish_s
 from costmodel.errors import CostModelError
-from costmodel.events import Steps, checked_times, ordered_steps, run_steps, work_times
-from costmodel.orders import check_schedule, numbered_orders, peak_in_flight, rank_stages
+from costmodel.events import Steps, ordered_steps, run_steps, work_times
+from costmodel.orders import check_schedule, numbered_orders, peak_in_flight
 from costmodel.phases import OVERLAPPING, PHASES, Orders, Phase
 
 EventPhase = Literal["forward", "backward", "backward_input", "backward_weight"]
@@ -170,39 +168,3 @@ def closed_form_step_s(
         }.get(schedule_name, f"whole rounds of {num_stages} microbatches")
         raise CostModelError(f"the closed form of {schedule_name} needs {needed}, got {num_microbatches}")
     return max(finish_s)
-
-
-def pipeline_lower_bound_s(
-    num_stages: int,
-    num_microbatches: int,
-    forward_s: Sequence[float],
-    backward_s: Sequence[float],
-    send_s: float | Sequence[float] = 0.0,
-    num_virtual: int = 1,
-    *,
-    schedule_name: str = "Interleaved1F1B",
-    weight_s: Sequence[float] | None = None,
-) -> float:
-    """No schedule is faster that places stages as `schedule_name` does, whatever its order and memory.
-
-    A microbatch takes its whole way; and rank r can start no earlier than a forward reaches it, is then busy
-    with every microbatch, and its last backward must still travel back to the first stage. Where weight
-    gradients are apart (`weight_s`), nothing need travel after a rank's last work. Arguments as `simulate`,
-    whose overlap savings are not considered.
-    """
-    sends_s, inputs_s, _ = checked_times(
-        schedule_name, num_stages, num_virtual, forward_s, backward_s, send_s, weight_s
-    )
-    one_microbatch_s = sum(forward_s) + sum(inputs_s) + 2 * sum(sends_s)
-    first = slice(num_stages - 1)  # the boundaries between the ranks' first stages
-    arrival_s = accumulate(map(add, forward_s[first], sends_s[first]), initial=0.0)
-    return_s: Iterable[float] = [0.0] * num_stages
-    if weight_s is None:
-        return_s = accumulate(map(add, backward_s[first], sends_s[first]), initial=0.0)
-    works_s = list(map(add, forward_s, backward_s))
-    bounds_s = [one_microbatch_s]
-    for rank, (before_s, after_s) in enumerate(zip(arrival_s, return_s, strict=True)):
-        stages = rank_stages(schedule_name, rank, num_stages, num_virtual)
-        busy_s = sum(map(works_s.__getitem__, stages))
-        bounds_s.append(before_s + num_microbatches * busy_s + after_s)
-    return max(bounds_s)

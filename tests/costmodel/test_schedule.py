@@ -12,7 +12,6 @@ from costmodel import (
     Event,
     Timeline,
     closed_form_step_s,
-    pipeline_lower_bound_s,
     simulate,
 )
 from costmodel.events import ordered_steps, overlap_saving_s, work_times
@@ -196,14 +195,6 @@ def test_the_chain_to_the_end_of_a_rank_takes_as_long_as_the_rank(case: Case) ->
         assert sum(sent_s) + sum(compute_s[work] for work in works) == pytest.approx(timeline.finish_s[rank])
 
 
-@pytest.mark.parametrize("seed", range(70))
-def test_no_step_is_shorter_than_the_lower_bound(seed: int) -> None:
-    case = random_case(seed)
-    weight_s = case.weight_s if case.name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV") else None
-    bound_s = pipeline_lower_bound_s(*case[1:-1], schedule_name=case.name, weight_s=weight_s)
-    assert case.simulate().step_s >= bound_s - 1e-9
-
-
 @pytest.mark.parametrize(("p", "m"), [(3, 3), (4, 40), (8, 21)])
 def test_blocking_sends_expose_two_messages_a_microbatch(p: int, m: int) -> None:
     # Megatron-LM: send_forward_recv_backward and send_backward_recv_forward, around each forward and backward
@@ -241,13 +232,6 @@ def test_overlapping_hides_communication_but_not_compute() -> None:
     num_pairs = 2 * (m - 2 * p + 1) + p - 1  # of the first rank
     assert plain.busy_s[0] - overlapped.busy_s[0] == pytest.approx(num_pairs * saving_s)
     assert plain.step_s - overlapped.step_s == pytest.approx(num_pairs * saving_s, rel=0.1)
-
-
-def test_the_lower_bound_is_tight() -> None:
-    assert pipeline_lower_bound_s(4, 8, [F] * 4, [B] * 4) == closed_form_step_s("1F1B", 4, 8, F, B)
-    one_microbatch_s = 4 * (F + B) + 6 * 0.5
-    assert pipeline_lower_bound_s(4, 1, [F] * 4, [B] * 4, 0.5) == pytest.approx(one_microbatch_s)
-    assert simulate("1F1B", 4, 1, [F] * 4, [B] * 4, 0.5).step_s == pytest.approx(one_microbatch_s)
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:
