@@ -149,15 +149,18 @@ class AgainBound:
         return bound_s
 
     def _least(self, chains: Sequence[Again]) -> tuple[float, Array]:
-        """The least of the longest of these chains, and what stages then compute again."""
-        parts = self._parts
+        """The least of the longest of these chains, and what stages then compute again.
+
+        Rows are in units of the longest chain: the tolerances of solvers are absolute.
+        """
+        parts, unit_s = self._parts, max(chain.seconds for chain in chains)
         rows: list[Row] = []
         for chain in chains:
-            passed = _terms(-chain.weights[parts.stages] * parts.seconds)
-            rows.append((chain.seconds, float("inf"), ((_STEP, 1.0), *passed)))
+            passed = _terms(-chain.weights[parts.stages] * parts.seconds / unit_s)
+            rows.append((chain.seconds / unit_s, float("inf"), ((_STEP, 1.0), *passed)))
         found = solve(self._model.with_rows(rows))
         again_s = parts.seconds * found.values[_STEP + 1 :]
-        return found.bound, np.bincount(parts.stages, again_s, len(self.passes)).astype(np.float64)
+        return unit_s * found.bound, np.bincount(parts.stages, again_s, len(self.passes)).astype(np.float64)
 
     @cached_property
     def _model(self) -> LinearModel:
