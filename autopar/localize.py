@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from autopar.local_forms import LOCAL_FORMS
 from autopar.op_kinds import is_causal
@@ -77,6 +77,16 @@ def localize_op(op: Op, strategy: Strategy, graph: OpGraph, axis: str, size: int
     return OpGraph(op.name, tensors, ops, (), (), inputs, op.outputs, op.outputs, None, {})
 
 
+class _Inserted(NamedTuple):
+    """An op that localization puts beside another: which of the operands and results of that one it is for,
+    how that was made and is needed, and, where it is a constant made anew, what says which."""
+
+    place: int
+    made: State
+    needed: State
+    constant: str = ""
+
+
 class _Localizer:
     def __init__(self, whole: Localized, assignment: Assignment) -> None:
         self.graph = whole.graph
@@ -87,7 +97,7 @@ class _Localizer:
         self.ranks = _Ranks(self.graph, self.axis, self.size, self.tensors)
         self.states: dict[str, dict[str, State]] = {}
         self.ops: list[list[Op]] = [[] for _ in self.graph.ops]
-        self.conversions: list[list[tuple[int, State, State]]] = [[] for _ in self.graph.ops]
+        self.inserted: list[list[_Inserted]] = [[] for _ in self.graph.ops]
         self.versions: dict[str, dict[State, str]] = {}
 
     def run(self) -> Localized:
@@ -112,14 +122,14 @@ class _Localizer:
 
     def _blocks(self) -> Iterator[Block]:
         """The blocks where their ops are now. Those of one class stay so whose ops have the same strategies
-        and come with the same conversions: nothing else tells them apart."""
+        and stand beside the same inserted ones: nothing else tells them apart."""
         starts = [0, *accumulate(map(len, self.ops))]
         classes: dict[Hashable, int] = {}
         for block in self.graph.blocks:
             inside = slice(block.start, block.stop)
             keys = tuple([strategy.key for strategy in self.assignment.choice[inside]])
-            conversions = tuple(map(tuple, self.conversions[inside]))
-            number = classes.setdefault((block.block_class, keys, conversions), len(classes))
+            inserted = tuple(map(tuple, self.inserted[inside]))
+            number = classes.setdefault((block.block_class, keys, inserted), len(classes))
             yield replace(block, block_class=number, start=starts[block.start], stop=starts[block.stop])
 
     def _define(
@@ -153,11 +163,14 @@ class _Localizer:
         self._define(tensor, needed, local)
         beside = self.graph.producer[name] if isinstance(made.value, Partial) else consumer
         neighbour = self.graph.ops[beside]
-        self.conversions[beside].append(((*neighbour.inputs, *neighbour.outputs).index(name), made, needed))
+        place = (*neighbour.inputs, *neighbour.outputs).index(name)
         maker = self.graph.ops[self.graph.producer[name]] if name in self.graph.producer else None
         if maker is not None and maker.target in CONSTANTS and isinstance(needed.value, Shard):
+            text = f"{maker.target}{maker.args[1:]}{maker.kwargs}"
+            self.inserted[consumer].append(_Inserted(place, made, needed, text))
             self.ops[consumer].append(self._constant(maker, local))
             return local
+        self.inserted[beside].append(_Inserted(place, made, needed))
         self.ops[beside].append(
             Op(
                 name=local,

@@ -90,7 +90,8 @@ def interpolate(low: OpGraph, high: OpGraph, batch: int) -> OpGraph:
         return first if first == second else replace(first, shape=between(first.shape, second.shape))
 
     tensors = {name: tensor_between(tensor, high.tensors[name]) for name, tensor in low.tensors.items()}
-    return replace(low, tensors=tensors, ops=tuple(map(op_between, low.ops, high.ops)))
+    ops = tuple(op_between(*pair) for pair in zip(low.ops, high.ops, strict=True))
+    return replace(low, tensors=tensors, ops=ops)
 
 
 def check_alike(low: OpGraph, high: OpGraph) -> None:

@@ -57,7 +57,6 @@ def chosen(
 ) -> Assignment:
     """The assignment that a plan's strategy keys name; repeated blocks take the keys of their
     representative. `as_split` makes of an op the one whose strategies it has on this axis."""
-    graph = replace(graph, blocks=find_blocks(graph))
     free = replace(graph, ops=tuple(map(as_split, graph.ops)))
     sections = natural_sections(free, size)
     choice = []

@@ -65,7 +65,7 @@ def slice_once(local: Localized) -> Localized:
             yield views.get(op.name, op)
             yield from made.get(op.name, ())
 
-    return Localized(replace(graph, tensors=tensors, ops=tuple(ops())), states)
+    return Localized(replace(graph, tensors=tensors, ops=tuple(ops()), blocks=()), states)
 
 
 def _of_view(op: Op, graph: OpGraph) -> _Slice | None:

@@ -11,12 +11,13 @@ from costmodel.orders import SPLIT_BACKWARD_SCHEDULES
 
 
 class _Held(NamedTuple):
-    """Something that a rank holds: the field of `Rank`, its annotation, and the lines of `build` that make
-    it."""
+    """Something that a rank holds: the field of `Rank`, the lines of `build` that make it, and what to say
+    of it."""
 
     name: str
     annotation: str
     made: str
+    comment: str = ""
 
 
 def _held(facts: TrainingFacts) -> Iterator[_Held]:
@@ -26,15 +27,16 @@ def _held(facts: TrainingFacts) -> Iterator[_Held]:
     if facts.ties:
         yield _Held(
             "tied",
-            "list[Tied]  # parameters that several stages have copies of",
+            "list[Tied]",
             "    tied = tied_parameters(stages, TIES, RANKS_OF_STAGES, mesh)\n",
+            "  # parameters that several stages have copies of",
         )
     if facts.has_buckets:
-        made = _bucketed(facts) + _buckets("gradients", "parameters", facts.data_axis)
+        made = _summed_parameters(facts) + _buckets("gradients", "parameters", facts.data_axis)
         yield _Held("gradients", "GradientBuckets", made)
     if facts.expert_axis:
         made = _buckets("expert_gradients", "apart", facts.expert_axis)
-        yield _Held("expert_gradients", "GradientBuckets  # summed over fewer ranks", made)
+        yield _Held("expert_gradients", "GradientBuckets", made, "  # summed over fewer ranks")
     if facts.precision.needs_loss_scale:
         made = """\
     loss_scale = LossScale()
@@ -53,7 +55,7 @@ def _schedule(facts: TrainingFacts) -> str:
     return f"    schedule = pipeline({arguments})\n"
 
 
-def _bucketed(facts: TrainingFacts) -> str:
+def _summed_parameters(facts: TrainingFacts) -> str:
     """The parameters whose gradients are summed over all replicas, those of dealt out experts `apart`."""
     if facts.parallelism.ep == 1:
         return """\
@@ -74,7 +76,7 @@ def _buckets(name: str, parameters: str, axis: str | None) -> str:
 def rank_class(facts: TrainingFacts) -> str:
     """The class that holds what a rank has."""
     fields = ["mesh: DeviceMesh", "stages: dict[int, nn.Module]"]
-    fields += [f"{each.name}: {each.annotation}" for each in _held(facts)]
+    fields += [f"{each.name}: {each.annotation}{each.comment}" for each in _held(facts)]
     return f'''\
 @dataclass(frozen=True)
 class Rank:
@@ -155,7 +157,7 @@ def forward_backward(rank: Rank, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _names_of_buckets(facts: TrainingFacts) -> list[str]:
-    return ["gradients"] * facts.has_buckets + ["expert_gradients"] * bool(facts.expert_axis)
+    return [each.name for each in _held(facts) if each.annotation == "GradientBuckets"]
 
 
 def _pipelined(facts: TrainingFacts) -> str:

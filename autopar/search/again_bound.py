@@ -53,7 +53,7 @@ NEGLIGIBLE = 1e-5
 SHORTER = 0.01
 """By how much shorter it may be to be kept for the next time."""
 
-_STEP = 0
+_STEP_VARIABLE = 0
 """The step as a variable of the linear program; after it come the parts of what is computed again."""
 
 STEP = 0.1
@@ -157,9 +157,9 @@ class AgainBound:
         rows: list[Row] = []
         for chain in chains:
             passed = _terms(-chain.weights[parts.stages] * parts.seconds / unit_s)
-            rows.append((chain.seconds / unit_s, float("inf"), ((_STEP, 1.0), *passed)))
+            rows.append((chain.seconds / unit_s, float("inf"), ((_STEP_VARIABLE, 1.0), *passed)))
         found = solve(self._model.with_rows(rows))
-        again_s = parts.seconds * found.values[_STEP + 1 :]
+        again_s = parts.seconds * found.values[_STEP_VARIABLE + 1 :]
         return unit_s * found.bound, np.bincount(parts.stages, again_s, len(self.passes)).astype(np.float64)
 
     @cached_property
@@ -271,7 +271,7 @@ class _Parts(NamedTuple):
 def _terms(coefficients: Array) -> list[Term]:
     """Those of all parts in a row of the linear program."""
     (parts,) = coefficients.nonzero()
-    return [*zip((_STEP + 1 + parts).tolist(), coefficients[parts].tolist(), strict=True)]
+    return [*zip((_STEP_VARIABLE + 1 + parts).tolist(), coefficients[parts].tolist(), strict=True)]
 
 
 def _counts(chain: Again, again_s: Array, step_s: float, shorter: float = NEGLIGIBLE) -> bool:

@@ -60,7 +60,8 @@ class RouteFloors:
         return self._seams_s(route, self._tensor_leg)
 
     def _seams_s(self, route: Route, times_of: Callable[[Leg], LegTimes]) -> float:
-        """The same for all routes with these times of legs, which share their messages."""
+        """The same for all routes with these times of legs: their messages hold as many samples, a batch's
+        over the number of microbatches, and cross between as many nodes."""
         times = [times_of(leg) for leg in route.legs]
         key = (route.num_microbatches, *map(id, times))
         if key not in self._seams_floors_s:

@@ -124,8 +124,8 @@ def relaxed(
 
 
 def _kept(unit: Unit, least: Unit, degree: int, name: str) -> Saved:
-    """What a unit keeps under a name on one of `degree` ranks; names of its own has `least`, which shares its
-    kernels."""
+    """What a unit keeps on one of `degree` ranks under a name, its own or one that only `least` has, the
+    relaxed unit with the same kernels."""
     if name in unit.saved:
         return _scaled(unit.saved[name], degree)
     entering = _scaled(unit.saved["full"], degree).storages

@@ -125,20 +125,18 @@ class StageLayer:
         return self._alone[key]
 
     @clocked("stages")
-    def floor_s(
-        self, program: Program, p: Parallelism, enough_s: float = float("inf"), *, moves: bool = True
-    ) -> float:
+    def floor_s(self, program: Program, p: Parallelism, enough_s: float) -> float:
         """No step takes less, of which no more than `enough_s` is worth while; infinite where memory, or the
-        number of units, allows no stages at all. Quick where `draft` is exact. Unless it `moves`, nothing
-        does so on the data axes."""
-        busiest_s = self.busiest_s(program, p, moves=moves)
+        number of units, allows no stages at all. Quick where `draft` is exact."""
+        busiest_s = self.busiest_s(program, p)
         if not 0 < busiest_s < enough_s:
             return busiest_s
         cuts = self._even(p)
         assert cuts is not None, "the busiest rank has some"
         staged = Staged(cuts, self._accumulation_s(p), self._sends_s(program.chain, p, cuts))
         overhead_s = self.evaluator.era.step_overhead_s
-        return self.even(program).order_s(p, staged, busiest_s - overhead_s) + overhead_s
+        order_s = self.even(program).order_s(p, staged, busiest_s - overhead_s)
+        return max(busiest_s, order_s + overhead_s)
 
     def busiest_s(self, program: Program, p: Parallelism, *, moves: bool = True) -> float:
         """The same of the rank that has most to do, which asks no more of a program's passes than that
@@ -167,7 +165,7 @@ class StageLayer:
         # All ranks of a context axis add up the gradients of the same parameters.
         staged = Staged(cuts, p.cp * self._accumulation_s(p), sends_s=(0.0,) * (len(cuts) - 1))
         whole_s = self._device(p).order_s(p, staged, (known_s - overhead_s) * num_shares)
-        return whole_s / num_shares + overhead_s
+        return max(known_s, whole_s / num_shares + overhead_s)
 
     def _accumulation_s(self, p: Parallelism) -> float:
         return least_accumulation_s(p, self.evaluator.policy, self.evaluator.pricer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
 from dataclasses import replace
 from math import prod
 
@@ -79,8 +78,11 @@ def fingerprint(graph: OpGraph) -> str:
 
 def _sample_shapes(capture: Capture) -> dict[str, tuple[int, ...]]:
     """Shapes of the inputs at one sample; at the captured batch of a model that has no other."""
-    graph = capture.graph
-    inputs = replace(graph, tensors={name: graph.tensors[name] for name in graph.inputs}, ops=())
-    with suppress(CaptureError):
-        inputs = replace(capture, graph=inputs).at(1)
+    inputs, other = _inputs_alone(capture.graph), capture.other
+    if not isinstance(other, CaptureError):
+        inputs = Capture(inputs, _inputs_alone(other)).at(1)
     return {name: tensor.shape for name, tensor in inputs.tensors.items()}
+
+
+def _inputs_alone(graph: OpGraph) -> OpGraph:
+    return replace(graph, tensors={name: graph.tensors[name] for name in graph.inputs}, ops=())

@@ -91,7 +91,7 @@ class WayFloors:
             return self.layer.evenly_s(self.floors.divided(p), p)
         return self.close_s(p)
 
-    def stages_s(self, p: Parallelism, program: Program, enough_s: float = float("inf")) -> float:
+    def stages_s(self, p: Parallelism, program: Program, enough_s: float) -> float:
         """The same with what any program of the layout takes at least; its fastest `program` was made. No
         more than `enough_s` is worth while."""
         return self.layer.floor_s(self._least(p, program), p, enough_s)

@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import graphs
-from autopar import models
+from autopar import api, models
 from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment, Localized, localize, localize_op
 from autopar.model_scaling import small
 from autopar.placements import RP, RR, Partial, Shard, sharded
-from autopar.rewrite.local import chosen
+from autopar.rewrite.local import chosen, local_program
 from autopar.strategies import REPLICATE, Strategy, natural_sections, settle, strategies
-from graphs import OpGraph
+from graphs import Capture, OpGraph
 from graphs.blocks import canonical_form, find_blocks
 from tests.autopar.double_captures import captured
 from tests.autopar.graph_builder import GraphBuilder
@@ -75,6 +76,55 @@ def test_blocks_of_a_class_still_do_the_same_on_a_rank(name: str) -> None:
         if choice[index].key != alike.choice[index].key:
             local = localize(Localized.of(graph), replace(alike, choice=tuple(choice))).graph
             assert [odd.path] in _classes(local)
+
+
+class FedLayer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        result: Tensor = x + self.down(torch.tanh(self.up(x + state)))
+        return result
+
+
+class Fed(nn.Module):
+    """Layers that each read a constant made outside, of these values in turn."""
+
+    def __init__(self, width: int, *fill: float) -> None:
+        super().__init__()
+        self.width, self.fill = width, fill
+        self.first = nn.Linear(width, width)
+        self.layers = nn.ModuleList(FedLayer(width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fed = [torch.full((len(x), self.width), value) for value in 4 // len(self.fill) * self.fill]
+        x = self.first(x)
+        for layer, state in zip(self.layers, fed, strict=True):
+            x = layer(x, state)
+        return x.square().mean()
+
+
+def _fed(width: int, *fill: float) -> Capture:
+    return graphs.capture(Fed(width, *fill), lambda batch: {"x": torch.randn(batch, width)})
+
+
+def test_constants_made_anew_tell_blocks_apart_by_their_values() -> None:
+    width = 8
+
+    def local_classes(*fill: float) -> list[list[str]]:
+        graph = _fed(width, *fill).at(SIZE)
+        return _classes(localize(Localized.of(graph), data_parallel(graph, SIZE)).graph)
+
+    assert local_classes(0.5) == [[f"layers.{index}" for index in range(4)]]
+    assert local_classes(0.0, 1.0) == [["layers.0", "layers.2"], ["layers.1", "layers.3"]]
+
+
+def test_a_plan_with_constants_from_outside_of_blocks_is_rewritten() -> None:
+    capture = _fed(512, 0.5)
+    plan = api.plan(capture, "dgx-h100*1", global_batch=32, dp=4, tp=2)
+    local = local_program(capture, plan)
+    assert {"dp", "tp"} <= local.states[capture.graph.parameters[0].tensor].keys()
 
 
 def _classes(graph: OpGraph) -> list[list[str]]:

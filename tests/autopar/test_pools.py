@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, product
@@ -139,6 +140,45 @@ def test_no_cuts_take_less_than_their_bound(num_stages: tuple[int, ...], m: int)
     assert found is not None
     assert 0.9 * best_s <= found.bound_s <= best_s * (1 + 1e-9)
     assert best_cuts(legs, m, cutoff_s=found.bound_s) is None
+
+
+@pytest.mark.parametrize("num_stages", [(1, 1), (2, 1), (1, 2), (1, 1, 1)])
+@pytest.mark.parametrize("m", [1, 2, 5, 24])
+def test_no_way_that_works_once_a_step_takes_less_than_its_bound(num_stages: tuple[int, ...], m: int) -> None:
+    random = np.random.default_rng(m)
+    slower = (1.0, 1.2)
+    once_s = random.uniform(0.5, 3.0, (len(num_stages), 2)) * (1.0, 0.0)  # of each unit, the quick way only
+    legs = [
+        replace(leg, ways=[_slowed(leg.ways[0], *way) for way in zip(slower, once_s[q], strict=True)])
+        for q, leg in enumerate(random_legs(random, num_stages, m))
+    ]
+    num_units, starts = len(legs[0].send_s), np.cumsum((0, *num_stages))
+    of_stage = [q for q, p in enumerate(num_stages) for _ in range(p)]
+    best_s = np.inf
+    for inner in combinations(range(1, num_units), sum(num_stages) - 1):
+        runs = [*zip(of_stage, (0, *inner), (*inner, num_units), strict=True)]
+        sends_s = [float(legs[q].send_s[a]) if s in starts else 0.0 for s, (q, a, _) in enumerate(runs)]
+        for picks in product((0, 1), repeat=len(legs)):
+            forward_s, backward_s = (
+                [slower[picks[q]] * float(before[q][b] - before[q][a]) for q, a, b in runs]
+                for before in zip(*(leg.before_s for leg in legs), strict=True)
+            )
+            finish_s = simulate("1F1B", len(runs), m, forward_s, backward_s, sends_s[1:]).finish_s
+            ends_s = (
+                end_s + once_s[q, picks[q]] * (b - a) for end_s, (q, a, b) in zip(finish_s, runs, strict=True)
+            )
+            best_s = min(best_s, max(ends_s))
+    found = best_cuts(legs, m)
+    assert found is not None
+    assert 0.8 * best_s <= found.bound_s <= best_s * (1 + 1e-9)
+
+
+def _slowed(stages: Sequence[StageTimes], slower: float, once_s: float) -> list[StageTimes]:
+    """Stages that take so many times longer, and each unit so long once a step."""
+    numbers = np.arange(len(stages[0].once_s))
+    units = np.maximum(0, numbers - numbers[:, None])
+    times = StageTimes(slower * stages[0].microbatch_s, slower * stages[0].forward_s, once_s * units)
+    return [times] * len(stages)
 
 
 def test_a_fast_pool_gets_more_layers() -> None:

@@ -107,7 +107,7 @@ def claims_s(planner: Planner, way: Priced) -> dict[str, float]:
     for name, each in chains.items():
         draft = layer.draft(each, p)
         assert draft is not None, f"{name} of {p} fits"
-        found |= {f"stages of {name}": layer.floor_s(each, p), f"cuts of {name}": draft.bound_s}
+        found |= {f"stages of {name}": layer.floor_s(each, p, float("inf")), f"cuts of {name}": draft.bound_s}
         for time in ("first", "second"):  # with what the first has learnt
             tight = layer.tightened(each, p, draft, float("inf"))
             assert tight.bound_s >= draft.bound_s
