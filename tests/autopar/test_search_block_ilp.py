@@ -90,8 +90,8 @@ def assignments(problem: AxisProblem) -> Iterator[tuple[Assignment, float]]:
 
 def penalty_s(problem: AxisProblem, assignment: Assignment, price: MemoryPrice) -> float:
     saved = sum(
-        problem.saved_bytes[index][problem.offered[index].index(strategy)]
-        for index, strategy in enumerate(assignment.choice)
+        problem.saved_bytes[like][problem.offered[like].index(strategy)]
+        for like, strategy in zip(problem.graph.representative, assignment.choice, strict=True)
     )
     stored = sum(
         problem.graph.tensors[p.tensor].num_bytes / problem.parts(assignment.sources[p.tensor])
