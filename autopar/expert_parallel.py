@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.errors import RewriteError
-from autopar.localize import SIZE_ARGUMENTS, Localized
+from autopar.localize import Localized
 from autopar.op_kinds import is_conversion
 from autopar.placements import sharded
+from autopar.size_arguments import SIZE_ARGUMENTS
 from graphs import rules
 from graphs.ir import Op, OpGraph, Ref, Tensor, map_refs
 
