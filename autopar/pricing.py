@@ -138,6 +138,14 @@ class Pricer:
             weight_s,
         )
 
+    def launches(self, kernels: Kernels) -> OpCost:
+        """What of their cost is left however little they do: a kernel takes a time to launch."""
+        forward_s, backward_s, weight_s = (
+            sum(map(self.roofline.launch_s, works))
+            for works in (kernels.forward, kernels.backward, kernels.weight)
+        )
+        return OpCost(forward_s, backward_s + weight_s, weight_s=weight_s)
+
     def unit(self, costs: Sequence[OpCost]) -> OpCost:
         """The cost of ops that run one after the other, launched by a host that works ahead."""
         return total(costs).paced

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.op_kinds import kind_of
@@ -14,8 +14,9 @@ from graphs.ir import Op, OpGraph
 class Traffic:
     """Storages that stay in the registers of a kernel.
 
-    `unread` ones go from one memory-bound op to another in the same kernel, their only reader. Changes of
-    placement and views on the way do not count as readers, so a graph and its local form agree on both.
+    `unread` ones go from one memory-bound op to another in the same kernel, their only reader; what is made
+    from nothing goes to all its readers so, as each can make it again. Changes of placement and views on the
+    way do not count as readers, so a graph and its local form agree on both.
     `root` maps the storage of a converted tensor to the one it was converted from.
     """
 
@@ -47,15 +48,14 @@ class Traffic:
                 return False
             return fusion == "chain" or maker.module == reader.module
 
-        unread = frozenset(
-            storage
-            for storage, ops in readers.items()
-            if len(ops) == 1
-            and storage not in kept
-            and storage in made_by
-            and share_a_kernel(made_by[storage], ops[0])
-        )
-        return Traffic(unread, root)
+        def is_unread(storage: str, ops: Sequence[Op]) -> bool:
+            maker = made_by.get(storage)
+            if maker is None or storage in kept or (len(ops) > 1 and maker.inputs):
+                return False
+            return all(share_a_kernel(maker, reader) for reader in ops)
+
+        unread = (storage for storage, ops in readers.items() if is_unread(storage, ops))
+        return Traffic(frozenset(unread), root)
 
     def is_read(self, storage: str) -> bool:
         """Whether the storage, or its gradient, goes through memory."""

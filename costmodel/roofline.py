@@ -63,6 +63,10 @@ class Roofline:
             seconds = self._known[work] = self._time_s(work)
         return seconds
 
+    def launch_s(self, work: Work) -> float:
+        """What of that is left however little there is to do."""
+        return self.launch_overhead_s if work.num_launches and (work.flops or work.bytes) else 0.0
+
     def _time_s(self, work: Work) -> float:
         if not work.flops and not work.bytes:
             return 0.0
@@ -71,7 +75,7 @@ class Roofline:
         compute_s = 0.0
         if work.flops:
             compute_s = work.flops / (self.accelerator.peak_flops_per_s(work.dtype) * self._share(work))
-        return self._rounded(compute_s, memory_s) + (self.launch_overhead_s if work.num_launches else 0.0)
+        return self._rounded(compute_s, memory_s) + self.launch_s(work)
 
     def _rounded(self, one_s: float, other_s: float) -> float:
         longer_s, shorter_s = max(one_s, other_s), min(one_s, other_s)

@@ -1,11 +1,11 @@
 """What a microbatch takes at least, before the program of a layout is made.
 
-Prices are the larger of constants and terms linear in the work, rounded up to whole tiles, so splitting work
-over n ranks never divides its time by more than n, and so is it with a batch and a part that divides it.
-Hence
+A kernel takes a time to launch, and beside that the larger of constants and terms linear in the work, rounded
+up to whole tiles. So splitting work over n ranks never divides what is beside launches by more than n, and so
+is it with a batch and a part that divides it. With L for the launches of all kernels, as many on every rank,
 
-    T(b, tp, cp, ep) ≥ T(b, 1, 1, ep) / (tp cp) ≥ T(B, 1, 1, ep) b / (B tp cp)
-                     ≥ T(B, tp, 1, ep) b / (B cp)         with the strategies of the tensor axis
+    T(b, tp, cp, ep) - L ≥ (T(b, 1, 1, ep) - L) / (tp cp) ≥ (T(B, 1, 1, ep) - L) b / (B tp cp)
+                         ≥ (T(B, tp, 1, ep) - L) b / (B cp)      with the strategies of the tensor axis
 
 where B is a multiple of b. The first line is one program, the second the relaxation of one
 block problem for each degree. A context axis adds what attention must see of other ranks, whichever way is
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from autopar.plan import Parallelism
+from autopar.pricing import OpCost
 from autopar.search.bounds import DeviceSums
 from autopar.search.local_programs import Program
 from autopar.search.programs import Programs, on_device
@@ -30,30 +31,40 @@ of larger ones launches and latencies are too small a part to tell."""
 
 
 class Sums(DeviceSums, Protocol):
-    """The sums of a microbatch on one device."""
+    """The sums of a microbatch on one device; `launches` are what its kernels take to launch."""
 
     @property
     def microbatch_s(self) -> float: ...
+    @property
+    def launches(self) -> OpCost: ...
 
 
 @dataclass(frozen=True)
 class Share:
-    """A part of a microbatch, as a floor: the least share of its sums that the part has."""
+    """A part of a microbatch, or of its work, as a floor: the least share of its sums that the part has."""
 
-    whole: StageTable
+    whole: Sums
     part: float
 
     @property
     def microbatch_s(self) -> float:
-        return self.part * self.whole.microbatch_s
+        return self.of(self.whole.microbatch_s)
 
     @property
     def computed_s(self) -> float:
-        return self.part * self.whole.computed_s
+        return self.of(self.whole.computed_s)
 
     @property
     def weight_s(self) -> float:
-        return self.part * self.whole.weight_s
+        return self.part * self.whole.weight_s + (1 - self.part) * self.launches.weight_s
+
+    @property
+    def launches(self) -> OpCost:
+        return self.whole.launches
+
+    def of(self, seconds: float) -> float:
+        """What the part takes at least if the whole takes so long."""
+        return self.part * seconds + (1 - self.part) * self.launches.total_s
 
     @property
     def all_saved_bytes(self) -> float:
@@ -108,8 +119,8 @@ class Floors:
         return self._shares[key]
 
     def smallest_more_s(self, ep: int) -> float:
-        """What the smallest microbatch takes on one device beyond its share of the largest: launches, and
-        kernels too small for the device. About what any takes, as time is nearly linear in samples."""
+        """What the smallest microbatch takes on one device beyond its share of the largest: kernels too small
+        for the device. About what any takes, as time is nearly linear in samples."""
         return self.device(1, ep).microbatch_s - self.share(1, ep).microbatch_s
 
     def divided(self, p: Parallelism) -> Program:
@@ -121,31 +132,34 @@ class Floors:
         key, device = (microbatch_size, tp, cp, ep), self.known(microbatch_size, ep)
         found = self._ranks.get(key)
         if found is None or found.device is not device:
-            microbatch_s = self.tensor_s(microbatch_size, tp, ep) / cp
+            share = Share(device, 1 / cp)
+            microbatch_s = share.of(self.tensor_s(microbatch_size, tp, ep))
             microbatch_s += self.context_s(microbatch_size, tp, cp)
-            found = Rank(device, microbatch_s, self.computed_s(microbatch_size, tp, ep) / cp)
+            found = Rank(device, microbatch_s, share.of(self.computed_s(microbatch_size, tp, ep)))
             self._ranks[key] = found
         return found
 
     def tensor_s(self, microbatch_size: int, tp: int, ep: int) -> float:
         """A microbatch on a rank of a tensor axis."""
-        device_s = self.known(microbatch_size, ep).microbatch_s / tp
+        device = self.known(microbatch_size, ep)
+        device_s = Share(device, 1 / tp).microbatch_s
         if ep > 1 or tp == 1:  # the problem of the axis is that of whole experts
             return device_s
         multiple = self._multiple(microbatch_size)
         if (tp, multiple) not in self._tensor_s:
-            self._tensor_s[tp, multiple] = self.programs.least.floor_s(multiple, tp) / multiple
-        return max(device_s, microbatch_size * self._tensor_s[tp, multiple])
+            self._tensor_s[tp, multiple] = self.programs.least.floor_s(multiple, tp)
+        return max(device_s, Share(device, microbatch_size / multiple).of(self._tensor_s[tp, multiple]))
 
     def computed_s(self, microbatch_size: int, tp: int, ep: int) -> float:
         """What of that is arithmetic, whatever strategies communicate."""
-        device_s = self.known(microbatch_size, ep).computed_s / tp
+        device = self.known(microbatch_size, ep)
+        device_s = Share(device, 1 / tp).computed_s
         if ep > 1 or tp == 1:
             return device_s
         multiple = self._multiple(microbatch_size)
         if (tp, multiple) not in self._computed_s:
-            self._computed_s[tp, multiple] = self.programs.least.computed_floor_s(multiple, tp) / multiple
-        return max(device_s, microbatch_size * self._computed_s[tp, multiple])
+            self._computed_s[tp, multiple] = self.programs.least.computed_floor_s(multiple, tp)
+        return max(device_s, Share(device, microbatch_size / multiple).of(self._computed_s[tp, multiple]))
 
     def _multiple(self, microbatch_size: int) -> int:
         """A multiple of this size for which problems are made: the largest size without its surplus factors

@@ -1,8 +1,9 @@
 """What no program of a layout can beat, as a chain: every unit as fast, and as small, as it can be anywhere.
 
-Prices are the larger of constants and terms linear in the work, and no rank holds less of a tensor than one
-of n equal parts. So beside n ranks of tensor and context axes a unit takes at least 1/n of its time on one
-device, keeps and receives at least 1/n of what it does there, and frees a byte for no fewer seconds.
+A kernel takes a time to launch, and beside that the larger of constants and terms linear in the work; no rank
+holds less of a tensor than one of n equal parts. So beside n ranks of tensor and context axes a unit takes at
+least its launches and 1/n of what is beside them on one device, keeps and receives at least 1/n of what it
+does there, and frees a byte for no fewer seconds.
 
 What it takes with its collectives, the relaxation of the block problem says for each unit by itself
 (`BlockFloor.least_s`): the minimum over all strategies, forward and backward together. If a byte that is kept
@@ -163,11 +164,13 @@ class _Least:
         self.floor = floor
         self.part = part
         self.hides = hides
-        self.time_s = unit.cost.total_s / degree
-        self.computed_s = (unit.cost.forward_s + unit.cost.backward_s) / degree
+        self.cost = unit.part(1 / degree)
+        self.time_s = self.cost.total_s
+        self.computed_s = self.cost.forward_s + self.cost.backward_s
         if floor is not None:
-            self.time_s = max(self.time_s, part * floor.ops.least_s())
-            self.computed_s = max(self.computed_s, part * floor.ops.computed_s)
+            launched_s = (1 - part) * unit.launches.total_s
+            self.time_s = max(self.time_s, launched_s + part * floor.ops.least_s())
+            self.computed_s = max(self.computed_s, launched_s + part * floor.ops.computed_s)
 
     @property
     def least_s(self) -> float:
@@ -189,7 +192,7 @@ class _Least:
 
     def _cost(self) -> OpCost:
         if self.floor is None:
-            return self.device.cost.times(1 / self.degree)
+            return self.cost
         if self.fastest is None:
             return self._least_passes(self.least_s)
         like = self.fastest.cost.exposing(1 - self.pricer.era.tensor_parallel_overlap)
@@ -208,9 +211,7 @@ class _Least:
     def _least_passes(self, both_s: float) -> OpCost:
         """The least of forward and of input gradients, and of all together, the rest with gradients of
         weights: a chain of work may count that only as often as it passes all three."""
-        cost = self.device.cost
-        forward_s = cost.forward_s / self.degree
-        back_s = (cost.backward_s - cost.weight_s) / self.degree
+        forward_s, back_s = self.cost.forward_s, self.cost.backward_s - self.cost.weight_s
         return _passes(forward_s, both_s - forward_s, max(0.0, both_s - forward_s - back_s))
 
     def _frontier(self) -> Iterator[tuple[float, float]]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autopar.pricing import OpCost, total
 from autopar.search.pieces import Bucket, num_weights
 from autopar.search.run_sums import RunSums
 from autopar.search.runs import AllRuns, Array, GivenRuns, RankRuns
@@ -230,6 +231,11 @@ class StageTable:
     def weight_s(self) -> float:
         """The gradients of weights among it."""
         return float(sum(self.unit_weight_s.tolist()))
+
+    @cached_property
+    def launches(self) -> OpCost:
+        """What of these sums is left of any part of the microbatch."""
+        return total(unit.launches for unit in self.chain.units)
 
     @cached_property
     def all_saved_bytes(self) -> float:

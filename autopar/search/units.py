@@ -19,7 +19,7 @@ from autopar.localize import Localized
 from autopar.op_kinds import is_conversion, kind_of
 from autopar.placements import RP
 from autopar.plan import RecomputeMode
-from autopar.pricing import OpCost, Pricer
+from autopar.pricing import OpCost, Pricer, total
 from autopar.search.keep_sets import Choice, Result, frontier, keep_sets, results, saved_with
 from autopar.search.saved import Saved, SavedActivations, SavedByName
 from costmodel import Software
@@ -52,6 +52,7 @@ class Unit(NamedTuple):
         parameters: names of the parameter tensors that it reads.
         received_bytes: activations that enter it from earlier units, so what a cut before it sends.
         cost: of all its ops, once `Chain.priced` says so.
+        launches: what of that is left however small the microbatch, or a rank's part of it, likewise.
         recompute_s: what its backward runs again under each name, likewise.
         frontier: the names that are worth a choice, from the fastest to the one that keeps least, likewise.
         kept: the ops whose results are kept under "selective" and every `keep-` name, likewise.
@@ -68,6 +69,7 @@ class Unit(NamedTuple):
     again: Mapping[str, tuple[bool, ...]] = MappingProxyType({})
     results: tuple[Result, ...] = ()
     cost: OpCost = NO_COST
+    launches: OpCost = NO_COST
     recompute_s: Mapping[str, float] = MappingProxyType({})
     frontier: tuple[str, ...] = ("none",)
     kept: Mapping[str, tuple[str, ...]] = MappingProxyType({})
@@ -80,7 +82,8 @@ class Unit(NamedTuple):
             return pricer.unit(list(compress(costs, flags))).forward_total_s
 
         recompute_s = {mode: again_s(flags) for mode, flags in self.again.items()}
-        unit = self._replace(cost=pricer.unit(costs), recompute_s=recompute_s)
+        launches = total(map(pricer.launches, self.kernels))
+        unit = self._replace(cost=pricer.unit(costs), launches=launches, recompute_s=recompute_s)
         if not self.is_block:
             return unit
         choices = [
@@ -109,6 +112,10 @@ class Unit(NamedTuple):
             again=again, recompute_s=recompute_s, saved=saved, frontier=tuple(names), kept=kept
         )
 
+    def part(self, share: float) -> OpCost:
+        """The least that a share of its work costs: it launches as many kernels."""
+        return total((self.cost.times(share), self.launches.times(1 - share)))
+
     def alike(self, other: Unit) -> Unit:
         """The unit with the cost and the choices of one that shares its kernels and has them."""
 
@@ -117,6 +124,7 @@ class Unit(NamedTuple):
 
         return self._replace(
             cost=other.cost,
+            launches=other.launches,
             again=other.again,
             recompute_s=other.recompute_s,
             frontier=other.frontier,

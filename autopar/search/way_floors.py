@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from autopar.plan import Parallelism, Recompute
 from autopar.search.bounds import Bounds, States
-from autopar.search.floors import Floors, Rank
+from autopar.search.floors import Floors, Rank, Share
 from autopar.search.local_programs import Program
 from autopar.search.pins import Pins
 from autopar.search.space import Layout, Scheduled, parallelism
@@ -47,8 +47,8 @@ class WayFloors:
     def quick_layout_s(self, layout: Layout) -> float:
         """No way to run a layout takes less: the arithmetic of one device, divided over all."""
         device = self.floors.share(layout.microbatch_size, layout.ep)
-        computed_s = device.computed_s / (layout.tp * layout.cp)
-        return self.bounds.layout_s(self.freest(layout), computed_s, device)
+        rank = Share(device, 1 / (layout.tp * layout.cp))
+        return self.bounds.layout_s(self.freest(layout), rank.computed_s, device)
 
     def layout_s(self, layout: Layout, *, overlapping: bool) -> float:
         """No way to run a layout takes less whose schedule hides communication, or none of the others: the

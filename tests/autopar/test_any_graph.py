@@ -15,9 +15,11 @@ from autopar.search.describe import parameter_placements
 from autopar.search.planner import Planner
 from graphs import Capture
 from tests.autopar.small_models import cluster
+from tests.autopar.tiny_models import programs_of
 from tests.models import case
 
 DEVICES = 8
+ROUNDING = 1e-9
 KINDS = {
     "decoder": "llama", "encoder": "bert", "encoder-decoder": "t5", "mixture of experts": "mixtral",
     "vision transformer": "vit", "convolutions": "resnet", "skips": "unet", "embedding tables": "dlrm",
@@ -43,6 +45,23 @@ def test_gets_a_plan(name: str, space: Space) -> None:
     assert Plan.model_validate_json(plan.to_json()).to_json() == plan.to_json()
     # Replicas of a model with experts route their own tokens: nothing is said of their data axis.
     assert set(plan.strategies) - {"dp"} == {axis for axis, size in sizes(plan).items() if size > 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "cp"), [*((name, 4, 1) for name in KINDS.values()), ("llama", 2, 2), ("opt", 2, 2)]
+)
+def test_every_rank_starts_as_many_kernels_as_one_device(name: str, tp: int, cp: int) -> None:
+    """However its ops are split: floors count on that. The positions of "opt" are counted from constants that
+    each reader may make by itself."""
+    model = captured(name)
+    planner = Planner(model, cluster(8), training_policy(model.graph), global_batch=8)
+    p = Parallelism(tp=tp, cp=cp, microbatch_size=2, num_microbatches=4)
+    device = planner.programs.device(p.microbatch_size).chain
+    for program in (planner.programs.given(p), *programs_of(planner, p)):
+        for unit, whole in zip(program.chain.units, device.units, strict=True):
+            forward_s, backward_s = unit.launches.forward_s, unit.launches.backward_s
+            assert forward_s >= whole.launches.forward_s * (1 - ROUNDING), unit.first_op
+            assert backward_s >= whole.launches.backward_s * (1 - ROUNDING), unit.first_op
 
 
 @pytest.mark.parametrize("name", KINDS.values(), ids=KINDS)

@@ -315,6 +315,18 @@ def test_a_value_with_two_readers_goes_through_memory() -> None:
     assert traffic.is_read(x)  # a product made it
 
 
+def test_each_reader_makes_a_constant_for_itself() -> None:
+    """As a rank may that needs another part of it for each."""
+    builder = GraphBuilder()
+    x = builder.linear(builder.input(1024, 1024), 1024)
+    builder.tensors["ones"] = Tensor("ones", (1024, 1024), torch.float32, False, "ones")
+    builder.ops.append(Op("ones", "aten.ones.default", ([1024, 1024],), {}, ("ones",), ""))
+    total = builder.add(builder.add(x, "ones"), "ones")
+    assert not Traffic.of(builder.graph(builder.sum(total))).is_read("ones")
+    product = builder.add(total, builder.linear("ones", 1024))
+    assert Traffic.of(builder.graph(builder.sum(product))).is_read("ones")
+
+
 def test_what_the_backward_needs_of_a_kernel_it_computes_again() -> None:
     """A rectifier inside a chain is saved, but never read: its backward touches the chain's ends."""
     builder = GraphBuilder(torch.bfloat16)
