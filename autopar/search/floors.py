@@ -25,9 +25,9 @@ from autopar.search.local_programs import Program
 from autopar.search.programs import Programs, on_device
 from autopar.search.stage_table import StageTable
 
-POWER_OF_TWO = 32
+POWER_OF_TWO = 8
 """Block problems are made for a multiple of all sizes that no higher power of two divides, if that will do:
-of larger ones launches and latencies are too small a part to tell."""
+of larger ones latencies are too small a part to tell."""
 
 
 class Sums(DeviceSums, Protocol):
