@@ -17,14 +17,11 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from autopar.local_forms import LOCAL_FORMS
-from autopar.op_kinds import is_causal
+from autopar.op_kinds import CONSTANTS, is_causal
 from autopar.placements import RR, Partial, Shard, State
 from autopar.size_arguments import SIZE_ARGUMENTS, Sizes
 from autopar.strategies import Conversion, Strategy, conversion, settle
 from graphs.ir import Block, Op, OpGraph, Ref, Tensor, map_refs
-
-CONSTANTS = frozenset({"aten.full.default", "aten.zeros.default", "aten.ones.default"})
-"""Ops that make a tensor of one value, of the shape that is their first argument."""
 
 CAUSAL_ROWS = "autopar.scaled_dot_product_attention"
 """Attention that knows at which positions its queries stand: theirs are split, and its mask is causal."""

@@ -21,6 +21,9 @@ _MATMUL = (
 EXCHANGES = ("autopar.exchange_counts", "autopar.to_experts", "autopar.from_experts")
 """What carries rows to their experts and back."""
 
+CONSTANTS = frozenset({"aten.full.default", "aten.zeros.default", "aten.ones.default"})
+"""Ops that make a tensor of one value, of the shape that is their first argument."""
+
 _SPLIT_OPS = (
     "autopar.embedding", "autopar.cross_entropy", "autopar.batch_norm",
     "autopar.scaled_dot_product_attention", *EXCHANGES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autopar.op_kinds import kind_of
+from autopar.op_kinds import CONSTANTS, kind_of
 from costmodel.software import Fusion
 from graphs.ir import Op, OpGraph
 
@@ -14,9 +14,9 @@ from graphs.ir import Op, OpGraph
 class Traffic:
     """Storages that stay in the registers of a kernel.
 
-    `unread` ones go from one memory-bound op to another in the same kernel, their only reader; what is made
-    from nothing goes to all its readers so, as each can make it again. Changes of placement and views on the
-    way do not count as readers, so a graph and its local form agree on both.
+    `unread` ones go from one memory-bound op to another in the same kernel, their only reader; a constant
+    goes to all its readers so, as each can make it again. Changes of placement and views on the way do not
+    count as readers, so a graph and its local form agree on both.
     `root` maps the storage of a converted tensor to the one it was converted from.
     """
 
@@ -50,7 +50,7 @@ class Traffic:
 
         def is_unread(storage: str, ops: Sequence[Op]) -> bool:
             maker = made_by.get(storage)
-            if maker is None or storage in kept or (len(ops) > 1 and maker.inputs):
+            if maker is None or storage in kept or (len(ops) > 1 and maker.target not in CONSTANTS):
                 return False
             return all(share_a_kernel(maker, reader) for reader in ops)
 

@@ -2,7 +2,8 @@
 
 A kernel takes a time to launch, and beside that the larger of constants and terms linear in the work, rounded
 up to whole tiles. So splitting work over n ranks never divides what is beside launches by more than n, and so
-is it with a batch and a part that divides it. With L for the launches of all kernels, as many on every rank,
+is it with a batch and a part that divides it. With L for the launches of all kernels, of which no rank has
+fewer,
 
     T(b, tp, cp, ep) - L ≥ (T(b, 1, 1, ep) - L) / (tp cp) ≥ (T(B, 1, 1, ep) - L) b / (B tp cp)
                          ≥ (T(B, tp, 1, ep) - L) b / (B cp)      with the strategies of the tensor axis
@@ -31,10 +32,13 @@ of larger ones latencies are too small a part to tell."""
 
 
 class Sums(DeviceSums, Protocol):
-    """The sums of a microbatch on one device; `launches` are what its kernels take to launch."""
+    """The sums of a microbatch on one device, also were the host never behind; `launches` are what its
+    kernels take to launch."""
 
     @property
     def microbatch_s(self) -> float: ...
+    @property
+    def unpaced_s(self) -> float: ...
     @property
     def launches(self) -> OpCost: ...
 
@@ -48,11 +52,15 @@ class Share:
 
     @property
     def microbatch_s(self) -> float:
-        return self.of(self.whole.microbatch_s)
+        return self.least_s(self.whole.unpaced_s)
+
+    @property
+    def unpaced_s(self) -> float:
+        return self.microbatch_s
 
     @property
     def computed_s(self) -> float:
-        return self.of(self.whole.computed_s)
+        return self.least_s(self.whole.computed_s)
 
     @property
     def weight_s(self) -> float:
@@ -62,8 +70,8 @@ class Share:
     def launches(self) -> OpCost:
         return self.whole.launches
 
-    def of(self, seconds: float) -> float:
-        """What the part takes at least if the whole takes so long."""
+    def least_s(self, seconds: float) -> float:
+        """What the part takes at least if the whole takes so long, all launches included."""
         return self.part * seconds + (1 - self.part) * self.launches.total_s
 
     @property
@@ -133,22 +141,24 @@ class Floors:
         found = self._ranks.get(key)
         if found is None or found.device is not device:
             share = Share(device, 1 / cp)
-            microbatch_s = share.of(self.tensor_s(microbatch_size, tp, ep))
+            microbatch_s = share.least_s(self.tensor_s(microbatch_size, tp, ep))
             microbatch_s += self.context_s(microbatch_size, tp, cp)
-            found = Rank(device, microbatch_s, share.of(self.computed_s(microbatch_size, tp, ep)))
+            found = Rank(device, microbatch_s, share.least_s(self.computed_s(microbatch_size, tp, ep)))
             self._ranks[key] = found
         return found
 
     def tensor_s(self, microbatch_size: int, tp: int, ep: int) -> float:
         """A microbatch on a rank of a tensor axis."""
         device = self.known(microbatch_size, ep)
+        if tp == 1:
+            return device.microbatch_s
         device_s = Share(device, 1 / tp).microbatch_s
-        if ep > 1 or tp == 1:  # the problem of the axis is that of whole experts
+        if ep > 1:  # the problem of the axis is that of whole experts
             return device_s
         multiple = self._multiple(microbatch_size)
         if (tp, multiple) not in self._tensor_s:
             self._tensor_s[tp, multiple] = self.programs.least.floor_s(multiple, tp)
-        return max(device_s, Share(device, microbatch_size / multiple).of(self._tensor_s[tp, multiple]))
+        return max(device_s, Share(device, microbatch_size / multiple).least_s(self._tensor_s[tp, multiple]))
 
     def computed_s(self, microbatch_size: int, tp: int, ep: int) -> float:
         """What of that is arithmetic, whatever strategies communicate."""
@@ -159,7 +169,9 @@ class Floors:
         multiple = self._multiple(microbatch_size)
         if (tp, multiple) not in self._computed_s:
             self._computed_s[tp, multiple] = self.programs.least.computed_floor_s(multiple, tp)
-        return max(device_s, Share(device, microbatch_size / multiple).of(self._computed_s[tp, multiple]))
+        return max(
+            device_s, Share(device, microbatch_size / multiple).least_s(self._computed_s[tp, multiple])
+        )
 
     def _multiple(self, microbatch_size: int) -> int:
         """A multiple of this size for which problems are made: the largest size without its surplus factors

@@ -223,9 +223,15 @@ class StageTable:
         return float(self.unit_forward_s.sum() + self.unit_backward_s.sum())
 
     @cached_property
+    def unpaced_s(self) -> float:
+        """The same were the host never behind."""
+        pairs = ((unit.cost.total_s, unit.unpaced.total_s) for unit in self.chain.units)
+        return self.microbatch_s - sum(paced_s - unpaced_s for paced_s, unpaced_s in pairs)
+
+    @cached_property
     def computed_s(self) -> float:
-        """The same without communication."""
-        return self.microbatch_s - float(sum(seconds.sum() for seconds in self.unit_communication_s))
+        """That without communication."""
+        return self.unpaced_s - float(sum(seconds.sum() for seconds in self.unit_communication_s))
 
     @cached_property
     def weight_s(self) -> float:
@@ -234,7 +240,7 @@ class StageTable:
 
     @cached_property
     def launches(self) -> OpCost:
-        """What of these sums is left of any part of the microbatch."""
+        """What of all passes is left however small a part of the microbatch."""
         return total(unit.launches for unit in self.chain.units)
 
     @cached_property

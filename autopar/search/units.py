@@ -52,6 +52,7 @@ class Unit(NamedTuple):
         parameters: names of the parameter tensors that it reads.
         received_bytes: activations that enter it from earlier units, so what a cut before it sends.
         cost: of all its ops, once `Chain.priced` says so.
+        unpaced: the same were the host never behind, likewise.
         launches: what of that is left however small the microbatch, or a rank's part of it, likewise.
         recompute_s: what its backward runs again under each name, likewise.
         frontier: the names that are worth a choice, from the fastest to the one that keeps least, likewise.
@@ -69,6 +70,7 @@ class Unit(NamedTuple):
     again: Mapping[str, tuple[bool, ...]] = MappingProxyType({})
     results: tuple[Result, ...] = ()
     cost: OpCost = NO_COST
+    unpaced: OpCost = NO_COST
     launches: OpCost = NO_COST
     recompute_s: Mapping[str, float] = MappingProxyType({})
     frontier: tuple[str, ...] = ("none",)
@@ -82,8 +84,8 @@ class Unit(NamedTuple):
             return pricer.unit(list(compress(costs, flags))).forward_total_s
 
         recompute_s = {mode: again_s(flags) for mode, flags in self.again.items()}
-        launches = total(map(pricer.launches, self.kernels))
-        unit = self._replace(cost=pricer.unit(costs), launches=launches, recompute_s=recompute_s)
+        unpaced, launches = total(costs), total(map(pricer.launches, self.kernels))
+        unit = self._replace(cost=unpaced.paced, unpaced=unpaced, launches=launches, recompute_s=recompute_s)
         if not self.is_block:
             return unit
         choices = [
@@ -113,8 +115,9 @@ class Unit(NamedTuple):
         )
 
     def part(self, share: float) -> OpCost:
-        """The least that a share of its work costs: it launches as many kernels."""
-        return total((self.cost.times(share), self.launches.times(1 - share)))
+        """The least that a share of its work costs: it launches as many kernels. Not paced, as where a rank
+        communicates as well, it need not wait for its host."""
+        return total((self.unpaced.times(share), self.launches.times(1 - share)))
 
     def alike(self, other: Unit) -> Unit:
         """The unit with the cost and the choices of one that shares its kernels and has them."""
@@ -124,6 +127,7 @@ class Unit(NamedTuple):
 
         return self._replace(
             cost=other.cost,
+            unpaced=other.unpaced,
             launches=other.launches,
             again=other.again,
             recompute_s=other.recompute_s,

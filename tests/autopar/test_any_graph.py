@@ -60,8 +60,10 @@ def test_every_rank_starts_as_many_kernels_as_one_device(name: str, tp: int, cp:
     for program in (planner.programs.given(p), *programs_of(planner, p)):
         for unit, whole in zip(program.chain.units, device.units, strict=True):
             forward_s, backward_s = unit.launches.forward_s, unit.launches.backward_s
+            inputs_s = backward_s - unit.launches.weight_s
             assert forward_s >= whole.launches.forward_s * (1 - ROUNDING), unit.first_op
             assert backward_s >= whole.launches.backward_s * (1 - ROUNDING), unit.first_op
+            assert inputs_s >= (whole.launches.backward_s - whole.launches.weight_s) * (1 - ROUNDING)
 
 
 @pytest.mark.parametrize("name", KINDS.values(), ids=KINDS)

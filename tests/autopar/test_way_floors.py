@@ -16,11 +16,11 @@ from autopar.request import training_policy
 from autopar.search.local_programs import Program
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
-from autopar.search.space import VIRTUAL_STAGES, Layout, Scheduled
+from autopar.search.space import VIRTUAL_STAGES, Layout, Scheduled, parallelism
 from costmodel import software
 from costmodel.orders import OVERLAPPING_SCHEDULES
 from hardware_db import Cluster
-from tests.autopar.small_models import cluster
+from tests.autopar.small_models import cluster, tower
 from tests.autopar.tiny_models import KINDS, programs_of, tiny
 
 ROUNDING = 1e-8
@@ -135,6 +135,27 @@ def test_no_floor_claims_more_than_a_way_takes(schedule: ScheduleName, tp: int) 
     rng = random.Random(SEED)
     planner = random_planner(rng, schedule, tp)
     check(planner, [*priced(planner, rng)])
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize("era", ERAS)
+def test_no_rank_computes_less_than_its_part(era: str, tp: int) -> None:
+    """Even where the host is slower than one device, but not than a rank, which waits for others."""
+    model, machine = tower(64, 1, 512, 32), cluster(8, per_node=1)
+    planner = Planner(model, machine, training_policy(model.graph), software(era), global_batch=64)
+    p = parallelism(tp=tp, microbatch_size=8, num_microbatches=8)
+    least = planner.programs.least.relaxed(p, trades=False).chain
+    device = planner.programs.device(8).chain
+    for program in (planner.programs.given(p), *programs_of(planner, p)):
+        units = zip(program.chain.units, device.units, least.units, strict=True)
+        for unit, whole, floor in units:
+            computed_s = (unit.cost.forward_s + unit.cost.backward_s) * (1 + ROUNDING)
+            part = whole.part(1 / tp)
+            assert 0 < part.forward_s + part.backward_s <= computed_s, unit.first_op
+            assert floor.cost.forward_s + floor.cost.backward_s <= unit.cost.total_s * (1 + ROUNDING)
+        table = planner.layer.table(program)
+        assert planner.floors.computed_s(8, tp, 1) <= table.computed_s * (1 + ROUNDING)
+        assert planner.floors.tensor_s(8, tp, 1) <= table.microbatch_s * (1 + ROUNDING)
 
 
 @pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble"])
