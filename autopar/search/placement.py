@@ -17,7 +17,7 @@ from dataclasses import replace
 from itertools import compress, permutations
 
 from autopar.plan import MESH_AXES, Parallelism
-from autopar.pricing import Pricer
+from autopar.pricing import Pricer, total
 from autopar.ranks import Link, RankGroups, Steps
 from autopar.search.data_axes import data_groups, expert_shares, mesh_groups, strides
 from autopar.search.evaluate import Evaluator
@@ -83,7 +83,7 @@ def placed_chain(program: Program, p: Parallelism, evaluator: Evaluator) -> Chai
         if key not in moved:
             moved[key] = _moved(unit, pricer)
         like = moved[key]
-        units.append(unit._replace(cost=like.cost, recompute_s=like.recompute_s))
+        units.append(unit._replace(cost=like.cost, unpaced=like.unpaced, recompute_s=like.recompute_s))
     return replace(program.chain, units=tuple(units))
 
 
@@ -92,7 +92,8 @@ def _moved(unit: Unit, pricer: Pricer) -> Unit:
     again_s = {
         name: pricer.unit(list(compress(costs, flags))).forward_total_s for name, flags in unit.again.items()
     }
-    return unit._replace(cost=pricer.unit(costs), recompute_s=again_s)
+    unpaced = total(costs)
+    return unit._replace(cost=unpaced.paced, unpaced=unpaced, recompute_s=again_s)
 
 
 def _program_groups(program: Program, p: Parallelism) -> Mapping[str, Group]:

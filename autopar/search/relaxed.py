@@ -114,7 +114,8 @@ def relaxed(
         least = known[kind]
         units.append(
             unit._replace(
-                cost=least.cost, recompute_s=least.recompute_s, frontier=least.frontier,
+                cost=least.cost, unpaced=least.unpaced,
+                recompute_s=least.recompute_s, frontier=least.frontier,
                 saved=SavedByName((*unit.saved, *least.saved), partial(_kept, unit, least, degree)),
                 received_bytes=unit.received_bytes // degree,
             )
@@ -179,7 +180,8 @@ class _Least:
 
     def unit(self, trades: bool) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
-        least = self.device._replace(cost=self._cost(), recompute_s=again_s)
+        cost = self._cost()
+        least = self.device._replace(cost=cost, unpaced=cost, recompute_s=again_s)
         if not (trades and self.floor and self.floor.trades and self.device.is_block):
             return least
         saved = dict(self.device.saved)

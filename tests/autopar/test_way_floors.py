@@ -144,10 +144,12 @@ def test_no_rank_computes_less_than_its_part(era: str, tp: int) -> None:
     model, machine = tower(64, 1, 512, 32), cluster(8, per_node=1)
     planner = Planner(model, machine, training_policy(model.graph), software(era), global_batch=64)
     p = parallelism(tp=tp, microbatch_size=8, num_microbatches=8)
-    least = planner.programs.least.relaxed(p, trades=False).chain
+    relaxed = planner.programs.least.relaxed(p, trades=False)
+    floors = planner.layer.table(relaxed)
+    assert floors.computed_s == pytest.approx(floors.microbatch_s)  # nothing of it is a host's or a link's
     device = planner.programs.device(8).chain
     for program in (planner.programs.given(p), *programs_of(planner, p)):
-        units = zip(program.chain.units, device.units, least.units, strict=True)
+        units = zip(program.chain.units, device.units, relaxed.chain.units, strict=True)
         for unit, whole, floor in units:
             computed_s = (unit.cost.forward_s + unit.cost.backward_s) * (1 + ROUNDING)
             part = whole.part(1 / tp)
