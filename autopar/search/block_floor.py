@@ -2,22 +2,26 @@
 
 The ops of one unit keep their costs in the program of the whole axis (`autopar.search.block_ilp`), all others
 do their work for nothing. Then only the rows matter in which something has a cost: leaving out the others can
-but lower the optimum.
+but lower the optimum. Blocks of one class share their rows, at costs that differ where they begin and end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.search.block_ilp import BlockIlp, Part
+from autopar.search.block_rows import Rows
 from autopar.search.effort import clocked
 from autopar.search.runs import Array
-from autopar.search.solver import LinearModel, solve
+from autopar.search.solver import Relaxation
+
+MOST_RELAXATIONS = 4
+"""How many are kept at a time: they hold the solver's memory."""
 
 
 class Trade(NamedTuple):
@@ -28,18 +32,35 @@ class Trade(NamedTuple):
     again_s: Mapping[int, float]
 
 
+class Relaxations:
+    """What the floors of one search are solved with: problems of one form share those of a class of blocks,
+    each beginning where the last one ended."""
+
+    def __init__(self) -> None:
+        self._around = lru_cache(MOST_RELAXATIONS)(_relaxation)
+
+    def around(self, rows: Rows, variables: frozenset[int]) -> Relaxation:
+        """The relaxation of the rows in which some of these variables are."""
+        return self._around(rows, variables)
+
+
+def _relaxation(rows: Rows, variables: frozenset[int]) -> Relaxation:
+    return Relaxation(rows.around(variables).model)
+
+
 class BlockFloor:
     """The floor of ops `[start, stop)` of an axis's problem, one block or ops outside of all, with the sums
     of what they make and the other conversions of what they read, whatever is chosen anywhere."""
 
-    def __init__(self, ilp: BlockIlp, start: int, stop: int) -> None:
+    def __init__(self, ilp: BlockIlp, start: int, stop: int, relaxations: Relaxations | None = None) -> None:
         self.problem = ilp.problem
+        self.relaxations = relaxations or Relaxations()
         self.effort = ilp.effort
         self.ilp = ilp
         self.start = start
         self.stop = stop
         graph = ilp.problem.graph
-        self._ops = {graph.representative[index] for index in range(start, stop)}
+        self._ops = frozenset(graph.representative[index] for index in range(start, stop))
         self._known_s: dict[bytes, float] = {}
 
     @cached_property
@@ -61,12 +82,11 @@ class BlockFloor:
             paid_s = paid_s + np.minimum(trade.price * self._result_bytes, least_s)
         key = paid_s.tobytes()
         if key not in self._known_s:
-            model, numbers = self._made
-            costs = np.zeros(len(model.costs))
-            costs[numbers] = paid_s
-            solution = solve(model.priced(costs.tolist(), relaxed=True))
-            self.effort.solved("operator floors", solution.size)
-            self._known_s[key] = solution.bound
+            relaxation = self.relaxations.around(self.ilp.rows, self._class)
+            costs = np.zeros(relaxation.size.variables)
+            costs[self._numbers] = paid_s
+            self._known_s[key] = relaxation.least(costs.tolist())
+            self.effort.solved("operator floors", relaxation.size)
         return self._known_s[key]
 
     @cached_property
@@ -83,10 +103,15 @@ class BlockFloor:
         }
 
     @cached_property
-    def _made(self) -> tuple[LinearModel, NDArray[np.intp]]:
-        """The rows in which they are, and their numbers there."""
-        model, numbers = self.ilp.rows.around(frozenset(self._parts))
-        return model, np.array([numbers[variable] for variable in self._parts], dtype=np.intp)
+    def _class(self) -> frozenset[int]:
+        """The variables that have a cost for any block of the class."""
+        return frozenset(variable for variable, part in self.ilp.parts.items() if part.op in self._ops)
+
+    @cached_property
+    def _numbers(self) -> NDArray[np.intp]:
+        """Those that have one here, as the relaxation numbers them."""
+        numbers = self.ilp.rows.around(self._class).numbers
+        return np.array([numbers[variable] for variable in self._parts], dtype=np.intp)
 
     @cached_property
     def _time_s(self) -> Array:

@@ -271,7 +271,7 @@ class BranchAndBound:
                 program = self.planner.programs.program(p)
                 yield max(floor_s, self.floors.way_s(p, program)), WayNode(p, program)
             case WayNode(p, Program() as program, False):
-                close_s = self.floors.stages_s(p, program, self.outcome.best_s)
+                close_s = self.floors.stages_s(p, program, self._enough_s)
                 if close_s < float("inf"):
                     yield max(floor_s, close_s), node._replace(is_close=True)
                 else:

@@ -14,7 +14,15 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal, get_args
 
-from ortools.math_opt import callback_pb2, model_parameters_pb2, model_pb2, parameters_pb2, result_pb2
+from ortools.math_opt import (
+    callback_pb2,
+    model_parameters_pb2,
+    model_pb2,
+    model_update_pb2,
+    parameters_pb2,
+    result_pb2,
+    sparse_containers_pb2,
+)
 from ortools.math_opt.core.python import solver as mathopt
 
 Term = tuple[int, float]
@@ -175,11 +183,47 @@ def solve(
     )
 
 
+class Relaxation:
+    """The relaxation of a model at one cost after the other: the rows stay, so each begins in the corner
+    where the last one ended, which is a quarter of the work.
+
+    The last digits of what is found depend on what was asked before.
+    """
+
+    def __init__(self, model: LinearModel) -> None:
+        self.model = model
+        self.size = Size(len(model.costs), len(model.rows), 0)
+        self._solver: mathopt.Solver | None = None
+
+    def least(self, costs: Sequence[float]) -> float:
+        """What nothing can cost less than."""
+        model, parameters = self.model.priced(costs, relaxed=True), _parameters(_GLOP, _UNLIMITED)
+        scale = _scale(model)
+        if self._solver is None:
+            proto = _model_proto(model, scale, is_relaxed=True, is_whole=False)
+            self._solver = mathopt.new(_GLOP, proto, _NEW)
+        else:
+            update = model_update_pb2.ModelUpdateProto()
+            everywhere = range(len(costs))
+            _add_costs(update.objective_updates.linear_coefficients, model, everywhere, scale)
+            assert self._solver.update(update), "GLOP takes other costs"
+            # At any costs the corner keeps to all rows, which is what the primal simplex begins with.
+            parameters.lp_algorithm = parameters_pb2.LP_ALGORITHM_PRIMAL_SIMPLEX
+        found = self._solver.solve(parameters, _hinted(None), *_UNWATCHED)
+        if found.termination.reason == result_pb2.TERMINATION_REASON_OPTIMAL:
+            return float(found.termination.objective_bounds.dual_bound) / scale
+        self._solver = None  # numbers went astray on the way
+        return _run(model, _GLOP, _UNLIMITED).bound
+
+
 @dataclass(frozen=True, slots=True)
 class _Limits:
     time_s: float | None
     nodes: int | None
     relative_gap: float
+
+
+_UNLIMITED = _Limits(None, None, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +235,10 @@ class _Found:
     bound: float = float("-inf")
     values: tuple[float, ...] = ()
 
+
+_NEW = parameters_pb2.SolverInitializerProto()
+_UNWATCHED = None, callback_pb2.CallbackRegistrationProto(), None, None
+"""The solver says nothing while it works, and is not interrupted."""
 
 _GLOP = parameters_pb2.SOLVER_TYPE_GLOP
 _SOLVERS = {
@@ -233,19 +281,10 @@ def _relax_then_branch(
 def _run(model: LinearModel, solver: int, limits: _Limits, hint: Sequence[float] | None = None) -> _Found:
     if limits.time_s is not None and limits.time_s <= 0:
         return _Found("unknown")
-    largest = max((abs(cost) for cost in model.costs), default=0.0)
-    scale = _LARGEST_COST / largest if largest else 1.0
-    result = mathopt.solve(
-        _model_proto(model, scale, is_relaxed=solver == _GLOP, is_whole=solver == _SOLVERS["cp-sat"]),
-        solver,
-        parameters_pb2.SolverInitializerProto(),
-        _parameters(solver, limits),
-        _hinted(hint if solver != _GLOP else None),
-        None,
-        callback_pb2.CallbackRegistrationProto(),
-        None,
-        None,
-    )
+    scale = _scale(model)
+    proto = _model_proto(model, scale, is_relaxed=solver == _GLOP, is_whole=solver == _SOLVERS["cp-sat"])
+    hinted = _hinted(hint if solver != _GLOP else None)
+    result = mathopt.solve(proto, solver, _NEW, _parameters(solver, limits), hinted, *_UNWATCHED)
     reason = result.termination.reason
     assert reason != result_pb2.TERMINATION_REASON_UNBOUNDED, "costs must be bounded below"
     status: Status = _STATUS.get(reason, "unknown")
@@ -270,9 +309,25 @@ def _model_proto(
     integer = [False] * len(model.costs) if is_relaxed else [is_whole or each for each in model.integer]
     proto.variables.integers.extend(integer)
     priced = [index for index, cost in enumerate(model.costs) if cost]
-    proto.objective.linear_coefficients.ids.extend(priced)
-    proto.objective.linear_coefficients.values.extend([scale * model.costs[index] for index in priced])
+    _add_costs(proto.objective.linear_coefficients, model, priced, scale)
     return proto
+
+
+def _scale(model: LinearModel) -> float:
+    """What costs are multiplied with for the solver."""
+    largest = max((abs(cost) for cost in model.costs), default=0.0)
+    return _LARGEST_COST / largest if largest else 1.0
+
+
+def _add_costs(
+    costs: sparse_containers_pb2.SparseDoubleVectorProto,
+    model: LinearModel,
+    variables: Sequence[int],
+    scale: float,
+) -> None:
+    """Add the costs of these variables, as the solver sees them."""
+    costs.ids.extend(variables)
+    costs.values.extend([scale * model.costs[variable] for variable in variables])
 
 
 def _add_rows(proto: model_pb2.ModelProto, given: Sequence[Row], first: int = 0) -> None:

@@ -8,7 +8,7 @@ from math import inf, isclose
 
 import pytest
 
-from autopar.search.solver import LinearModel, Size, Solution, solve
+from autopar.search.solver import LinearModel, Relaxation, Size, Solution, solve
 
 BACKENDS = ("glop+scip", "highs", "scip", "cp-sat")
 
@@ -84,6 +84,17 @@ def test_a_relaxation_with_whole_corners_is_not_branched_on() -> None:
     model.row(1, 1, [(x, 1.0)])
     model.row(0.25, inf, [(x, -0.25), (y, 1.0)])
     assert solve(model).values == pytest.approx((1.0, 0.5))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_relaxation_after_the_other_finds_what_each_does_alone(seed) -> None:
+    model, rng = knapsack(seed, items=40), random.Random(seed)
+    relaxation = Relaxation(model)
+    for scale in (1e-6, 1e-6, 1.0, 1e3, 0.0, 1e-6):
+        costs = [scale * rng.choice((0.0, rng.uniform(-40, 5))) for _ in model.costs]
+        alone = solve(model.priced(costs, relaxed=True))
+        assert relaxation.least(costs) == pytest.approx(alone.bound, rel=1e-9, abs=1e-15)
+    assert relaxation.size == Size(40, 3, 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
