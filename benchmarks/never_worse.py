@@ -21,7 +21,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -82,9 +82,7 @@ class Comparison:
 
 def problem_of(record: Record, how: Configuration) -> Problem:
     """The problem that a run solved. Raises what the records package does."""
-    era = software(how.era)
-    if how.tp_overlap:
-        era = replace(era, tensor_parallel_overlap=1.0)
+    era = how.used(software(how.era))
     cluster = cluster_of(record)
     return Problem(
         model=model_key(record),

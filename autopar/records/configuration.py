@@ -16,7 +16,7 @@ from typing import Final, Literal
 from autopar.plan import Parallelism, Recompute, ScheduleName
 from autopar.records.schema import ParallelismFacts, Record, RecordError
 from autopar.records.software import habits, software_era
-from costmodel import CostModelError
+from costmodel import CostModelError, Software
 from costmodel.orders import V_SCHEDULES, check_schedule
 
 MICROBATCHES_PER_STAGE: Final = 8
@@ -81,6 +81,10 @@ class Configuration:
     def is_complete(self) -> bool:
         """Whether the source tells every setting."""
         return len(self.microbatch_sizes) == len(self.virtual_stages) == len(self.recomputes) == 1
+
+    def used(self, era: Software) -> Software:
+        """The era's software as the run used it."""
+        return era.with_async_tensor_parallelism if self.tp_overlap else era
 
     def candidates(self) -> Iterator[Parallelism]:
         """Every parallelism that agrees with the record and that its schedule can run; at least one."""

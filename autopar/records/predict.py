@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log, nan
 from multiprocessing import get_context
 from typing import TypeVar
@@ -178,9 +178,7 @@ class RunPredictor:
 
     def runs(self, record: Record, how: Configuration, cluster: Cluster) -> list[Run]:
         """Every way to run the record, priced."""
-        era = self.eras[how.era] if self.eras else software(how.era)
-        if how.tp_overlap:
-            era = replace(era, tensor_parallel_overlap=1.0)
+        era = how.used(self.eras[how.era] if self.eras else software(how.era))
         policy = usual_policy(how.era, how.precision, how.known.zero_stage, fsdp=how.fsdp)
         evaluator = Evaluator(cluster, policy, era)
         return [Run(p, self._evaluated(evaluator, how, p)) for p in how.candidates()]

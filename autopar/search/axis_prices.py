@@ -56,7 +56,7 @@ class ClusterPrices:
         return self.seconds(self.pricer.conversion(how.name, num_bytes, self.axis, backward=backward))
 
     def seconds(self, cost: OpCost) -> float:
-        exposed = 1 - self.pricer.era.tensor_parallel_overlap
+        exposed = self.pricer.era.tensor_parallel_exposed
         communication_s = cost.forward_communication_s + cost.backward_communication_s
         return cost.forward_s + cost.backward_s + exposed * communication_s
 

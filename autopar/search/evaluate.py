@@ -176,7 +176,7 @@ class Evaluator:
 
     def _priced_work(self, piece: Piece, choices: Choices, p: Parallelism, pricer: Pricer) -> StageWork:
         traffic = data_traffic(piece.buckets, p, pricer, self.policy)
-        cost, exposed = piece.cost, 1 - self.era.tensor_parallel_overlap
+        cost, exposed = piece.cost, self.era.tensor_parallel_exposed
         backward_s = cost.backward_s + accumulation_s(piece.elements, p, self.policy, pricer)
         return StageWork(
             forward_s=cost.forward_s,

@@ -118,7 +118,7 @@ class LeastPrograms:
             pricer = self.programs.pricer(1, cp, 1, tp)
             counts = self.programs.shallow.counts
             found_s = (counts[op.name] * exchange_floor_s(op, graph, pricer, tp) for op in graph.ops)
-            exposed = 1 - pricer.era.tensor_parallel_overlap
+            exposed = pricer.era.tensor_parallel_exposed
             self._context_floors_s[key] = exposed * sum(found_s)
         return self._context_floors_s[key]
 

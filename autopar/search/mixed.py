@@ -130,7 +130,7 @@ def _distinct(programs: Sequence[Program], concerns: Callable[[str], bool]) -> l
 def blend(programs: Sequence[Program], outside: int, levels: Sequence[int]) -> Blend:
     """The blend of programs, of all levels: blocks choose between some, and what is outside of them runs
     one."""
-    exposed = 1 - programs[0].chain.era.tensor_parallel_overlap
+    exposed = programs[0].chain.era.tensor_parallel_exposed
     parameters = dict(programs[outside].chain.parameters)
     known: dict[tuple[int, ...], tuple[Unit, Origins]] = {}
     units: list[Unit] = []

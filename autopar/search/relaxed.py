@@ -197,7 +197,7 @@ class _Least:
             return self.cost
         if self.fastest is None:
             return self._least_passes(self.least_s)
-        like = self.fastest.cost.exposing(1 - self.pricer.era.tensor_parallel_overlap)
+        like = self.fastest.cost.exposing(self.pricer.era.tensor_parallel_exposed)
         if not self.hides:
             forward_s = self.time_s * _share(like.forward_total_s, like.total_s)
             return _passes(forward_s, self.time_s - forward_s, like.weight_s)

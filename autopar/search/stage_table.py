@@ -77,7 +77,7 @@ class StageTable:
 
     @property
     def _exposed(self) -> float:
-        return 1 - self.chain.era.tensor_parallel_overlap
+        return self.chain.era.tensor_parallel_exposed
 
     @cached_property
     def unit_has_parameters(self) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -20,6 +21,7 @@ from autopar.search.replicas import Samples
 from autopar.search.shallow import local_counts
 from autopar.search.space import parallelism
 from autopar.search.units import Chain, build_chain
+from costmodel import software
 from graphs import Capture
 from tests.autopar.small_models import cluster
 from tests.autopar.tiny_models import tiny
@@ -127,3 +129,17 @@ def test_a_context_axis_is_split_alike_with_samples_of_another_batch_size(name: 
         fresh = Programs(captured(name), cluster(8))
         replica, anew = (each.replica(microbatch_size, 2, 2, 1) for each in (shared, fresh))
         assert replica.assignments == anew.assignments
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_software_that_hides_all_is_given_no_more_to_hide(cp: int) -> None:
+    """What is hidden costs next to nothing, and still no program communicates for no reason."""
+    communicated_s = []
+    for overlap in (0.5, 1.0):
+        era = replace(software("torch-eager"), tensor_parallel_overlap=overlap)
+        programs = Programs(captured("llama"), cluster(8), era)
+        chain = programs.program(parallelism(microbatch_size=4, tp=4, cp=cp, dp_replicate=2 // cp)).chain
+        costs = [unit.cost for unit in chain.units]
+        communicated_s.append(sum(c.forward_communication_s + c.backward_communication_s for c in costs))
+    hidden_in_part_s, hidden_s = communicated_s
+    assert 0 < hidden_s <= 2 * hidden_in_part_s

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.resources import files
 from typing import Any
 
 import pytest
 
 from costmodel import CostModelError, Software, software, software_eras
+from costmodel.software import ASYNC_TENSOR_PARALLEL_OVERLAP
 
 DATA: dict[str, Any] = json.loads(files("costmodel").joinpath("data", "software.json").read_text())
 TABLES = {"shared": DATA["shared"], **DATA["eras"]}
@@ -51,6 +52,15 @@ def test_what_an_era_does_not_say_is_shared() -> None:
         era = software(name)
         for key, fact in {**DATA["shared"], **own}.items():
             assert getattr(era, key) == fact["value"]
+
+
+@pytest.mark.parametrize("name", software_eras())
+def test_products_beside_their_collectives_hide_no_less_and_never_all(name: str) -> None:
+    era = software(name)
+    assert era.tensor_parallel_exposed == 1 - era.tensor_parallel_overlap
+    assert 0 < era.with_async_tensor_parallelism.tensor_parallel_exposed <= era.tensor_parallel_exposed
+    assert era.with_async_tensor_parallelism.tensor_parallel_overlap >= ASYNC_TENSOR_PARALLEL_OVERLAP
+    assert 0 < replace(era, tensor_parallel_overlap=1.0).tensor_parallel_exposed < 0.01
 
 
 def test_an_unknown_era_is_answered_with_those_that_sound_alike_or_with_all() -> None:
