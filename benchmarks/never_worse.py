@@ -147,7 +147,7 @@ def _comparison(
     if how.recompute_share < 1:
         remarks.append(f"{how.recompute_share:.0%} of its layers recomputed")
     if how.offload_share:
-        remarks.append(f"activations of {how.offload_share:.0%} of its layers offloaded")
+        remarks.append(f"{OUTSIDE}: activations of {how.offload_share:.0%} of its layers offloaded")
     if best is None:
         remarks.append("no plan fits")
     elif result.stopped:
