@@ -24,11 +24,6 @@ Fusion = Literal["none", "module", "chain"]
 LEAST_EXPOSED = 1e-3
 """What is left at least of a tensor-parallel collective, whatever a software is said to hide."""
 
-ASYNC_TENSOR_PARALLEL_OVERLAP = 0.37
-"""What asynchronous tensor parallelism hides of collectives behind products: with this, Llama 70B on 256 H100
-is predicted to become faster by as much as it did (829 to 876 tokens a second; torchtitan,
-benchmarks/llama3_h100_202412_torchtitan.md, table 4)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Software:
@@ -48,7 +43,9 @@ class Software:
         collective_share: what collectives inside a step keep of the links' rate.
         gradient_sync_overlap, parameter_gather_overlap: which share of the backward's, and of the compute's,
             time can hide that communication.
-        tensor_parallel_overlap: which share of a tensor-parallel collective hides behind its product.
+        tensor_parallel_overlap: which share of a tensor-parallel collective hides behind its product; of all
+            of it, a trifle is left (`tensor_parallel_exposed`).
+        async_tensor_parallel_overlap: the same, at least, where products run in parts beside collectives.
         contention: how much slower compute gets while communication runs behind it.
         blocking_sends: whether messages between stages stop both of them.
         fused_gradient_accumulation: whether weight gradients are added where they are computed.
@@ -79,6 +76,7 @@ class Software:
     gradient_sync_overlap: float
     parameter_gather_overlap: float
     tensor_parallel_overlap: float
+    async_tensor_parallel_overlap: float
     contention: float
     blocking_sends: bool
     fused_gradient_accumulation: bool
@@ -98,8 +96,8 @@ class Software:
 
     @property
     def with_async_tensor_parallelism(self) -> Software:
-        """The same where products run in parts beside their collectives."""
-        overlap = max(self.tensor_parallel_overlap, ASYNC_TENSOR_PARALLEL_OVERLAP)
+        """The same where products run in parts beside their collectives, unless it hides as much anyway."""
+        overlap = max(self.tensor_parallel_overlap, self.async_tensor_parallel_overlap)
         return replace(self, tensor_parallel_overlap=overlap)
 
     @property

@@ -2,7 +2,8 @@
 
 The ops of one unit keep their costs in the program of the whole axis (`autopar.search.block_ilp`), all others
 do their work for nothing. Then only the rows matter in which something has a cost: leaving out the others can
-but lower the optimum. Blocks of one class share their rows, at costs that differ where they begin and end.
+but lower the optimum. Blocks of one class share the rows in which any of them has a cost, and differ in costs
+where they begin and end.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Trade(NamedTuple):
 
 
 class Relaxations:
-    """What the floors of one search are solved with: problems of one form share those of a class of blocks,
-    each beginning where the last one ended."""
+    """What the floors of one model's programs are solved with: problems of one form share those of a class of
+    blocks, each beginning where the last one ended."""
 
     def __init__(self) -> None:
         self._around = lru_cache(MOST_RELAXATIONS)(_relaxation)

@@ -2,8 +2,10 @@
 
 This is the only module that knows OR-Tools. The models of `block_ilp` are nearly always integral by
 themselves, so the linear relaxation is solved first, by GLOP's dual simplex, and only where its corner is
-fractional does SCIP branch. Models are handed over as MathOpt protocol buffers, filled a column at a time:
-that takes half the time of a call per coefficient, solving included. `docs/solvers.md` compares the solvers.
+fractional does SCIP branch. Where the relaxation alone is asked for, at many costs, a `Relaxation` goes on
+from one to the next by the primal simplex. Models are handed over as MathOpt protocol buffers, filled a
+column at a time: that takes half the time of a call per coefficient, solving included. `docs/solvers.md`
+compares the solvers.
 """
 
 from __future__ import annotations
@@ -191,29 +193,30 @@ class Relaxation:
     """
 
     def __init__(self, model: LinearModel) -> None:
-        self.model = model
+        self._model = model
         self.size = Size(len(model.costs), len(model.rows), 0)
         self._solver: mathopt.Solver | None = None
 
     def least(self, costs: Sequence[float]) -> float:
         """What nothing can cost less than."""
-        model, parameters = self.model.priced(costs, relaxed=True), _parameters(_GLOP, _UNLIMITED)
+        model, parameters = self._model.priced(costs, relaxed=True), _parameters(_GLOP, _UNLIMITED)
         scale = _scale(model)
         if self._solver is None:
             proto = _model_proto(model, scale, is_relaxed=True, is_whole=False)
-            self._solver = mathopt.new(_GLOP, proto, _NEW)
+            self._solver = mathopt.new(_GLOP, proto, _DEFAULTS)
         else:
             update = model_update_pb2.ModelUpdateProto()
             everywhere = range(len(costs))
             _add_costs(update.objective_updates.linear_coefficients, model, everywhere, scale)
-            assert self._solver.update(update), "GLOP takes other costs"
+            updated = self._solver.update(update)
+            assert updated, "GLOP takes other costs"
             # At any costs the corner keeps to all rows, which is what the primal simplex begins with.
             parameters.lp_algorithm = parameters_pb2.LP_ALGORITHM_PRIMAL_SIMPLEX
         found = self._solver.solve(parameters, _hinted(None), *_UNWATCHED)
         if found.termination.reason == result_pb2.TERMINATION_REASON_OPTIMAL:
             return float(found.termination.objective_bounds.dual_bound) / scale
         self._solver = None  # numbers went astray on the way
-        return _run(model, _GLOP, _UNLIMITED).bound
+        return solve(model).bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +239,9 @@ class _Found:
     values: tuple[float, ...] = ()
 
 
-_NEW = parameters_pb2.SolverInitializerProto()
+_DEFAULTS = parameters_pb2.SolverInitializerProto()
 _UNWATCHED = None, callback_pb2.CallbackRegistrationProto(), None, None
-"""The solver says nothing while it works, and is not interrupted."""
+"""How every call of a solver ends: messages, what to call back for, what to call, what interrupts."""
 
 _GLOP = parameters_pb2.SOLVER_TYPE_GLOP
 _SOLVERS = {
@@ -284,7 +287,7 @@ def _run(model: LinearModel, solver: int, limits: _Limits, hint: Sequence[float]
     scale = _scale(model)
     proto = _model_proto(model, scale, is_relaxed=solver == _GLOP, is_whole=solver == _SOLVERS["cp-sat"])
     hinted = _hinted(hint if solver != _GLOP else None)
-    result = mathopt.solve(proto, solver, _NEW, _parameters(solver, limits), hinted, *_UNWATCHED)
+    result = mathopt.solve(proto, solver, _DEFAULTS, _parameters(solver, limits), hinted, *_UNWATCHED)
     reason = result.termination.reason
     assert reason != result_pb2.TERMINATION_REASON_UNBOUNDED, "costs must be bounded below"
     status: Status = _STATUS.get(reason, "unknown")

@@ -21,7 +21,7 @@ from autopar.records.models import (
 )
 from autopar.records.schema import Record, RecordError, read_records
 from autopar.records.software import habits, software_era
-from costmodel import software_eras
+from costmodel import software, software_eras
 from hardware_db import UnknownHardwareError
 
 EXCERPT = Path(__file__).parent / "data" / "records.json"
@@ -466,6 +466,13 @@ def test_eager_and_compiled_runs_of_one_source_differ():
     assert software_era(RECORDS["titan-8b-8-eager"]) == "torch-eager"
     assert software_era(RECORDS["titan-8b-8-compile-fp8"]) == "compiled-2024"
     assert software_era(RECORDS["titan-405b-4d-cp2"]) == "compiled-2024"
+
+
+def test_asynchronous_tensor_parallelism_changes_the_software_of_a_run():
+    era = software("torch-eager")
+    assert configuration(RECORDS["titan-8b-8-eager"]).used(era) == era
+    hidden = configuration(RECORDS["titan-405b-interleaved"]).used(era).tensor_parallel_overlap
+    assert hidden == era.async_tensor_parallel_overlap > era.tensor_parallel_overlap
 
 
 def test_what_a_record_says_of_its_software_wins():

@@ -7,6 +7,7 @@ from itertools import product
 from math import inf, isclose
 
 import pytest
+from ortools.math_opt import result_pb2
 
 from autopar.search.solver import LinearModel, Relaxation, Size, Solution, solve
 
@@ -95,6 +96,21 @@ def test_one_relaxation_after_the_other_finds_what_each_does_alone(seed) -> None
         alone = solve(model.priced(costs, relaxed=True))
         assert relaxation.least(costs) == pytest.approx(alone.bound, rel=1e-9, abs=1e-15)
     assert relaxation.size == Size(40, 3, 0)
+
+
+def test_a_relaxation_that_goes_astray_is_solved_anew() -> None:
+    class Astray:
+        def update(self, _: object) -> bool:
+            return True
+
+        def solve(self, *_: object) -> result_pb2.SolveResultProto:
+            return result_pb2.SolveResultProto()
+
+    model = knapsack(0)
+    relaxation, bound = Relaxation(model), solve(model.priced(model.costs, relaxed=True)).bound
+    relaxation._solver = Astray()
+    assert relaxation.least(model.costs) == pytest.approx(bound)
+    assert relaxation._solver is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from costmodel import CostModelError, Software, software, software_eras
-from costmodel.software import ASYNC_TENSOR_PARALLEL_OVERLAP
 
 DATA: dict[str, Any] = json.loads(files("costmodel").joinpath("data", "software.json").read_text())
 TABLES = {"shared": DATA["shared"], **DATA["eras"]}
 SHARES = ("matmul_share", "memory_share", "attention_share", "attention_backward_share", "collective_share")
-OVERLAPS = ("gradient_sync_overlap", "parameter_gather_overlap", "tensor_parallel_overlap")
+OVERLAPS = (
+    "gradient_sync_overlap", "parameter_gather_overlap", "tensor_parallel_overlap",
+    "async_tensor_parallel_overlap",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", software_eras())
@@ -54,13 +56,15 @@ def test_what_an_era_does_not_say_is_shared() -> None:
             assert getattr(era, key) == fact["value"]
 
 
-@pytest.mark.parametrize("name", software_eras())
-def test_products_beside_their_collectives_hide_no_less_and_never_all(name: str) -> None:
-    era = software(name)
-    assert era.tensor_parallel_exposed == 1 - era.tensor_parallel_overlap
-    assert 0 < era.with_async_tensor_parallelism.tensor_parallel_exposed <= era.tensor_parallel_exposed
-    assert era.with_async_tensor_parallelism.tensor_parallel_overlap >= ASYNC_TENSOR_PARALLEL_OVERLAP
-    assert 0 < replace(era, tensor_parallel_overlap=1.0).tensor_parallel_exposed < 0.01
+def test_products_beside_their_collectives_hide_no_less() -> None:
+    eager, newest = software("torch-eager"), software("te-2026")
+    assert eager.tensor_parallel_exposed == 1.0
+    assert eager.with_async_tensor_parallelism.tensor_parallel_exposed == pytest.approx(0.63)
+    assert newest.with_async_tensor_parallelism == newest
+
+
+def test_no_software_hides_all() -> None:
+    assert 0 < replace(software("torch-eager"), tensor_parallel_overlap=1.0).tensor_parallel_exposed < 0.01
 
 
 def test_an_unknown_era_is_answered_with_those_that_sound_alike_or_with_all() -> None:
