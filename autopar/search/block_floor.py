@@ -8,7 +8,7 @@ where they begin and end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -33,29 +33,30 @@ class Trade(NamedTuple):
     again_s: Mapping[int, float]
 
 
-class Relaxations:
-    """What the floors of one model's programs are solved with: problems of one form share those of a class of
-    blocks, each beginning where the last one ended."""
-
-    def __init__(self) -> None:
-        self._around = lru_cache(MOST_RELAXATIONS)(_relaxation)
-
-    def around(self, rows: Rows, variables: frozenset[int]) -> Relaxation:
-        """The relaxation of the rows in which some of these variables are."""
-        return self._around(rows, variables)
+RelaxationOf = Callable[[Rows, frozenset[int]], Relaxation]
 
 
-def _relaxation(rows: Rows, variables: frozenset[int]) -> Relaxation:
+def relaxation(rows: Rows, variables: frozenset[int]) -> Relaxation:
+    """The relaxation of the rows in which some of these variables are."""
     return Relaxation(rows.around(variables).model)
+
+
+def kept_relaxations() -> RelaxationOf:
+    """The same, each made once: problems of one form share those of a class of blocks, and begin where the
+    last one ended."""
+    return lru_cache(MOST_RELAXATIONS)(relaxation)
 
 
 class BlockFloor:
     """The floor of ops `[start, stop)` of an axis's problem, one block or ops outside of all, with the sums
-    of what they make and the other conversions of what they read, whatever is chosen anywhere."""
+    of what they make and the other conversions of what they read, whatever is chosen anywhere; solved with
+    what `relaxation_of` has for its rows."""
 
-    def __init__(self, ilp: BlockIlp, start: int, stop: int, relaxations: Relaxations | None = None) -> None:
+    def __init__(
+        self, ilp: BlockIlp, start: int, stop: int, relaxation_of: RelaxationOf = relaxation
+    ) -> None:
         self.problem = ilp.problem
-        self.relaxations = relaxations or Relaxations()
+        self.relaxation_of = relaxation_of
         self.effort = ilp.effort
         self.ilp = ilp
         self.start = start
@@ -83,11 +84,11 @@ class BlockFloor:
             paid_s = paid_s + np.minimum(trade.price * self._result_bytes, least_s)
         key = paid_s.tobytes()
         if key not in self._known_s:
-            relaxation = self.relaxations.around(self.ilp.rows, self._class)
-            costs = np.zeros(relaxation.size.variables)
+            relaxed = self.relaxation_of(self.ilp.rows, self._class)
+            costs = np.zeros(relaxed.size.variables)
             costs[self._numbers] = paid_s
-            self._known_s[key] = relaxation.least(costs.tolist())
-            self.effort.solved("operator floors", relaxation.size)
+            self._known_s[key] = relaxed.least(costs.tolist())
+            self.effort.solved("operator floors", relaxed.size)
         return self._known_s[key]
 
     @cached_property

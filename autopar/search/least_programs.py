@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from autopar.plan import Parallelism
 from autopar.pricing import Pricer
-from autopar.search.block_floor import BlockFloor, Relaxations
+from autopar.search.block_floor import BlockFloor, kept_relaxations
 from autopar.search.block_ilp import MANY_MICROBATCHES
 from autopar.search.context import exchange_floor_s
 from autopar.search.local_programs import MOST_PROBLEMS, Program, ProgramKey
@@ -38,7 +38,7 @@ class LeastPrograms:
         self._context_floors_s: dict[tuple[int, int, int], float] = {}
         self._relaxed: dict[tuple[ProgramKey, bool, bool], Program] = {}
         self._divided: dict[tuple[ProgramKey, bool], Program] = {}
-        self._relaxations = Relaxations()
+        self._relaxation_of = kept_relaxations()
         self._floors_of = lru_cache(MOST_PROBLEMS)(self._found_floors)
 
     def divided(self, p: Parallelism, multiple: int) -> Program:
@@ -92,7 +92,7 @@ class LeastPrograms:
                 found.append(None)
                 continue
             if (start, stop) not in known:
-                ops = BlockFloor(ilp, start, stop, self._relaxations)
+                ops = BlockFloor(ilp, start, stop, self._relaxation_of)
                 trades = all_s > SMALLEST_TRADE * device_s
                 known[start, stop] = UnitFloor(ops, unit, key.tp * key.cp, pricer, trades)
             found.append(known[start, stop])

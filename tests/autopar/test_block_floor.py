@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 import graphs
-from autopar.search.block_floor import BlockFloor, Relaxations, Trade
+from autopar.search.block_floor import BlockFloor, Trade, kept_relaxations
 from autopar.search.block_ilp import BlockIlp, Part
 from autopar.search.programs import Programs
 from autopar.search.solver import solve
@@ -67,9 +67,9 @@ def whole_s(
 @pytest.mark.parametrize(("name", "tp"), [("llama", 4), ("mixtral", 2)])
 def test_rows_in_which_a_unit_has_no_cost_do_not_matter(name: str, tp: int) -> None:
     """Nor does what the relaxations that units share were asked before."""
-    (ilp, units), relaxations = axis(name, tp), Relaxations()
+    (ilp, units), relaxation_of = axis(name, tp), kept_relaxations()
     for start, stop, _ in (*units, *reversed(units)):
-        floor, again_s = BlockFloor(ilp, start, stop, relaxations), again_of(ilp, start, stop)
+        floor, again_s = BlockFloor(ilp, start, stop, relaxation_of), again_of(ilp, start, stop)
         for price, hides in LOOKS:
             found_s = floor.least_s(None if price is None else Trade(price, again_s), hides=hides)
             true_s = whole_s(ilp, start, stop, price, again_s, hides=hides)
