@@ -175,6 +175,17 @@ class AxisProblem:
         }
 
     @cached_property
+    def op_backward_s(self) -> Mapping[int, tuple[float, ...]]:
+        """What of them is backward, communication and all."""
+        return {
+            index: tuple(
+                self.prices.seconds(cost._replace(forward_s=0.0, forward_communication_s=0.0))
+                for cost in costs
+            )
+            for index, costs in self._op_costs.items()
+        }
+
+    @cached_property
     def _op_costs(self) -> Mapping[int, tuple[OpCost, ...]]:
         """Per representative op, what all its instances together cost under each of its strategies.
 

@@ -25,12 +25,18 @@ MOST_RELAXATIONS = 4
 """How many are kept at a time: they hold the solver's memory."""
 
 
-class Trade(NamedTuple):
-    """What may be kept at a `price` of seconds a byte, or else made again: the results of ops, for which each
-    takes at least `again_s`, and of conversions."""
+class Again(NamedTuple):
+    """The ops that run again where a block computes again: `always`, and unless their `results` are kept."""
 
-    price: float
-    again_s: Mapping[int, float]
+    always: frozenset[int]
+    results: frozenset[int]
+
+
+class Traded(NamedTuple):
+    """What ops take at least that compute again, the bytes that are kept paid for; and which these are."""
+
+    seconds: float
+    num_bytes: float
 
 
 RelaxationOf = Callable[[Rows, frozenset[int]], Relaxation]
@@ -63,7 +69,7 @@ class BlockFloor:
         self.stop = stop
         graph = ilp.problem.graph
         self._ops = frozenset(graph.representative[index] for index in range(start, stop))
-        self._known_s: dict[bytes, float] = {}
+        self._known: dict[bytes, tuple[float, Array]] = {}
 
     @cached_property
     def computed_s(self) -> float:
@@ -71,25 +77,43 @@ class BlockFloor:
         problem = self.problem
         return sum(problem.computed_s[index] / problem.instances[index] for index in sorted(self._ops))
 
-    @clocked("operator floors")
-    def least_s(self, trade: Trade | None = None, *, hides: bool = False) -> float:
-        """What the ops take at least; with a `trade`, their results and those of conversions are kept, or
-        made again, whichever costs less. Where something else `hides` what is communicated, it costs nothing,
-        but for what is made again.
+    def least_s(self, arithmetic: float | None = None) -> float:
+        """What the ops take at least.
+
+        A forward and a backward that run side by side hide communication, but together take at least what
+        they compute, and what the backward takes: so much `arithmetic` and the rest whole backwards.
         """
-        paid_s = self._computed_s if hides else self._time_s
-        if trade is not None:
-            ops_s = np.array([trade.again_s.get(part.op, 0.0) for part in self._parts.values()])
-            least_s = np.where(self._is_conversion, self._conversions_again_s, ops_s)
-            paid_s = paid_s + np.minimum(trade.price * self._result_bytes, least_s)
+        return self._least(self._paid_s(arithmetic))[0]
+
+    def traded(self, price: float, again: Again, arithmetic: float | None = None) -> Traded:
+        """The same if they run `again`, which nothing hides; or their results and those of conversions are
+        kept at this price of a byte, whichever costs less."""
+        forward_s = self._time_s - self._backward_s
+        parts = self._parts.values()
+        chosen = np.array([part.tensors is not None or part.op in again.results for part in parts])
+        always = np.array([part.tensors is None and part.op in again.always for part in parts])
+        kept_s, again_s = price * self._result_bytes, np.where(chosen, forward_s, 0.0)
+        more_s = np.minimum(kept_s, again_s) + np.where(always, forward_s, 0.0)
+        least_s, values = self._least(self._paid_s(arithmetic) + more_s)
+        return Traded(least_s, float(values @ np.where(kept_s < again_s, self._result_bytes, 0.0)))
+
+    def _paid_s(self, arithmetic: float | None) -> Array:
+        if arithmetic is None:
+            return self._time_s
+        return arithmetic * self._computed_s + (1 - arithmetic) * self._backward_s
+
+    @clocked("operator floors")
+    def _least(self, paid_s: Array) -> tuple[float, Array]:
+        """What the ops take at least where the variables that have a cost have this one, and their values."""
         key = paid_s.tobytes()
-        if key not in self._known_s:
+        if key not in self._known:
             relaxed = self.relaxation_of(self.ilp.rows, self._class)
             costs = np.zeros(relaxed.size.variables)
             costs[self._numbers] = paid_s
-            self._known_s[key] = relaxed.least(costs.tolist())
+            least_s, values = relaxed.least(costs.tolist())
+            self._known[key] = least_s, np.array(values)[self._numbers]
             self.effort.solved("operator floors", relaxed.size)
-        return self._known_s[key]
+        return self._known[key]
 
     @cached_property
     def _parts(self) -> Mapping[int, Part]:
@@ -122,7 +146,15 @@ class BlockFloor:
 
     @cached_property
     def _computed_s(self) -> Array:
-        seconds = self.ilp.op_computed_s
+        return self._of_ops(self.ilp.op_computed_s)
+
+    @cached_property
+    def _backward_s(self) -> Array:
+        conversions_s = self._time_s - self._conversions_again_s
+        return np.where(self._is_conversion, conversions_s, self._of_ops(self.ilp.op_backward_s))
+
+    def _of_ops(self, seconds: Mapping[int, float]) -> Array:
+        """Each of one instance, 0 for conversions."""
         parts = self._parts.items()
         return np.array([seconds.get(variable, 0.0) / part.num_instances for variable, part in parts])
 

@@ -93,9 +93,9 @@ class BlockIlp:
     """The program of one problem: built once, solved at any price of memory. Problems of one form share their
     rows.
 
-    Costs of its variables are time, of which `op_computed_s` is not communicated; `reductions_s` and the
-    bytes by variable say what else to add, and `parts` whose time it is. What is solved is noted with the
-    `effort`.
+    Costs of its variables are time, of which `op_computed_s` is not communicated and `op_backward_s` is
+    backward; `reductions_s` and the bytes by variable say what else to add, and `parts` whose time it is.
+    What is solved is noted with the `effort`.
     """
 
     def __init__(self, problem: AxisProblem, effort: Effort | None = None) -> None:
@@ -124,6 +124,11 @@ class BlockIlp:
     def op_computed_s(self) -> Mapping[int, float]:
         """What of the ops' variables' costs is not communicated."""
         return self._by_variable(self.problem.op_computed_s)
+
+    @cached_property
+    def op_backward_s(self) -> Mapping[int, float]:
+        """What of them is backward."""
+        return self._by_variable(self.problem.op_backward_s)
 
     @cached_property
     def activation_bytes(self) -> Mapping[int, float]:

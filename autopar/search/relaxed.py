@@ -28,18 +28,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import combinations, pairwise
-from typing import NamedTuple
+from itertools import compress, pairwise
+from operator import and_
 
 from autopar.pricing import OpCost, Pricer
-from autopar.search.block_floor import BlockFloor, Trade
+from autopar.search.block_floor import Again, BlockFloor
+from autopar.search.frontier import Line, Reached, corners, lines_below
 from autopar.search.saved import Saved, SavedByName
 from autopar.search.units import Chain, ParameterShard, Unit
 
-MOST_PRICES = 5
-"""The prices that a block problem is solved at: more bring its lines closer to the frontier."""
+MIXED = 0.75
+"""How much of a mixture of both passes' arithmetic and whole backwards is arithmetic."""
 
-_ROUNDING = 1e-9
+MOST_PRICES = 4
+"""The prices that a block problem is solved at: more bring its lines closer to the frontier."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,34 +56,20 @@ class UnitFloor:
     pricer: Pricer
     trades: bool = True
 
-    def traded_s(self, price: float, *, hides: bool) -> float:
-        """h(λ) of the module."""
-        entering_s = price * self.unit.saved["full"].num_bytes / self.degree
-        always_s, again_s = self._again_s
-        return always_s + entering_s + self.ops.least_s(Trade(price, again_s), hides=hides)
+    def reached(self, price: float, arithmetic: float | None) -> Reached:
+        """h(λ) of the module, and what is kept there."""
+        entering_bytes = self.unit.saved["full"].num_bytes / self.degree
+        seconds, num_bytes = self.ops.traded(price, self._again, arithmetic)
+        return Reached(Line(price, seconds + price * entering_bytes), entering_bytes + num_bytes)
 
     @cached_property
-    def _again_s(self) -> tuple[float, dict[int, float]]:
-        """What always runs again, and the least seconds in which each op's results are made again."""
-        unit, graph = self.unit, self.ops.problem.graph
-        forward_s = [self.pricer.priced(kernels).forward_total_s / self.degree for kernels in unit.kernels]
-        always_s = sum(s for s, again in zip(forward_s, unit.again["selective"], strict=True) if again)
-        members = range(self.ops.start, self.ops.stop)
-        at = {graph.ops[index].name: graph.representative[index] for index in members}
-        return always_s, {
-            at[result.name]: forward_s[result.op] if unit.again["full"][result.op] else 0.0
-            for result in unit.results
-        }
-
-
-class Line(NamedTuple):
-    """What keeps b bytes takes at least `seconds` - `price` b."""
-
-    price: float
-    seconds: float
-
-    def seconds_at(self, num_bytes: float) -> float:
-        return self.seconds - self.price * num_bytes
+    def _again(self) -> Again:
+        """What of the module runs again."""
+        unit, representative = self.unit, self.ops.problem.graph.representative
+        ops, full = representative[self.ops.start : self.ops.stop], unit.again["full"]
+        both = map(and_, full, unit.again["selective"])
+        made = (result.op for result in unit.results)
+        return Again(frozenset(compress(ops, both)), frozenset(ops[op] for op in made if full[op]))
 
 
 def relaxed(
@@ -164,7 +152,6 @@ class _Least:
         self.pricer = pricer
         self.floor = floor
         self.part = part
-        self.hides = hides
         self.cost = unit.part(1 / degree)
         self.time_s = self.cost.total_s
         self.computed_s = self.cost.forward_s + self.cost.backward_s
@@ -172,11 +159,21 @@ class _Least:
             launched_s = (1 - part) * unit.launches.total_s
             self.time_s = max(self.time_s, launched_s + part * floor.ops.least_s())
             self.computed_s = max(self.computed_s, launched_s + part * floor.ops.computed_s)
+        self.mixtures: tuple[float | None, ...] = (None,)
+        if hides:
+            mixed_s = self._mixed_s()
+            self.mixtures = (1.0, MIXED) if mixed_s > self.computed_s else (1.0,)
+            self.computed_s = max(self.computed_s, mixed_s)
+        self.least_s = self.computed_s if hides else self.time_s
 
-    @property
-    def least_s(self) -> float:
-        """What nothing hides, when nothing is computed again."""
-        return self.computed_s if self.hides else self.time_s
+    def _mixed_s(self) -> float:
+        """What both passes take at least where communication hides behind others' arithmetic and nothing is
+        computed again, by that mixture of their arithmetic and the whole backward."""
+        if self.floor is None:
+            return 0.0
+        launches = self.device.launches
+        launched_s = (1 - self.part) * (MIXED * launches.forward_s + launches.backward_s)
+        return launched_s + self.part * self.floor.ops.least_s(MIXED)
 
     def unit(self, trades: bool) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
@@ -198,15 +195,18 @@ class _Least:
         if self.fastest is None:
             return self._least_passes(self.least_s)
         like = self.fastest.cost.exposing(self.pricer.era.tensor_parallel_exposed)
-        if not self.hides:
+        arithmetic = self.mixtures[-1]
+        if arithmetic is None:
             forward_s = self.time_s * _share(like.forward_total_s, like.total_s)
             return _passes(forward_s, self.time_s - forward_s, like.weight_s)
         # What it does beside that is communication at best, and hides behind as much at most.
-        moved_s = min(max(0.0, self.time_s - self.computed_s), self.computed_s)
-        forward_s = self.computed_s * _share(like.forward_s, like.forward_s + like.backward_s)
+        moved_s = min(max(0.0, self.time_s - self.least_s), self.least_s)
+        ahead_s = arithmetic * like.forward_s
+        back_s = like.backward_s + (1 - arithmetic) * like.backward_communication_s
+        forward_s = self.least_s * _share(ahead_s, ahead_s + back_s)
         both_s = like.forward_communication_s + like.backward_communication_s
         there_s = moved_s * _share(like.forward_communication_s, both_s)
-        return _passes(forward_s, self.computed_s - forward_s, like.weight_s)._replace(
+        return _passes(forward_s, self.least_s - forward_s, like.weight_s)._replace(
             forward_communication_s=there_s, backward_communication_s=moved_s - there_s
         )
 
@@ -216,27 +216,18 @@ class _Least:
         forward_s, back_s = self.cost.forward_s, self.cost.backward_s - self.cost.weight_s
         return _passes(forward_s, both_s - forward_s, max(0.0, both_s - forward_s - back_s))
 
-    def _frontier(self) -> Iterator[tuple[float, float]]:
+    def _frontier(self) -> list[tuple[float, float]]:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""
         most, least = (self.device.saved[mode].num_bytes / self.degree for mode in ("none", "full"))
-        assert self.floor is not None, "units without one do not trade"
-        lines = [Line(0.0, self.least_s), *self._device_lines()]
-        for price in self._prices():
-            traded_s = self.part * self.floor.traded_s(price, hides=self.hides)
-            lines.append(Line(price, min(self.least_s + price * most, traded_s)))
-
-        def seconds(num_bytes: float) -> float:
-            return max(line.seconds_at(num_bytes) for line in lines)
-
-        corners = {least}
-        for one, other in combinations(lines, 2):
-            if one.price == other.price:
-                continue
-            crossing = (other.seconds - one.seconds) / (other.price - one.price)
-            if least < crossing < most and seconds(crossing) <= one.seconds_at(crossing) * (1 + _ROUNDING):
-                corners.add(crossing)
-        for num_bytes in sorted(corners, reverse=True):
-            yield num_bytes, seconds(num_bytes)
+        lines = [*self._device_lines()]
+        for arithmetic in self.mixtures:
+            lines += lines_below(
+                Reached(Line(0.0, self.least_s), most),
+                partial(self._reached, most, arithmetic),
+                self._highest_price(),
+                MOST_PRICES,
+            )
+        return corners(lines, least, most)
 
     def _device_lines(self) -> Iterator[Line]:
         """Those of one device's frontier, divided over the ranks."""
@@ -248,15 +239,22 @@ class _Least:
                 kept_s = unit.recompute_s[one] + price * unit.saved[one].num_bytes
                 yield Line(price, self.least_s + kept_s / self.degree)
 
-    def _prices(self) -> list[float]:
-        """What a byte is worth to the fastest program: where its own frontier bends."""
-        unit, found = self.fastest, set()
+    def _reached(self, most: float, arithmetic: float | None, price: float) -> Reached:
+        """What the unit takes at least where a byte has this price, all kept or not."""
+        assert self.floor is not None, "units without one do not trade"
+        all_kept = Reached(Line(price, self.least_s + price * most), most)
+        traded = self.floor.reached(price, arithmetic)
+        return traded if traded.line.seconds < all_kept.line.seconds else all_kept
+
+    def _highest_price(self) -> float:
+        """What a byte is worth at most to the fastest program: where its own frontier bends."""
+        unit, found = self.fastest, 0.0
         assert unit is not None, "trades need prices of memory"
         for one, other in pairwise(unit.frontier):
             freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
             if freed > 0:
-                found.add((unit.recompute_s[other] - unit.recompute_s[one]) / freed)
-        return _spread(sorted(found), MOST_PRICES)
+                found = max(found, (unit.recompute_s[other] - unit.recompute_s[one]) / freed)
+        return found
 
 
 def _passes(forward_s: float, backward_s: float, weight_s: float) -> OpCost:
@@ -265,10 +263,3 @@ def _passes(forward_s: float, backward_s: float, weight_s: float) -> OpCost:
 
 def _share(part_s: float, whole_s: float) -> float:
     return part_s / whole_s if whole_s else 0.0
-
-
-def _spread(prices: Sequence[float], most: int) -> list[float]:
-    """At most so many of the prices, evenly spread."""
-    if len(prices) <= most:
-        return list(prices)
-    return [prices[round(number * (len(prices) - 1) / (most - 1))] for number in range(most)]

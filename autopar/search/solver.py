@@ -197,8 +197,8 @@ class Relaxation:
         self.size = Size(len(model.costs), len(model.rows), 0)
         self._solver: mathopt.Solver | None = None
 
-    def least(self, costs: Sequence[float]) -> float:
-        """What nothing can cost less than."""
+    def least(self, costs: Sequence[float]) -> tuple[float, list[float]]:
+        """What nothing can cost less than, and the values of variables that cost that."""
         model, parameters = self._model.priced(costs, relaxed=True), _parameters(_GLOP, _UNLIMITED)
         scale = _scale(model)
         if self._solver is None:
@@ -214,9 +214,11 @@ class Relaxation:
             parameters.lp_algorithm = parameters_pb2.LP_ALGORITHM_PRIMAL_SIMPLEX
         found = self._solver.solve(parameters, _hinted(None), *_UNWATCHED)
         if found.termination.reason == result_pb2.TERMINATION_REASON_OPTIMAL:
-            return float(found.termination.objective_bounds.dual_bound) / scale
+            bound = float(found.termination.objective_bounds.dual_bound) / scale
+            return bound, _values(found, len(costs))
         self._solver = None  # numbers went astray on the way
-        return solve(model).bound
+        alone = solve(model)
+        return alone.bound, list(alone.values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,12 +298,18 @@ def _run(model: LinearModel, solver: int, limits: _Limits, hint: Sequence[float]
     bound = result.termination.objective_bounds.dual_bound / scale
     if status == "unknown" or not result.solutions:
         return _Found("unknown", bound=bound)
-    primal = result.solutions[0].primal_solution.variable_values
-    values = [0.0] * len(model.costs)
-    for index, value in zip(primal.ids, primal.values, strict=True):
-        values[index] = value
+    values = _values(result, len(model.costs))
     cost = model.cost_of(values)
     return _Found(status, cost, cost if solver == _GLOP else bound, tuple(values))
+
+
+def _values(result: result_pb2.SolveResultProto, number: int) -> list[float]:
+    """What the variables of the best answer are, so many of them."""
+    answer = result.solutions[0].primal_solution.variable_values
+    values = [0.0] * number
+    for index, value in zip(answer.ids, answer.values, strict=True):
+        values[index] = value
+    return values
 
 
 def _model_proto(

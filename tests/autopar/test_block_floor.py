@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 import graphs
-from autopar.search.block_floor import BlockFloor, Trade, kept_relaxations
+from autopar.search.block_floor import Again, BlockFloor, kept_relaxations
 from autopar.search.block_ilp import BlockIlp, Part
 from autopar.search.programs import Programs
 from autopar.search.solver import solve
@@ -16,9 +16,9 @@ from autopar.search.units import Stretch, stretches
 from tests.autopar.small_models import cluster
 from tests.models import case
 
-LOOKS = ((None, False), (None, True), (1e-11, False), (1e-10, True))
-"""Seconds a kept byte, from where all is kept to where most is made again, and whether something hides what
-is communicated."""
+LOOKS = ((None, None), (None, 1.0), (None, 0.75), (1e-11, None), (1e-11, 0.75), (1e-10, 1.0))
+"""Seconds a kept byte, from where all is kept to where most is made again, and where something hides what is
+communicated, how much arithmetic counts beside whole backwards."""
 
 
 @cache
@@ -30,15 +30,18 @@ def axis(name: str, tp: int) -> tuple[BlockIlp, list[Stretch]]:
     return programs.ilp(key), [*stretches(replica.whole, replica.local.graph)]
 
 
-def again_of(ilp: BlockIlp, start: int, stop: int) -> dict[int, float]:
-    """Seconds in which every other op runs again, as far as that matters here."""
-    problem = ilp.problem
-    ops = {problem.graph.representative[index] for index in range(start, stop)}
-    return {op: 0.3 * problem.computed_s[op] / problem.instances[op] for op in sorted(ops)[::2]}
+def again_of(ilp: BlockIlp, start: int, stop: int) -> Again:
+    """Of three ops one always runs again, and one unless it is kept, as far as that matters here."""
+    ops = sorted({ilp.problem.graph.representative[index] for index in range(start, stop)})
+    return Again(frozenset(ops[::3]), frozenset(ops[1::3]))
+
+
+def least_s(floor: BlockFloor, price: float | None, again: Again, arithmetic: float | None) -> float:
+    return floor.least_s(arithmetic) if price is None else floor.traded(price, again, arithmetic).seconds
 
 
 def whole_s(
-    ilp: BlockIlp, start: int, stop: int, price: float | None, again_s: dict[int, float], *, hides: bool
+    ilp: BlockIlp, start: int, stop: int, price: float | None, again: Again, arithmetic: float | None
 ) -> float:
     """The relaxation with all rows, and costs where `[start, stop)` computes, converts or keeps something."""
     problem, graph = ilp.problem, ilp.problem.graph
@@ -54,13 +57,19 @@ def whole_s(
     costs = [0.0] * len(ilp.model.costs)
     for variable, part in ilp.parts.items():
         if is_own(part):
-            time_s = ilp.op_computed_s.get(variable, 0.0) if hides else ilp.model.costs[variable]
-            costs[variable] = time_s / part.num_instances
-            if price is not None and part.tensors is None:
-                costs[variable] += min(price * part.result_bytes, again_s.get(part.op, 0.0))
-            elif price is not None and part.tensors is not None:
-                moved_s = problem.conversion_again_s(part.tensors.name, *part.states)
-                costs[variable] += min(price * part.result_bytes, moved_s)
+            time_s, number = ilp.model.costs[variable], part.num_instances
+            if part.tensors is None:
+                backward_s = ilp.op_backward_s[variable]
+            else:
+                backward_s = time_s - number * problem.conversion_again_s(part.tensors.name, *part.states)
+            forward_s = (time_s - backward_s) / number
+            if arithmetic is not None:
+                time_s = arithmetic * ilp.op_computed_s.get(variable, 0.0) + (1 - arithmetic) * backward_s
+            costs[variable] = time_s / number
+            if price is not None and (part.tensors is not None or part.op in again.results):
+                costs[variable] += min(price * part.result_bytes, forward_s)
+            elif price is not None and part.op in again.always:
+                costs[variable] += forward_s
     return solve(ilp.model.priced(costs, relaxed=True)).bound
 
 
@@ -69,12 +78,27 @@ def test_rows_in_which_a_unit_has_no_cost_do_not_matter(name: str, tp: int) -> N
     """Nor does what the relaxations that units share were asked before."""
     (ilp, units), relaxation_of = axis(name, tp), kept_relaxations()
     for start, stop, _ in (*units, *reversed(units)):
-        floor, again_s = BlockFloor(ilp, start, stop, relaxation_of), again_of(ilp, start, stop)
-        for price, hides in LOOKS:
-            found_s = floor.least_s(None if price is None else Trade(price, again_s), hides=hides)
-            true_s = whole_s(ilp, start, stop, price, again_s, hides=hides)
-            assert found_s == pytest.approx(true_s), (start, stop, price, hides)
-            assert found_s >= floor.computed_s * (1 - 1e-9)
+        floor, again = BlockFloor(ilp, start, stop, relaxation_of), again_of(ilp, start, stop)
+        for price, arithmetic in LOOKS:
+            found_s = least_s(floor, price, again, arithmetic)
+            true_s = whole_s(ilp, start, stop, price, again, arithmetic)
+            assert found_s == pytest.approx(true_s), (start, stop, price, arithmetic)
+            assert found_s >= (arithmetic or 1.0) * floor.computed_s * (1 - 1e-9)
+
+
+def test_a_traded_line_is_reached_where_it_says() -> None:
+    """What another price costs at least with what is kept there is no less than its own line."""
+    ilp, units = axis("llama", 4)
+    start, stop = next((start, stop) for start, stop, block in units if block)
+    floor, again = BlockFloor(ilp, start, stop), again_of(ilp, start, stop)
+    prices = (1e-13, 1e-12, 1e-11, 1e-10)
+    reached = [floor.traded(price, again) for price in prices]
+    kept = [traded.num_bytes for traded in reached]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > kept[-1], "memory that is dear is kept less"
+    for price, traded in zip(prices, reached, strict=True):
+        for other, there in zip(prices, reached, strict=True):
+            assert traded.seconds <= there.seconds + (price - other) * there.num_bytes + 1e-12
 
 
 def test_floors_add_up_to_no_more_than_the_whole_program() -> None:

@@ -94,7 +94,9 @@ def test_one_relaxation_after_the_other_finds_what_each_does_alone(seed) -> None
     for scale in (1e-6, 1e-6, 1.0, 1e3, 0.0, 1e-6):
         costs = [scale * rng.choice((0.0, rng.uniform(-40, 5))) for _ in model.costs]
         alone = solve(model.priced(costs, relaxed=True))
-        assert relaxation.least(costs) == pytest.approx(alone.bound, rel=1e-9, abs=1e-15)
+        bound, values = relaxation.least(costs)
+        assert bound == pytest.approx(alone.bound, rel=1e-9, abs=1e-15)
+        assert model.priced(costs).cost_of(values) == pytest.approx(bound, rel=1e-9, abs=1e-15)
     assert relaxation.size == Size(40, 3, 0)
 
 
@@ -109,7 +111,8 @@ def test_a_relaxation_that_goes_astray_is_solved_anew() -> None:
     model = knapsack(0)
     relaxation, bound = Relaxation(model), solve(model.priced(model.costs, relaxed=True)).bound
     relaxation._solver = Astray()
-    assert relaxation.least(model.costs) == pytest.approx(bound)
+    found, values = relaxation.least(model.costs)
+    assert found == pytest.approx(bound) == model.cost_of(values)
     assert relaxation._solver is None
 
 
