@@ -97,7 +97,7 @@ def relaxed(
     for unit, like, floor in zip(device.units, likes, floors, strict=True):
         kind = (id(unit.recompute_s), floor)
         if kind not in known:
-            known[kind] = _Least(unit, like, degree, pricer, floor, part, hides).unit(trades)
+            known[kind] = _Least(unit, like, degree, pricer, floor, part, trades, hides).unit()
         # Units that share what they compute again still do.
         least = known[kind]
         units.append(
@@ -144,6 +144,7 @@ class _Least:
         pricer: Pricer,
         floor: UnitFloor | None,
         part: float,
+        trades: bool,
         hides: bool,
     ) -> None:
         self.device = unit
@@ -159,27 +160,20 @@ class _Least:
             launched_s = (1 - part) * unit.launches.total_s
             self.time_s = max(self.time_s, launched_s + part * floor.ops.least_s())
             self.computed_s = max(self.computed_s, launched_s + part * floor.ops.computed_s)
-        self.mixtures: tuple[float | None, ...] = (None,)
-        if hides:
-            mixed_s = self._mixed_s()
-            self.mixtures = (1.0, MIXED) if mixed_s > self.computed_s else (1.0,)
-            self.computed_s = max(self.computed_s, mixed_s)
+        self.trades = floor is not None and trades and floor.trades and unit.is_block
+        # How much counts of both passes' arithmetic, beside the whole backward.
+        self.mixtures: tuple[float | None, ...] = (1.0,) if hides else (None,)
         self.least_s = self.computed_s if hides else self.time_s
+        if floor is not None and self.trades and hides:
+            mixed_s = floor.ops.least_s(MIXED)
+            if mixed_s > self.least_s:
+                self.least_s, self.mixtures = mixed_s, (1.0, MIXED)
 
-    def _mixed_s(self) -> float:
-        """What both passes take at least where communication hides behind others' arithmetic and nothing is
-        computed again, by that mixture of their arithmetic and the whole backward."""
-        if self.floor is None:
-            return 0.0
-        launches = self.device.launches
-        launched_s = (1 - self.part) * (MIXED * launches.forward_s + launches.backward_s)
-        return launched_s + self.part * self.floor.ops.least_s(MIXED)
-
-    def unit(self, trades: bool) -> Unit:
+    def unit(self) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
         cost = self._cost()
         least = self.device._replace(cost=cost, unpaced=cost, recompute_s=again_s)
-        if not (trades and self.floor and self.floor.trades and self.device.is_block):
+        if not self.trades:
             return least
         saved = dict(self.device.saved)
         names = ["none"]
