@@ -53,10 +53,7 @@ class LeastPrograms:
             floors: list[UnitFloor | None] = [None] * len(device.units)
             if p.tp > 1 and p.ep == 1:
                 floors = self._floors_of(_floor_key(multiple * p.microbatch_size, p.tp))
-            chain = relaxed(
-                device, None, p.tp, p.cp, pricer, floors, part=1 / (p.cp * multiple), trades=False,
-                hides=hides,
-            )  # fmt: skip
+            chain = relaxed(device, None, p.tp, p.cp, pricer, floors, part=1 / (p.cp * multiple), hides=hides)
             self._divided[key, hides] = Program(key, chain, None, {})
         return self._divided[key, hides]
 
@@ -82,7 +79,7 @@ class LeastPrograms:
             return [None] * len(units)
         replica, ilp = self.programs.replica_of(key), self.programs.ilp(key)
         device_s = sum(unit.cost.total_s for unit in units)
-        pricer, repeats = self._device_pricer(key.ep), self.programs.shallow.repeats
+        repeats = self.programs.shallow.repeats
         runs = [(run, repeats.get(run[2] or "", 1)) for run in stretches(replica.whole, replica.local.graph)]
         known: dict[tuple[int, int], UnitFloor] = {}
         found: list[UnitFloor | None] = []
@@ -94,7 +91,7 @@ class LeastPrograms:
             if (start, stop) not in known:
                 ops = BlockFloor(ilp, start, stop, self._relaxation_of)
                 trades = all_s > SMALLEST_TRADE * device_s
-                known[start, stop] = UnitFloor(ops, unit, key.tp * key.cp, pricer, trades)
+                known[start, stop] = UnitFloor(ops, unit, key.tp * key.cp, trades)
             found.append(known[start, stop])
         return found
 

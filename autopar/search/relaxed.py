@@ -29,7 +29,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import compress, pairwise
-from operator import and_
+from operator import and_, itemgetter
+from typing import NamedTuple
 
 from autopar.pricing import OpCost, Pricer
 from autopar.search.block_floor import Again, BlockFloor
@@ -44,6 +45,16 @@ MOST_PRICES = 4
 """The prices that a block problem is solved at: more bring its lines closer to the frontier."""
 
 
+class Trade(NamedTuple):
+    """What a unit takes at least that trades memory for time: `seconds` with all kept, and else the `lines`
+    below its frontier; and how much `arithmetic` counts in the seconds, where something hides what is
+    communicated."""
+
+    seconds: float
+    lines: tuple[Line, ...]
+    arithmetic: float | None
+
+
 @dataclass(frozen=True, eq=False)
 class UnitFloor:
     """What a unit takes at least in the problem of an axis, of which it is the `ops`; `unit` is what one
@@ -53,8 +64,39 @@ class UnitFloor:
     ops: BlockFloor
     unit: Unit
     degree: int
-    pricer: Pricer
     trades: bool = True
+
+    @cached_property
+    def exposed(self) -> Trade:
+        """The trade where nothing hides what is communicated."""
+        return self._trade((None,))
+
+    @cached_property
+    def hidden(self) -> Trade:
+        """The same where arithmetic does."""
+        return self._trade((1.0, MIXED))
+
+    def _trade(self, mixtures: Sequence[float | None]) -> Trade:
+        """That of the mixtures that say most, with all kept and below it."""
+        all_kept = [(self.ops.least_s(arithmetic), arithmetic) for arithmetic in mixtures]
+        first = all_kept[0]
+        best = max(all_kept, key=itemgetter(0))
+        lines: list[Line] = []
+        for arithmetic in dict.fromkeys((first[1], best[1])):
+            lines += self._lines(best[0], arithmetic)
+        return Trade(best[0], tuple(lines), best[1])
+
+    def _lines(self, seconds: float, arithmetic: float | None) -> list[Line]:
+        """Lines below what it takes and keeps: so long with all kept, or with a part computed again."""
+        most_bytes = self.unit.saved["none"].num_bytes / self.degree
+
+        def reached(price: float) -> Reached:
+            all_kept = Reached(Line(price, seconds + price * most_bytes), most_bytes)
+            traded = self.reached(price, arithmetic)
+            return traded if traded.line.seconds < all_kept.line.seconds else all_kept
+
+        highest_price = max((price for price, _ in _bends(self.unit)), default=0.0)
+        return lines_below(Reached(Line(0.0, seconds), most_bytes), reached, highest_price, MOST_PRICES)
 
     def reached(self, price: float, arithmetic: float | None) -> Reached:
         """h(λ) of the module, and what is kept there."""
@@ -70,6 +112,16 @@ class UnitFloor:
         both = map(and_, full, unit.again["selective"])
         made = (result.op for result in unit.results)
         return Again(frozenset(compress(ops, both)), frozenset(ops[op] for op in made if full[op]))
+
+
+def _bends(unit: Unit) -> Iterator[tuple[float, float]]:
+    """What a byte is worth where a unit's frontier bends, and what it takes there with all kept at this
+    price, beside what it takes with all kept."""
+    for one, other in pairwise(unit.frontier):
+        freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
+        if freed > 0:
+            price = (unit.recompute_s[other] - unit.recompute_s[one]) / freed
+            yield price, unit.recompute_s[one] + price * unit.saved[one].num_bytes
 
 
 def relaxed(
@@ -152,32 +204,34 @@ class _Least:
         self.degree = degree
         self.pricer = pricer
         self.floor = floor
-        self.part = part
         self.cost = unit.part(1 / degree)
         self.time_s = self.cost.total_s
         self.computed_s = self.cost.forward_s + self.cost.backward_s
+        self.arithmetic: float | None = 1.0 if hides else None
+        self.lines: list[Line] | None = None
         if floor is not None:
-            launched_s = (1 - part) * unit.launches.total_s
+            launches = unit.launches
+            launched_s = (1 - part) * launches.total_s
             self.time_s = max(self.time_s, launched_s + part * floor.ops.least_s())
             self.computed_s = max(self.computed_s, launched_s + part * floor.ops.computed_s)
-        self.trades = floor is not None and trades and floor.trades and unit.is_block
-        # How much counts of both passes' arithmetic, beside the whole backward.
-        self.mixtures: tuple[float | None, ...] = (1.0,) if hides else (None,)
         self.least_s = self.computed_s if hides else self.time_s
-        if floor is not None and self.trades and hides:
-            mixed_s = floor.ops.least_s(MIXED)
-            if mixed_s > self.least_s:
-                self.least_s, self.mixtures = mixed_s, (1.0, MIXED)
+        if floor is not None and trades and floor.trades and unit.is_block:
+            trade = floor.hidden if hides else floor.exposed
+            forward_part = 1.0 if trade.arithmetic is None else MIXED
+            launched_s = (1 - part) * (forward_part * launches.forward_s + launches.backward_s)
+            self.lines = [Line(price, launched_s + part * seconds) for price, seconds in trade.lines]
+            if launched_s + part * trade.seconds > self.least_s:
+                self.least_s, self.arithmetic = launched_s + part * trade.seconds, trade.arithmetic
 
     def unit(self) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
         cost = self._cost()
         least = self.device._replace(cost=cost, unpaced=cost, recompute_s=again_s)
-        if not self.trades:
+        if self.lines is None:
             return least
         saved = dict(self.device.saved)
         names = ["none"]
-        for number, (num_bytes, seconds) in enumerate(self._frontier()):
+        for number, (num_bytes, seconds) in enumerate(self._frontier(self.lines)):
             names.append(f"least-{number}")
             again_s[names[-1]] = max(0.0, seconds - self.least_s)
             saved[names[-1]] = Saved({}, int(num_bytes))
@@ -189,7 +243,7 @@ class _Least:
         if self.fastest is None:
             return self._least_passes(self.least_s)
         like = self.fastest.cost.exposing(self.pricer.era.tensor_parallel_exposed)
-        arithmetic = self.mixtures[-1]
+        arithmetic = self.arithmetic
         if arithmetic is None:
             forward_s = self.time_s * _share(like.forward_total_s, like.total_s)
             return _passes(forward_s, self.time_s - forward_s, like.weight_s)
@@ -210,45 +264,12 @@ class _Least:
         forward_s, back_s = self.cost.forward_s, self.cost.backward_s - self.cost.weight_s
         return _passes(forward_s, both_s - forward_s, max(0.0, both_s - forward_s - back_s))
 
-    def _frontier(self) -> list[tuple[float, float]]:
-        """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least."""
+    def _frontier(self, lines: Sequence[Line]) -> list[tuple[float, float]]:
+        """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least: these,
+        and those of one device's frontier, divided over the ranks."""
         most, least = (self.device.saved[mode].num_bytes / self.degree for mode in ("none", "full"))
-        lines = [*self._device_lines()]
-        for arithmetic in self.mixtures:
-            lines += lines_below(
-                Reached(Line(0.0, self.least_s), most),
-                partial(self._reached, most, arithmetic),
-                self._highest_price(),
-                MOST_PRICES,
-            )
-        return corners(lines, least, most)
-
-    def _device_lines(self) -> Iterator[Line]:
-        """Those of one device's frontier, divided over the ranks."""
-        unit = self.device
-        for one, other in pairwise(unit.frontier):
-            freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
-            if freed > 0:
-                price = (unit.recompute_s[other] - unit.recompute_s[one]) / freed
-                kept_s = unit.recompute_s[one] + price * unit.saved[one].num_bytes
-                yield Line(price, self.least_s + kept_s / self.degree)
-
-    def _reached(self, most: float, arithmetic: float | None, price: float) -> Reached:
-        """What the unit takes at least where a byte has this price, all kept or not."""
-        assert self.floor is not None, "units without one do not trade"
-        all_kept = Reached(Line(price, self.least_s + price * most), most)
-        traded = self.floor.reached(price, arithmetic)
-        return traded if traded.line.seconds < all_kept.line.seconds else all_kept
-
-    def _highest_price(self) -> float:
-        """What a byte is worth at most to the fastest program: where its own frontier bends."""
-        unit, found = self.fastest, 0.0
-        assert unit is not None, "trades need prices of memory"
-        for one, other in pairwise(unit.frontier):
-            freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
-            if freed > 0:
-                found = max(found, (unit.recompute_s[other] - unit.recompute_s[one]) / freed)
-        return found
+        device = (Line(price, self.least_s + more_s / self.degree) for price, more_s in _bends(self.device))
+        return corners([Line(0.0, self.least_s), *lines, *device], least, most)
 
 
 def _passes(forward_s: float, backward_s: float, weight_s: float) -> OpCost:

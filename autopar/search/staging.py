@@ -33,7 +33,7 @@ from autopar.search.stage_table import Options, StageTable
 from autopar.search.stages import Cut, Where, best_cut
 from autopar.search.units import Chain, Unit
 from autopar.search.variants import RankUnits, Variants
-from costmodel.orders import alone_parts
+from costmodel.orders import OVERLAPPING_SCHEDULES, alone_parts
 
 NUM_REPAIRS = 16
 """How often what does not fit yet is taken off again; the second time it mostly fits."""
@@ -90,8 +90,9 @@ class StageLayer:
         return self._tables[key][1:]
 
     def schedule_floor_s(self, p: Parallelism, program: Program | None = None) -> float:
-        """No step takes less, whatever the data axes do; 0 where cuts are still open. Without a program, that
-        of one device is divided over the ranks of all stages."""
+        """No step takes less, whatever the data axes do; 0 where cuts are still open. Without the fastest
+        program, or where others that compute less could hide what they communicate, that of one device is
+        divided over the ranks of all stages."""
         if p.num_virtual_stages == 1:
             return 0.0
         cuts = self._even(p)
@@ -99,7 +100,7 @@ class StageLayer:
             return float("inf")
         accumulation_s = self._accumulation_s(p)
         overhead_s = self.evaluator.era.step_overhead_s
-        if program is not None:
+        if program is not None and (p.tp == 1 or p.schedule not in OVERLAPPING_SCHEDULES):
             return self.even(program).schedule_floor_s(p, cuts, accumulation_s) + overhead_s
         # All ranks of a context axis add up the gradients of the same parameters.
         whole_s = self._device(p).schedule_floor_s(p, cuts, p.cp * accumulation_s)

@@ -135,12 +135,14 @@ class WayFloors:
         return max([floor_s, *(ends_s or ())])
 
     def _rank(self, kind: Layout | Parallelism, program: Program | None = None) -> Rank:
-        """A microbatch on all stages of one rank, of this program if there is one."""
+        """A microbatch on all stages of one rank, with its fastest program if there is one: others of a
+        tensor axis may compute less, though they take longer."""
         rank = self.floors.rank(kind.microbatch_size, kind.tp, kind.cp, kind.ep)
         if program is None:
             return rank
         table = self.layer.table(program)
-        return rank._replace(microbatch_s=table.microbatch_s, computed_s=table.computed_s)
+        computed_s = table.computed_s if kind.tp == 1 else rank.computed_s
+        return rank._replace(microbatch_s=table.microbatch_s, computed_s=computed_s)
 
     def _rank_s(self, p: Parallelism, rank: Rank) -> float:
         """A microbatch on a rank, less what the schedule hides of it."""
