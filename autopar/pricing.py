@@ -41,6 +41,11 @@ class OpCost(NamedTuple):
         return self.forward_s + self.backward_s + self.forward_communication_s + self.backward_communication_s
 
     @property
+    def computed_s(self) -> float:
+        """What of it is not communicated."""
+        return self.forward_s + self.backward_s
+
+    @property
     def forward_total_s(self) -> float:
         """What running the forward again would take."""
         return self.forward_s + self.forward_communication_s
@@ -51,6 +56,8 @@ class OpCost(NamedTuple):
 
     def exposing(self, share: float) -> OpCost:
         """The cost where so much of the communication is left, and something hides the rest."""
+        if share == 1:  # as in most software, and costs are many
+            return self
         return self._replace(
             forward_communication_s=share * self.forward_communication_s,
             backward_communication_s=share * self.backward_communication_s,

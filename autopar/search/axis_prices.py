@@ -22,8 +22,8 @@ class Prices(Protocol):
         """What one op costs in its local form; `traffic` is that of the whole graph."""
         ...
 
-    def seconds(self, cost: OpCost) -> float:
-        """What of it nothing hides, forward and backward."""
+    def exposed(self, cost: OpCost) -> OpCost:
+        """What of it nothing hides."""
         ...
 
     def conversion_s(self, how: Conversion, num_bytes: float) -> float:
@@ -53,12 +53,11 @@ class ClusterPrices:
 
     def conversion_s(self, how: Conversion, num_bytes: float) -> float:
         backward = how.backward is not None
-        return self.seconds(self.pricer.conversion(how.name, num_bytes, self.axis, backward=backward))
+        cost = self.pricer.conversion(how.name, num_bytes, self.axis, backward=backward)
+        return self.exposed(cost).total_s
 
-    def seconds(self, cost: OpCost) -> float:
-        exposed = self.pricer.era.tensor_parallel_exposed
-        communication_s = cost.forward_communication_s + cost.backward_communication_s
-        return cost.forward_s + cost.backward_s + exposed * communication_s
+    def exposed(self, cost: OpCost) -> OpCost:
+        return cost.exposing(self.pricer.era.tensor_parallel_exposed)
 
     def reduction_s(self, num_bytes: float) -> float:
         return self.pricer.bucketed_s("all_reduce", num_bytes, self.pricer.groups[self.axis])

@@ -159,35 +159,17 @@ class AxisProblem:
     @cached_property
     def op_times_s(self) -> Mapping[int, tuple[float, ...]]:
         """Per representative op, the time of all its instances together under each of its strategies."""
-        return {index: tuple(map(self.prices.seconds, costs)) for index, costs in self._op_costs.items()}
+        return {index: tuple([cost.total_s for cost in costs]) for index, costs in self.op_costs.items()}
 
     @cached_property
     def computed_s(self) -> Mapping[int, float]:
         """Per representative op, what all its instances compute at least, whatever that communicates."""
-        return {index: min(times_s) for index, times_s in self.op_computed_s.items()}
+        return {index: min([cost.computed_s for cost in costs]) for index, costs in self.op_costs.items()}
 
     @cached_property
-    def op_computed_s(self) -> Mapping[int, tuple[float, ...]]:
-        """`op_times_s` without what is communicated."""
-        return {
-            index: tuple(cost.forward_s + cost.backward_s for cost in costs)
-            for index, costs in self._op_costs.items()
-        }
-
-    @cached_property
-    def op_backward_s(self) -> Mapping[int, tuple[float, ...]]:
-        """What of them is backward, communication and all."""
-        return {
-            index: tuple(
-                self.prices.seconds(cost._replace(forward_s=0.0, forward_communication_s=0.0))
-                for cost in costs
-            )
-            for index, costs in self._op_costs.items()
-        }
-
-    @cached_property
-    def _op_costs(self) -> Mapping[int, tuple[OpCost, ...]]:
-        """Per representative op, what all its instances together cost under each of its strategies.
+    def op_costs(self) -> Mapping[int, tuple[OpCost, ...]]:
+        """Per representative op, what all its instances together cost under each of its strategies, but for
+        what something hides.
 
         Instances differ only in which of their operands and results a fused chain keeps out of memory.
         """
@@ -216,7 +198,8 @@ class AxisProblem:
                     (localize_op(op, strategy, self.graph, self.axis, self.size), count)
                     for op, count in kinds
                 )
-                known[work] = total(self.prices.op(part, traffic).times(count) for part, count in parts)
+                cost = total(self.prices.op(part, traffic).times(count) for part, count in parts)
+                known[work] = self.prices.exposed(cost)
             yield known[work]
 
     def _work(self, op: Op, strategy: Strategy) -> object:

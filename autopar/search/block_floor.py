@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autopar.pricing import OpCost, total
 from autopar.search.block_ilp import BlockIlp, Part
 from autopar.search.block_rows import Rows
 from autopar.search.effort import clocked
@@ -85,22 +86,31 @@ class BlockFloor:
         """
         return self._least(self._paid_s(arithmetic))[0]
 
+    @cached_property
+    def cheapest(self) -> OpCost:
+        """What the strategies cost that take the least."""
+        least_s, values = self._least(self._time_s)
+        ops = OpCost(*(values @ self._op_costs).tolist())
+        chosen = zip(values.tolist(), self._parts.values(), strict=True)
+        there_s = sum(value * self._conversion_again_s(part) for value, part in chosen if value)
+        back_s = max(0.0, least_s - ops.total_s - there_s)
+        return total((ops, OpCost(forward_communication_s=there_s, backward_communication_s=back_s)))
+
     def traded(self, price: float, again: Again, arithmetic: float | None = None) -> Traded:
         """The same if they run `again`, which nothing hides; or their results and those of conversions are
         kept at this price of a byte, whichever costs less."""
-        forward_s = self._time_s - self._backward_s
         parts = self._parts.values()
         chosen = np.array([part.tensors is not None or part.op in again.results for part in parts])
         always = np.array([part.tensors is None and part.op in again.always for part in parts])
-        kept_s, again_s = price * self._result_bytes, np.where(chosen, forward_s, 0.0)
-        more_s = np.minimum(kept_s, again_s) + np.where(always, forward_s, 0.0)
+        kept_s, again_s = price * self._result_bytes, np.where(chosen, self._forward_s, 0.0)
+        more_s = np.minimum(kept_s, again_s) + np.where(always, self._forward_s, 0.0)
         least_s, values = self._least(self._paid_s(arithmetic) + more_s)
         return Traded(least_s, float(values @ np.where(kept_s < again_s, self._result_bytes, 0.0)))
 
     def _paid_s(self, arithmetic: float | None) -> Array:
         if arithmetic is None:
             return self._time_s
-        return arithmetic * self._computed_s + (1 - arithmetic) * self._backward_s
+        return arithmetic * self._computed_s + (1 - arithmetic) * (self._time_s - self._forward_s)
 
     @clocked("operator floors")
     def _least(self, paid_s: Array) -> tuple[float, Array]:
@@ -145,30 +155,32 @@ class BlockFloor:
         return np.array([costs[variable] / part.num_instances for variable, part in self._parts.items()])
 
     @cached_property
-    def _computed_s(self) -> Array:
-        return self._of_ops(self.ilp.op_computed_s)
+    def _op_costs(self) -> Array:
+        """What they cost, one instance each, 0 for conversions: [variable, field of its cost]."""
+        costs = [self.ilp.op_costs.get(variable, OpCost()) for variable in self._parts]
+        numbers = np.array([part.num_instances for part in self._parts.values()])
+        found: Array = np.array(costs).reshape(-1, len(OpCost._fields)) / numbers[:, None]
+        return found
 
     @cached_property
-    def _backward_s(self) -> Array:
-        conversions_s = self._time_s - self._conversions_again_s
-        return np.where(self._is_conversion, conversions_s, self._of_ops(self.ilp.op_backward_s))
+    def _computed_s(self) -> Array:
+        return self._of_ops("forward_s", "backward_s")
 
-    def _of_ops(self, seconds: Mapping[int, float]) -> Array:
-        """Each of one instance, 0 for conversions."""
-        parts = self._parts.items()
-        return np.array([seconds.get(variable, 0.0) / part.num_instances for variable, part in parts])
+    @cached_property
+    def _forward_s(self) -> Array:
+        conversions_s = [self._conversion_again_s(part) for part in self._parts.values()]
+        found: Array = self._of_ops("forward_s", "forward_communication_s") + np.array(conversions_s)
+        return found
+
+    def _of_ops(self, *fields: str) -> Array:
+        found: Array = self._op_costs[:, [OpCost._fields.index(field) for field in fields]].sum(axis=1)
+        return found
+
+    def _conversion_again_s(self, part: Part) -> float:
+        """The forward of a conversion, 0 for an op."""
+        tensors = part.tensors
+        return 0.0 if tensors is None else self.problem.conversion_again_s(tensors.name, *part.states)
 
     @cached_property
     def _result_bytes(self) -> Array:
         return np.array([part.result_bytes for part in self._parts.values()])
-
-    @cached_property
-    def _is_conversion(self) -> Array:
-        return np.array([part.tensors is not None for part in self._parts.values()])
-
-    @cached_property
-    def _conversions_again_s(self) -> Array:
-        """The forward of each conversion, 0 for ops."""
-        again_s = self.problem.conversion_again_s
-        parts = self._parts.values()
-        return np.array([again_s(part.tensors.name, *part.states) if part.tensors else 0.0 for part in parts])

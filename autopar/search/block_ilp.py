@@ -32,17 +32,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from autopar.errors import SearchTimeoutError
 from autopar.localize import Assignment
 from autopar.placements import RR, Partial, State
+from autopar.pricing import OpCost
 from autopar.search.axis_form import FormedProblem
 from autopar.search.axis_problem import AxisProblem, Reader, TensorClass
 from autopar.search.block_rows import rows_of
 from autopar.search.effort import Effort, clocked
 from autopar.search.solver import LinearModel, Size, solve
 from autopar.strategies import stored_state
+
+_T = TypeVar("_T")
 
 MANY_MICROBATCHES = 1 << 30
 """With so many, what is done once a step counts for nothing."""
@@ -93,9 +96,8 @@ class BlockIlp:
     """The program of one problem: built once, solved at any price of memory. Problems of one form share their
     rows.
 
-    Costs of its variables are time, of which `op_computed_s` is not communicated and `op_backward_s` is
-    backward; `reductions_s` and the bytes by variable say what else to add, and `parts` whose time it is.
-    What is solved is noted with the `effort`.
+    Costs of its variables are time; `reductions_s` and the bytes by variable say what else to add, `op_costs`
+    what the time of ops is made of, and `parts` whose it is. What is solved is noted with the `effort`.
     """
 
     def __init__(self, problem: AxisProblem, effort: Effort | None = None) -> None:
@@ -121,21 +123,16 @@ class BlockIlp:
         return costs
 
     @cached_property
-    def op_computed_s(self) -> Mapping[int, float]:
-        """What of the ops' variables' costs is not communicated."""
-        return self._by_variable(self.problem.op_computed_s)
-
-    @cached_property
-    def op_backward_s(self) -> Mapping[int, float]:
-        """What of them is backward."""
-        return self._by_variable(self.problem.op_backward_s)
+    def op_costs(self) -> Mapping[int, OpCost]:
+        """What ops cost under each strategy."""
+        return self._by_variable(self.problem.op_costs)
 
     @cached_property
     def activation_bytes(self) -> Mapping[int, float]:
         """What is saved for backward under each strategy."""
         return self._by_variable(self.problem.saved_bytes)
 
-    def _by_variable(self, values: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    def _by_variable(self, values: Mapping[int, Sequence[_T]]) -> dict[int, _T]:
         return {
             variable: value
             for index, variables in self.x.items()

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from autopar.plan import Parallelism
-from autopar.pricing import Pricer
 from autopar.search.block_floor import BlockFloor, kept_relaxations
 from autopar.search.block_ilp import MANY_MICROBATCHES
 from autopar.search.context import exchange_floor_s
@@ -49,11 +48,11 @@ class LeastPrograms:
             return self.programs.program(p)
         key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
         if (key, hides) not in self._divided:
-            device, pricer = self.programs.device(p.microbatch_size, p.ep).chain, self._device_pricer(p.ep)
+            device = self.programs.device(p.microbatch_size, p.ep).chain
             floors: list[UnitFloor | None] = [None] * len(device.units)
             if p.tp > 1 and p.ep == 1:
                 floors = self._floors_of(_floor_key(multiple * p.microbatch_size, p.tp))
-            chain = relaxed(device, None, p.tp, p.cp, pricer, floors, part=1 / (p.cp * multiple), hides=hides)
+            chain = relaxed(device, p.tp, p.cp, floors, part=1 / (p.cp * multiple), hides=hides)
             self._divided[key, hides] = Program(key, chain, None, {})
         return self._divided[key, hides]
 
@@ -62,15 +61,11 @@ class LeastPrograms:
         strategies. A quick one without `trades` (`autopar.search.relaxed`)."""
         key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
         if (key, trades, hides) not in self._relaxed:
-            device, pricer = self.programs.device(p.microbatch_size, p.ep).chain, self._device_pricer(p.ep)
-            fastest = self.programs.program(p).chain
+            device = self.programs.device(p.microbatch_size, p.ep).chain
             floors = self._floors_of(key._replace(num_microbatches=1))  # of which none depends on it
-            chain = relaxed(device, fastest, p.tp, p.cp, pricer, floors, trades=trades, hides=hides)
+            chain = relaxed(device, p.tp, p.cp, floors, trades=trades, hides=hides)
             self._relaxed[key, trades, hides] = Program(key, chain, None, {})
         return self._relaxed[key, trades, hides]
-
-    def _device_pricer(self, ep: int) -> Pricer:
-        return self.programs.pricer(1, 1, ep, 1)
 
     def _found_floors(self, key: ProgramKey) -> list[UnitFloor | None]:
         """The floors of units in the axis's problem, of which experts that are dealt out are no part."""

@@ -115,8 +115,8 @@ class BytesMoved:
         )
         return OpCost(LOCAL_WORK * (touched + sum(op.flops for op in local.ops)))
 
-    def seconds(self, cost: OpCost) -> float:
-        return cost.total_s
+    def exposed(self, cost: OpCost) -> OpCost:
+        return cost
 
     def conversion_s(self, how: Conversion, num_bytes: float) -> float:
         return sum(self._sent(kind, num_bytes) for kind in (how.forward, how.backward) if kind is not None)

@@ -12,15 +12,18 @@ costs λ seconds, a block that keeps everything costs T + λb at least, and one 
     h(λ) = min over strategies of  Σ time + Σ min(λ bytes, again)  + what always runs again + λ what entered
 
 with one term for the result of every product, attention and conversion. So in t seconds it keeps no less than
-b with t + λb ≥ min(T + λb_none, h(λ)) for every λ: lines that a frontier cannot get below (`_frontier`).
+b with t + λb ≥ min(T + λb_none, h(λ)) for every λ: lines that a frontier cannot get below
+(`autopar.search.frontier`).
 
 Conversions and their conjugates mirror each other, so the minimum is divided into forward and backward as the
-fastest program divides its time. Gradients of weights, which some schedules put off, are those of that
-program: with fewer of them a microbatch would have a longer way back. Before there is one, what is more than
-one device's share counts as put off.
+strategies that reach it divide their time. Gradients of weights, which some schedules put off, are those of
+these strategies: with fewer of them a microbatch would have a longer way back. In a part of a larger problem,
+what is more than one device's share counts as put off.
 
-Schedules that hide communication behind other units' arithmetic leave of a unit what it computes, which is at
-least the sum over its ops of the least of their strategies; and all of what runs again.
+Schedules that run a forward beside the backward of another microbatch hide communication behind arithmetic.
+Then the two take at least what they compute, F + B, and at least what the backward takes with what it
+communicates, B + C; so also any mixture θ (F + B) + (1 - θ) (B + C), of which the least strategies are
+bounded as above; and all of what runs again on top.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from itertools import compress, pairwise
 from operator import and_, itemgetter
 from typing import NamedTuple
 
-from autopar.pricing import OpCost, Pricer
+from autopar.pricing import OpCost
 from autopar.search.block_floor import Again, BlockFloor
 from autopar.search.frontier import Line, Reached, corners, lines_below
 from autopar.search.saved import Saved, SavedByName
@@ -78,7 +81,10 @@ class UnitFloor:
 
     def _trade(self, mixtures: Sequence[float | None]) -> Trade:
         """That of the mixtures that say most, with all kept and below it."""
-        all_kept = [(self.ops.least_s(arithmetic), arithmetic) for arithmetic in mixtures]
+        all_kept = [
+            (self.ops.computed_s if arithmetic == 1.0 else self.ops.least_s(arithmetic), arithmetic)
+            for arithmetic in mixtures
+        ]
         first = all_kept[0]
         best = max(all_kept, key=itemgetter(0))
         lines: list[Line] = []
@@ -126,30 +132,26 @@ def _bends(unit: Unit) -> Iterator[tuple[float, float]]:
 
 def relaxed(
     device: Chain,
-    fastest: Chain | None,
     tp: int,
     cp: int,
-    pricer: Pricer,
     floors: Sequence[UnitFloor | None],
     *,
     part: float = 1.0,
     trades: bool = True,
     hides: bool = False,
 ) -> Chain:
-    """The bound of all programs on `tp` `cp` ranks, given the program of one device and its prices, the
-    fastest of all programs, if it was made, and where units are in the block problem; without that, their
-    collectives are left out. Prices being what they are, a `part` of the problem's microbatch and positions
-    takes that part of its time at least. Without `trades` blocks that compute again are thought to
-    communicate no more than others; what is not arithmetic `hides` behind other units' arithmetic in some
-    schedules."""
+    """The bound of all programs on `tp` `cp` ranks, given the program of one device, and where units are in
+    the block problem; without that, their collectives are left out. Prices being what they are, a `part` of
+    the problem's microbatch and positions takes that part of its time at least. Without `trades` blocks that
+    compute again are thought to communicate no more than others; what is not arithmetic `hides` behind other
+    units' arithmetic in some schedules."""
     degree = tp * cp
     known: dict[tuple[int, UnitFloor | None], Unit] = {}
     units = []
-    likes = [None] * len(device.units) if fastest is None else fastest.units
-    for unit, like, floor in zip(device.units, likes, floors, strict=True):
+    for unit, floor in zip(device.units, floors, strict=True):
         kind = (id(unit.recompute_s), floor)
         if kind not in known:
-            known[kind] = _Least(unit, like, degree, pricer, floor, part, trades, hides).unit()
+            known[kind] = _Least(unit, degree, floor, part, trades, hides).unit()
         # Units that share what they compute again still do.
         least = known[kind]
         units.append(
@@ -191,22 +193,19 @@ class _Least:
     def __init__(
         self,
         unit: Unit,
-        like: Unit | None,
         degree: int,
-        pricer: Pricer,
         floor: UnitFloor | None,
         part: float,
         trades: bool,
         hides: bool,
     ) -> None:
         self.device = unit
-        self.fastest = like
         self.degree = degree
-        self.pricer = pricer
         self.floor = floor
+        self.part = part
         self.cost = unit.part(1 / degree)
         self.time_s = self.cost.total_s
-        self.computed_s = self.cost.forward_s + self.cost.backward_s
+        self.computed_s = self.cost.computed_s
         self.arithmetic: float | None = 1.0 if hides else None
         self.lines: list[Line] | None = None
         if floor is not None:
@@ -240,9 +239,9 @@ class _Least:
     def _cost(self) -> OpCost:
         if self.floor is None:
             return self.cost
-        if self.fastest is None:
+        if self.part < 1:
             return self._least_passes(self.least_s)
-        like = self.fastest.cost.exposing(self.pricer.era.tensor_parallel_exposed)
+        like = self.floor.ops.cheapest
         arithmetic = self.arithmetic
         if arithmetic is None:
             forward_s = self.time_s * _share(like.forward_total_s, like.total_s)

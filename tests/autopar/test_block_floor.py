@@ -59,12 +59,13 @@ def whole_s(
         if is_own(part):
             time_s, number = ilp.model.costs[variable], part.num_instances
             if part.tensors is None:
-                backward_s = ilp.op_backward_s[variable]
+                backward_s = ilp.op_costs[variable].total_s - ilp.op_costs[variable].forward_total_s
             else:
                 backward_s = time_s - number * problem.conversion_again_s(part.tensors.name, *part.states)
             forward_s = (time_s - backward_s) / number
             if arithmetic is not None:
-                time_s = arithmetic * ilp.op_computed_s.get(variable, 0.0) + (1 - arithmetic) * backward_s
+                computed_s = 0.0 if part.tensors else ilp.op_costs[variable].computed_s
+                time_s = arithmetic * computed_s + (1 - arithmetic) * backward_s
             costs[variable] = time_s / number
             if price is not None and (part.tensors is not None or part.op in again.results):
                 costs[variable] += min(price * part.result_bytes, forward_s)

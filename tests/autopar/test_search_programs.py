@@ -65,7 +65,7 @@ def test_a_strategy_costs_what_it_does_when_no_other_is_offered(name: str, axis:
         alone.offered = {index: offered[number : number + 1] for index, offered in whole.offered.items()}
         for index, times_s in alone.op_times_s.items():
             assert times_s == whole.op_times_s[index][number : number + 1], whole.graph.ops[index]
-            assert alone.op_computed_s[index] == whole.op_computed_s[index][number : number + 1]
+            assert alone.op_costs[index] == whole.op_costs[index][number : number + 1]
 
 
 def sharers(chain: Chain) -> list[int]:
