@@ -11,11 +11,13 @@ from typing import NamedTuple
 import pytest
 
 from autopar.errors import PinConflictError
+from autopar.localize import localize
 from autopar.plan import Parallelism, ScheduleName
 from autopar.request import training_policy
 from autopar.search.local_programs import Program
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
+from autopar.search.solver import solve
 from autopar.search.space import VIRTUAL_STAGES, Layout, Scheduled, parallelism
 from costmodel import software
 from costmodel.orders import OVERLAPPING_SCHEDULES
@@ -65,14 +67,28 @@ def random_planner(rng: random.Random, schedule: ScheduleName, tp: int) -> Plann
     return Planner(model, machine, training_policy(model.graph), era, global_batch=batch, pins=pins)
 
 
+def computing_least(planner: Planner, p: Parallelism) -> Program:
+    """The program of a way that computes least, whatever it communicates."""
+    programs = planner.programs
+    key = programs.key(p, 0)
+    ilp, replica = programs.ilp(key), programs.replica_of(key)
+    costs = [1e-3 * seconds for seconds in ilp.model.costs]
+    for variable, cost in ilp.op_costs.items():
+        costs[variable] += cost.computed_s
+    assignment = ilp._assignment(solve(ilp.model.priced(costs)).values)
+    local = localize(replica.local, assignment)
+    return Program(key, programs.chain(replica.whole, local, key, programs.shallow.repeats), None, {})
+
+
 def priced(planner: Planner, rng: random.Random) -> Iterator[Priced]:
-    """Some ways that fit, each with all its programs."""
+    """Some ways that fit, each with all its programs, and one that the search does not make."""
     try:
         ways = [*planner.candidates()]
     except PinConflictError:  # fewer microbatches than the schedule asks for
         return
     for p in rng.sample(ways, min(MOST_WAYS, len(ways))):
-        for program in programs_of(planner, p):
+        others = [computing_least(planner, p)] if p.tp > 1 else []
+        for program in (*programs_of(planner, p), *others):
             solved = planner.layer.solve(program, p)
             if solved is not None and solved.evaluated.fits:
                 yield Priced(p, program, solved.evaluated.step_s)
@@ -85,9 +101,11 @@ def layout_of(p: Parallelism) -> Layout:
 def claims_s(planner: Planner, way: Priced) -> dict[str, float]:
     """All that is said to be no more than the step."""
     p, program, floors, layer = way.p, way.program, planner.way_floors, planner.layer
+    fastest = planner.programs.program(p)  # which closes a way for all others
     found = {
         "layout, quickly": floors.quick_layout_s(layout_of(p)),
         "way": floors.way_s(p),
+        "way with the fastest program": floors.way_s(p, fastest),
         "way with its program": floors.way_s(p, program),
     }
     hides = p.schedule in OVERLAPPING_SCHEDULES
@@ -95,10 +113,12 @@ def claims_s(planner: Planner, way: Priced) -> dict[str, float]:
     scheduled = Scheduled(layout_of(p), p.schedule, p.num_virtual_stages)
     found |= {
         "schedule": floors.scheduled_s(scheduled),
+        "schedule with the fastest program": floors.scheduled_s(scheduled, fastest),
         "schedule with its program": floors.scheduled_s(scheduled, program),
         "schedule, closer": floors.busiest_s(scheduled, None),
         "way, closer": floors.close_s(p),
         "stages of its schedule": floors.busiest_s(scheduled, program),
+        "stages of the fastest program": floors.stages_s(p, fastest, float("inf")),
     }
     chains = {"program": program}
     if p.tp > 1:
@@ -135,6 +155,25 @@ def test_no_floor_claims_more_than_a_way_takes(schedule: ScheduleName, tp: int) 
     rng = random.Random(SEED)
     planner = random_planner(rng, schedule, tp)
     check(planner, [*priced(planner, rng)])
+
+
+@pytest.mark.parametrize("schedule", OVERLAPPING_SCHEDULES)
+def test_the_fastest_program_does_not_stand_for_one_that_computes_less(schedule: ScheduleName) -> None:
+    """Where a schedule hides what that communicates more."""
+    model, machine = tower(512, 6, 1024, 256), slowed(cluster(8, per_node=8), 30)
+    pins = Pins(schedule=schedule, tp=4, pp=2, microbatch_size=4)
+    planner = Planner(model, machine, training_policy(model.graph), global_batch=64, pins=pins)
+    p = next(planner.candidates())
+    fastest, least = (
+        planner.layer.table(program) for program in (planner.programs.program(p), computing_least(planner, p))
+    )
+    assert least.computed_s < 0.96 * fastest.computed_s
+    assert least.microbatch_s > fastest.microbatch_s
+    rank = planner.way_floors._rank(p, planner.programs.program(p))
+    assert rank.microbatch_s == fastest.microbatch_s
+    assert 0.9 * least.computed_s < rank.computed_s <= least.computed_s
+    relaxed = planner.layer.table(planner.programs.least.relaxed(p, trades=False))
+    assert relaxed.computed_s <= least.computed_s * (1 + ROUNDING)
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
