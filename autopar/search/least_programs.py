@@ -14,7 +14,8 @@ from autopar.search.block_floor import BlockFloor, kept_relaxations
 from autopar.search.block_ilp import MANY_MICROBATCHES
 from autopar.search.context import exchange_floor_s
 from autopar.search.local_programs import MOST_PROBLEMS, Program, ProgramKey
-from autopar.search.relaxed import UnitFloor, relaxed
+from autopar.search.relaxed import relaxed
+from autopar.search.unit_floor import UnitFloor
 from autopar.search.units import in_turns, stretches
 from costmodel.orders import OVERLAPPING_SCHEDULES
 

@@ -5,129 +5,24 @@ holds less of a tensor than one of n equal parts. So beside n ranks of tensor an
 least its launches and 1/n of what is beside them on one device, keeps and receives at least 1/n of what it
 does there, and frees a byte for no fewer seconds.
 
-What it takes with its collectives, the relaxation of the block problem says for each unit by itself
-(`BlockFloor.least_s`): the minimum over all strategies, forward and backward together. If a byte that is kept
-costs λ seconds, a block that keeps everything costs T + λb at least, and one that computes again
-
-    h(λ) = min over strategies of  Σ time + Σ min(λ bytes, again)  + what always runs again + λ what entered
-
-with one term for the result of every product, attention and conversion. So in t seconds it keeps no less than
-b with t + λb ≥ min(T + λb_none, h(λ)) for every λ: lines that a frontier cannot get below
-(`autopar.search.frontier`).
-
-Conversions and their conjugates mirror each other, so the minimum is divided into forward and backward as the
-strategies that reach it divide their time. Gradients of weights, which some schedules put off, are those of
-these strategies: with fewer of them a microbatch would have a longer way back. In a part of a larger problem,
-what is more than one device's share counts as put off.
-
-Schedules that run a forward beside the backward of another microbatch hide communication behind arithmetic.
-Then the two take at least what they compute, F + B, and at least what the backward takes with what it
-communicates, B + C; so also any mixture θ (F + B) + (1 - θ) (B + C), of which the least strategies are
-bounded as above; and all of what runs again on top.
+What it takes with its collectives, forward and backward together, and how little it then keeps, its floor in
+the block problem says (`autopar.search.unit_floor`). Conversions and their conjugates mirror each other, so
+the minimum is divided into forward and backward as the strategies that reach it divide their time. Gradients
+of weights, which some schedules put off, are those of these strategies: with fewer of them a microbatch would
+have a longer way back. In a part of a larger problem, what is more than one device's share counts as put off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import compress, pairwise
-from operator import and_, itemgetter
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 from autopar.pricing import OpCost
-from autopar.search.block_floor import Again, BlockFloor
-from autopar.search.frontier import Line, Reached, corners, lines_below
+from autopar.search.frontier import Line, corners
 from autopar.search.saved import Saved, SavedByName
+from autopar.search.unit_floor import MIXED, UnitFloor, bends
 from autopar.search.units import Chain, ParameterShard, Unit
-
-MIXED = 0.75
-"""How much of a mixture of both passes' arithmetic and whole backwards is arithmetic."""
-
-MOST_PRICES = 4
-"""The prices that a block problem is solved at: more bring its lines closer to the frontier."""
-
-
-class Trade(NamedTuple):
-    """What a unit takes at least that trades memory for time: `seconds` with all kept, and else the `lines`
-    below its frontier; and how much `arithmetic` counts in the seconds, where something hides what is
-    communicated."""
-
-    seconds: float
-    lines: tuple[Line, ...]
-    arithmetic: float | None
-
-
-@dataclass(frozen=True, eq=False)
-class UnitFloor:
-    """What a unit takes at least in the problem of an axis, of which it is the `ops`; `unit` is what one
-    device does of the same microbatch, which `degree` ranks share. It `trades` memory for time, unless it is
-    too small to be worth the linear programs."""
-
-    ops: BlockFloor
-    unit: Unit
-    degree: int
-    trades: bool = True
-
-    @cached_property
-    def exposed(self) -> Trade:
-        """The trade where nothing hides what is communicated."""
-        return self._trade((None,))
-
-    @cached_property
-    def hidden(self) -> Trade:
-        """The same where arithmetic does."""
-        return self._trade((1.0, MIXED))
-
-    def _trade(self, mixtures: Sequence[float | None]) -> Trade:
-        """That of the mixtures that say most, with all kept and below it."""
-        all_kept = [
-            (self.ops.computed_s if arithmetic == 1.0 else self.ops.least_s(arithmetic), arithmetic)
-            for arithmetic in mixtures
-        ]
-        first = all_kept[0]
-        best = max(all_kept, key=itemgetter(0))
-        lines: list[Line] = []
-        for arithmetic in dict.fromkeys((first[1], best[1])):
-            lines += self._lines(best[0], arithmetic)
-        return Trade(best[0], tuple(lines), best[1])
-
-    def _lines(self, seconds: float, arithmetic: float | None) -> list[Line]:
-        """Lines below what it takes and keeps: so long with all kept, or with a part computed again."""
-        most_bytes = self.unit.saved["none"].num_bytes / self.degree
-
-        def reached(price: float) -> Reached:
-            all_kept = Reached(Line(price, seconds + price * most_bytes), most_bytes)
-            traded = self.reached(price, arithmetic)
-            return traded if traded.line.seconds < all_kept.line.seconds else all_kept
-
-        highest_price = max((price for price, _ in _bends(self.unit)), default=0.0)
-        return lines_below(Reached(Line(0.0, seconds), most_bytes), reached, highest_price, MOST_PRICES)
-
-    def reached(self, price: float, arithmetic: float | None) -> Reached:
-        """h(λ) of the module, and what is kept there."""
-        entering_bytes = self.unit.saved["full"].num_bytes / self.degree
-        seconds, num_bytes = self.ops.traded(price, self._again, arithmetic)
-        return Reached(Line(price, seconds + price * entering_bytes), entering_bytes + num_bytes)
-
-    @cached_property
-    def _again(self) -> Again:
-        """What of the module runs again."""
-        unit, representative = self.unit, self.ops.problem.graph.representative
-        ops, full = representative[self.ops.start : self.ops.stop], unit.again["full"]
-        both = map(and_, full, unit.again["selective"])
-        made = (result.op for result in unit.results)
-        return Again(frozenset(compress(ops, both)), frozenset(ops[op] for op in made if full[op]))
-
-
-def _bends(unit: Unit) -> Iterator[tuple[float, float]]:
-    """What a byte is worth where a unit's frontier bends, and what it takes there with all kept at this
-    price, beside what it takes with all kept."""
-    for one, other in pairwise(unit.frontier):
-        freed = unit.saved[one].num_bytes - unit.saved[other].num_bytes
-        if freed > 0:
-            price = (unit.recompute_s[other] - unit.recompute_s[one]) / freed
-            yield price, unit.recompute_s[one] + price * unit.saved[one].num_bytes
 
 
 def relaxed(
@@ -267,7 +162,7 @@ class _Least:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least: these,
         and those of one device's frontier, divided over the ranks."""
         most, least = (self.device.saved[mode].num_bytes / self.degree for mode in ("none", "full"))
-        device = (Line(price, self.least_s + more_s / self.degree) for price, more_s in _bends(self.device))
+        device = (Line(price, self.least_s + more_s / self.degree) for price, more_s in bends(self.device))
         return corners([Line(0.0, self.least_s), *lines, *device], least, most)
 
 
