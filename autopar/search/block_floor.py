@@ -26,15 +26,20 @@ MOST_RELAXATIONS = 4
 """How many are kept at a time: they hold the solver's memory."""
 
 
-class Again(NamedTuple):
+class RunAgain(NamedTuple):
     """The ops that run again where a block computes again: `always`, and unless their `results` are kept."""
 
     always: frozenset[int]
     results: frozenset[int]
 
+    @property
+    def all(self) -> frozenset[int]:
+        """Either."""
+        return self.always | self.results
+
 
 class Traded(NamedTuple):
-    """What ops take at least that compute again, the bytes that are kept paid for; and which these are."""
+    """What ops take at least that compute again, bytes that are kept paid for; and how many bytes that is."""
 
     seconds: float
     num_bytes: float
@@ -72,11 +77,14 @@ class BlockFloor:
         self._ops = frozenset(graph.representative[index] for index in range(start, stop))
         self._known: dict[bytes, tuple[float, Array]] = {}
 
-    @cached_property
-    def computed_s(self) -> float:
-        """What the ops compute at least, whatever that communicates."""
+    def computed_s(self, forward_part: float = 1.0) -> float:
+        """What the ops compute at least, whatever that communicates, if so much of the forward counts."""
         problem = self.problem
-        return sum(problem.computed_s[index] / problem.instances[index] for index in sorted(self._ops))
+        return sum(
+            min([forward_part * cost.forward_s + cost.backward_s for cost in problem.op_costs[index]])
+            / problem.instances[index]
+            for index in sorted(self._ops)
+        )
 
     def least_s(self, arithmetic: float | None = None) -> float:
         """What the ops take at least.
@@ -96,11 +104,12 @@ class BlockFloor:
         back_s = max(0.0, least_s - ops.total_s - there_s)
         return total((ops, OpCost(forward_communication_s=there_s, backward_communication_s=back_s)))
 
-    def traded(self, price: float, again: Again, arithmetic: float | None = None) -> Traded:
-        """The same if they run `again`, which nothing hides; or their results and those of conversions are
-        kept at this price of a byte, whichever costs less."""
+    def traded(self, price: float, again: RunAgain, arithmetic: float | None = None) -> Traded:
+        """What the ops take at least, as `least_s`, if the backward runs these `again`, which nothing hides;
+        or their results are kept at this price of a byte, whichever costs less. So it is with conversions for
+        them; those for others, as of what the last of them makes, may not run again."""
         parts = self._parts.values()
-        chosen = np.array([part.tensors is not None or part.op in again.results for part in parts])
+        chosen = np.array([part.op in (again.all if part.tensors else again.results) for part in parts])
         always = np.array([part.tensors is None and part.op in again.always for part in parts])
         kept_s, again_s = price * self._result_bytes, np.where(chosen, self._forward_s, 0.0)
         more_s = np.minimum(kept_s, again_s) + np.where(always, self._forward_s, 0.0)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 _ROUNDING = 1e-9
 
-NEGLIGIBLE = 1e-3
+_CLOSE = 1e-3
 """How far lines may be below the hull to be close enough, as a part of the seconds."""
 
 
@@ -49,7 +49,7 @@ def lines_below(
     while len(found) <= number:
         span = max(spans, key=_slack_s)
         more, less = span
-        if _slack_s(span) <= NEGLIGIBLE * less.seconds:
+        if _slack_s(span) <= _CLOSE * less.seconds:
             break
         spans.remove(span)
         price = (less.seconds - more.seconds) / (more.num_bytes - less.num_bytes)

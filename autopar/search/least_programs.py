@@ -15,7 +15,7 @@ from autopar.search.block_ilp import MANY_MICROBATCHES
 from autopar.search.context import exchange_floor_s
 from autopar.search.local_programs import MOST_PROBLEMS, Program, ProgramKey
 from autopar.search.relaxed import relaxed
-from autopar.search.unit_floor import UnitFloor
+from autopar.search.unit_floor import MIXED, UnitFloor
 from autopar.search.units import in_turns, stretches
 from costmodel.orders import OVERLAPPING_SCHEDULES
 
@@ -36,8 +36,8 @@ class LeastPrograms:
     def __init__(self, programs: Programs) -> None:
         self.programs = programs
         self._context_floors_s: dict[tuple[int, int, int], float] = {}
-        self._relaxed: dict[tuple[ProgramKey, bool, bool], Program] = {}
-        self._divided: dict[tuple[ProgramKey, bool], Program] = {}
+        self._relaxed: dict[tuple[ProgramKey, bool, float | None], Program] = {}
+        self._divided: dict[tuple[ProgramKey, float | None], Program] = {}
         self._relaxation_of = kept_relaxations()
         self._floors_of = lru_cache(MOST_PROBLEMS)(self._found_floors)
 
@@ -47,32 +47,34 @@ class LeastPrograms:
         to make than any of those, as the problem of the axis is that of all sizes."""
         if p.tp * p.cp == 1:
             return self.programs.program(p)
-        key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
-        if (key, hides) not in self._divided:
+        key, arithmetic = self.programs.key(p, 0), _arithmetic(p, mixed=False)
+        if (key, arithmetic) not in self._divided:
             device = self.programs.device(p.microbatch_size, p.ep).chain
             floors: list[UnitFloor | None] = [None] * len(device.units)
             if p.tp > 1 and p.ep == 1:
                 floors = self._floors_of(_floor_key(multiple * p.microbatch_size, p.tp))
-            chain = relaxed(device, p.tp, p.cp, floors, part=1 / (p.cp * multiple), hides=hides)
-            self._divided[key, hides] = Program(key, chain, None, {})
-        return self._divided[key, hides]
+            chain = relaxed(device, p.tp, p.cp, floors, part=1 / (p.cp * multiple), arithmetic=arithmetic)
+            self._divided[key, arithmetic] = Program(key, chain, None, {})
+        return self._divided[key, arithmetic]
 
-    def relaxed(self, p: Parallelism, *, trades: bool = True) -> Program:
+    def relaxed(self, p: Parallelism, *, trades: bool = True, mixed: bool = False) -> Program:
         """What no program of a candidate's layout can beat, whatever memory costs: a program but for its
-        strategies. A quick one without `trades` (`autopar.search.relaxed`)."""
-        key, hides = self.programs.key(p, 0), p.schedule in OVERLAPPING_SCHEDULES
-        if (key, trades, hides) not in self._relaxed:
+        strategies. A quick one without `trades`, and where its schedule hides communication one that counts
+        whole backwards too, `mixed` with arithmetic (`autopar.search.relaxed`)."""
+        key, arithmetic = self.programs.key(p, 0), _arithmetic(p, mixed=mixed)
+        if (key, trades, arithmetic) not in self._relaxed:
             device = self.programs.device(p.microbatch_size, p.ep).chain
             floors = self._floors_of(key._replace(num_microbatches=1))  # of which none depends on it
-            chain = relaxed(device, p.tp, p.cp, floors, trades=trades, hides=hides)
-            self._relaxed[key, trades, hides] = Program(key, chain, None, {})
-        return self._relaxed[key, trades, hides]
+            chain = relaxed(device, p.tp, p.cp, floors, trades=trades, arithmetic=arithmetic)
+            self._relaxed[key, trades, arithmetic] = Program(key, chain, None, {})
+        return self._relaxed[key, trades, arithmetic]
 
     def _found_floors(self, key: ProgramKey) -> list[UnitFloor | None]:
         """The floors of units in the axis's problem, of which experts that are dealt out are no part."""
         units = self.programs.device(key.microbatch_size, key.ep).chain.units
         if key.ep > 1:
             return [None] * len(units)
+        device = self.programs.replica(key.microbatch_size, 1).local.graph
         replica, ilp = self.programs.replica_of(key), self.programs.ilp(key)
         device_s = sum(unit.cost.total_s for unit in units)
         repeats = self.programs.shallow.repeats
@@ -87,7 +89,9 @@ class LeastPrograms:
             if (start, stop) not in known:
                 ops = BlockFloor(ilp, start, stop, self._relaxation_of)
                 trades = all_s > SMALLEST_TRADE * device_s
-                known[start, stop] = UnitFloor(ops, unit, key.tp * key.cp, trades)
+                its = device.ops[unit.start : unit.start + len(unit.kernels)]
+                names = tuple([op.name for op in its])
+                known[start, stop] = UnitFloor(ops, unit, names, key.tp * key.cp, trades)
             found.append(known[start, stop])
         return found
 
@@ -114,6 +118,13 @@ class LeastPrograms:
             exposed = pricer.era.tensor_parallel_exposed
             self._context_floors_s[key] = exposed * sum(found_s)
         return self._context_floors_s[key]
+
+
+def _arithmetic(p: Parallelism, *, mixed: bool) -> float | None:
+    """How much of the mixture is arithmetic that a way's floors count; None where nothing is hidden."""
+    if p.schedule not in OVERLAPPING_SCHEDULES:
+        return None
+    return MIXED if mixed else 1.0
 
 
 def _floor_key(microbatch_size: int, tp: int) -> ProgramKey:

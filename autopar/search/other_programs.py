@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from autopar.plan import Parallelism
 from autopar.search.nodes import MixedNode, Node, SmallerNode, WayNode
 from autopar.search.outcome import Outcome
 from autopar.search.programs import MEMORY_PRICES
+from costmodel.orders import OVERLAPPING_SCHEDULES
 
 if TYPE_CHECKING:
     from autopar.search.planner import Planner
@@ -23,12 +24,36 @@ if TYPE_CHECKING:
 NEGLIGIBLE = 1e-3
 """What other programs could gain that is not worth making them: a part of the gap."""
 
-RIGOUR = 4
-"""The bounds over any program that a way gets, one after the other: two relaxations, and the chains of the
-second, the latter twice, as what is learnt of one way helps the next."""
 
-FEW_RIGOUR = 2
-"""Those of ways with one stage a rank, the cuts of which have no chains."""
+class Look(NamedTuple):
+    """A bound over any program: a relaxation, that `trades` memory for time or not, and `is_mixed` with whole
+    backwards or not, its stages cut or `is_tight` by many chains of work."""
+
+    trades: bool
+    is_mixed: bool = False
+    is_tight: bool = False
+
+
+FEW_LOOKS = (Look(trades=False), Look(trades=True))
+"""The bounds that ways get with one stage a rank, the cuts of which have no chains."""
+
+LOOKS = (*FEW_LOOKS, *[Look(trades=True, is_tight=True)] * 2)
+"""Those of other ways, one after the other; the last twice, as what is learnt of one way helps the next."""
+
+HIDING_LOOKS = (
+    *FEW_LOOKS,
+    Look(trades=True, is_mixed=True),
+    Look(trades=True, is_tight=True),
+    Look(trades=True, is_mixed=True, is_tight=True),
+)
+"""Those of ways whose schedule hides communication."""
+
+
+def looks_at(p: Parallelism) -> tuple[Look, ...]:
+    """The bounds over any program that a way gets."""
+    if p.num_virtual_stages == 1:
+        return FEW_LOOKS
+    return HIDING_LOOKS if p.schedule in OVERLAPPING_SCHEDULES else LOOKS
 
 
 class OtherPrograms:
@@ -53,11 +78,13 @@ class OtherPrograms:
         """A closer look: a higher floor, of which no more than `enough_s` is worth while, and in the end a
         smaller program where any could still be faster."""
         p, price, fastest_s, rigour = node
-        if rigour < (RIGOUR if p.num_virtual_stages > 1 else FEW_RIGOUR):
-            least = self.planner.programs.least.relaxed(p, trades=rigour > 0)
+        looks = looks_at(p)
+        if rigour < len(looks):
+            look = looks[rigour]
+            least = self.planner.programs.least.relaxed(p, trades=look.trades, mixed=look.is_mixed)
             draft = self.planner.layer.draft(least, p)
             if draft is not None:
-                if rigour > 1:
+                if look.is_tight:
                     draft = self.planner.layer.tightened(least, p, draft, enough_s)
                 yield max(floor_s, draft.bound_s), node._replace(rigour=rigour + 1)
             elif fastest_s == float("inf"):

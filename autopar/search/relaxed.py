@@ -21,7 +21,7 @@ from functools import partial
 from autopar.pricing import OpCost
 from autopar.search.frontier import Line, corners
 from autopar.search.saved import Saved, SavedByName
-from autopar.search.unit_floor import MIXED, UnitFloor, bends
+from autopar.search.unit_floor import UnitFloor, bends
 from autopar.search.units import Chain, ParameterShard, Unit
 
 
@@ -31,22 +31,23 @@ def relaxed(
     cp: int,
     floors: Sequence[UnitFloor | None],
     *,
-    part: float = 1.0,
+    part: float | None = None,
     trades: bool = True,
-    hides: bool = False,
+    arithmetic: float | None = None,
 ) -> Chain:
     """The bound of all programs on `tp` `cp` ranks, given the program of one device, and where units are in
-    the block problem; without that, their collectives are left out. Prices being what they are, a `part` of
-    the problem's microbatch and positions takes that part of its time at least. Without `trades` blocks that
-    compute again are thought to communicate no more than others; what is not arithmetic `hides` behind other
-    units' arithmetic in some schedules."""
+    the block problem; without that, their collectives are left out. Prices being what they are, a `part` of a
+    problem's microbatch and positions takes, and keeps, that part at least, beside its launches; how passes
+    divide such a problem's time says nothing of theirs. Without `trades` blocks that compute again are
+    thought to communicate no more than others. Where schedules hide communication behind other units'
+    arithmetic, a mixture counts with so much `arithmetic` and the rest whole backwards."""
     degree = tp * cp
     known: dict[tuple[int, UnitFloor | None], Unit] = {}
     units = []
     for unit, floor in zip(device.units, floors, strict=True):
         kind = (id(unit.recompute_s), floor)
         if kind not in known:
-            known[kind] = _Least(unit, degree, floor, part, trades, hides).unit()
+            known[kind] = _Least(unit, degree, floor, part, trades, arithmetic).unit()
         # Units that share what they compute again still do.
         least = known[kind]
         units.append(
@@ -90,32 +91,44 @@ class _Least:
         unit: Unit,
         degree: int,
         floor: UnitFloor | None,
-        part: float,
+        part: float | None,
         trades: bool,
-        hides: bool,
+        arithmetic: float | None,
     ) -> None:
         self.device = unit
         self.degree = degree
         self.floor = floor
         self.part = part
+        self.arithmetic = arithmetic
         self.cost = unit.part(1 / degree)
         self.time_s = self.cost.total_s
-        self.computed_s = self.cost.computed_s
-        self.arithmetic: float | None = 1.0 if hides else None
-        self.lines: list[Line] | None = None
         if floor is not None:
-            launches = unit.launches
-            launched_s = (1 - part) * launches.total_s
-            self.time_s = max(self.time_s, launched_s + part * floor.ops.least_s())
-            self.computed_s = max(self.computed_s, launched_s + part * floor.ops.computed_s)
-        self.least_s = self.computed_s if hides else self.time_s
+            self.time_s = max(self.time_s, self._scaled_s(floor.ops.least_s()))
+        self.least_s = self.time_s if arithmetic is None else self._hidden_s(arithmetic)
+        self.lines: list[Line] | None = None
         if floor is not None and trades and floor.trades and unit.is_block:
-            trade = floor.hidden if hides else floor.exposed
-            forward_part = 1.0 if trade.arithmetic is None else MIXED
-            launched_s = (1 - part) * (forward_part * launches.forward_s + launches.backward_s)
-            self.lines = [Line(price, launched_s + part * seconds) for price, seconds in trade.lines]
-            if launched_s + part * trade.seconds > self.least_s:
-                self.least_s, self.arithmetic = launched_s + part * trade.seconds, trade.arithmetic
+            kept_s, lines = floor.lines(arithmetic)
+            self.least_s = max(self.least_s, self._scaled_s(kept_s))
+            self.lines = [Line(price, self._scaled_s(seconds)) for price, seconds in lines]
+
+    def _hidden_s(self, arithmetic: float) -> float:
+        """What the mixture leaves at least if nothing is computed again, whatever that communicates."""
+        least_s = arithmetic * self.cost.forward_s + self.cost.backward_s
+        if self.floor is None:
+            return least_s
+        return max(least_s, self._scaled_s(self.floor.ops.computed_s(arithmetic)))
+
+    def _scaled_s(self, seconds: float) -> float:
+        """What of a problem's seconds is left in a part of it, of which all launches stay that count."""
+        if self.part is None:
+            return seconds
+        launches = self.device.launches
+        launched_s = self._forward_part * launches.forward_s + launches.backward_s
+        return self.part * seconds + (1 - self.part) * launched_s
+
+    @property
+    def _forward_part(self) -> float:
+        return 1.0 if self.arithmetic is None else self.arithmetic
 
     def unit(self) -> Unit:
         again_s = {name: seconds / self.degree for name, seconds in self.device.recompute_s.items()}
@@ -132,31 +145,30 @@ class _Least:
         return least._replace(frontier=tuple(names), saved=saved)
 
     def _cost(self) -> OpCost:
-        if self.floor is None:
-            return self.cost
-        if self.part < 1:
-            return self._least_passes(self.least_s)
-        like = self.floor.ops.cheapest
-        arithmetic = self.arithmetic
-        if arithmetic is None:
+        if self.part is not None:
+            return self._least_passes()
+        like, part = self.cost if self.floor is None else self.floor.ops.cheapest, self._forward_part
+        if self.arithmetic is None:
             forward_s = self.time_s * _share(like.forward_total_s, like.total_s)
             return _passes(forward_s, self.time_s - forward_s, like.weight_s)
-        # What it does beside that is communication at best, and hides behind as much at most.
-        moved_s = min(max(0.0, self.time_s - self.least_s), self.least_s)
-        ahead_s = arithmetic * like.forward_s
-        back_s = like.backward_s + (1 - arithmetic) * like.backward_communication_s
+        # What it does beside that is communication at best, and hides behind as much at most; with it, each
+        # pass takes what it takes alone.
+        ahead_s, back_s = part * like.forward_s, like.backward_s + (1 - part) * like.backward_communication_s
+        more_ahead_s = (1 - part) * like.forward_s + like.forward_communication_s
+        more_back_s = part * like.backward_communication_s
         forward_s = self.least_s * _share(ahead_s, ahead_s + back_s)
-        both_s = like.forward_communication_s + like.backward_communication_s
-        there_s = moved_s * _share(like.forward_communication_s, both_s)
+        moved_s = min(max(0.0, self.time_s - self.least_s), self.least_s)
+        there_s = moved_s * _share(more_ahead_s, more_ahead_s + more_back_s)
         return _passes(forward_s, self.least_s - forward_s, like.weight_s)._replace(
             forward_communication_s=there_s, backward_communication_s=moved_s - there_s
         )
 
-    def _least_passes(self, both_s: float) -> OpCost:
+    def _least_passes(self) -> OpCost:
         """The least of forward and of input gradients, and of all together, the rest with gradients of
         weights: a chain of work may count that only as often as it passes all three."""
-        forward_s, back_s = self.cost.forward_s, self.cost.backward_s - self.cost.weight_s
-        return _passes(forward_s, both_s - forward_s, max(0.0, both_s - forward_s - back_s))
+        forward_s = self._forward_part * self.cost.forward_s
+        back_s = self.cost.backward_s - self.cost.weight_s
+        return _passes(forward_s, self.least_s - forward_s, max(0.0, self.least_s - forward_s - back_s))
 
     def _frontier(self, lines: Sequence[Line]) -> list[tuple[float, float]]:
         """Bytes and seconds where one line crosses the next, from what keeps all to what keeps least: these,

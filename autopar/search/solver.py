@@ -218,6 +218,7 @@ class Relaxation:
             return bound, _values(found, len(costs))
         self._solver = None  # numbers went astray on the way
         alone = solve(model)
+        assert alone.values, "every problem has an answer"
         return alone.bound, list(alone.values)
 
 

@@ -12,20 +12,19 @@ frontier cannot get below (`autopar.search.frontier`).
 
 Schedules that run a forward beside the backward of another microbatch hide communication behind arithmetic.
 Then the two take at least what they compute, F + B, and at least what the backward takes with what it
-communicates, B + C; so also any mixture θ (F + B) + (1 - θ) (B + C), with which T and h are made as well.
-What runs again comes on top.
+communicates, B + C; so also any mixture θ (F + B) + (1 - θ) (B + C), with which T and h are made as well: one
+for all units, as a forward may stand beside the backward of an unlike one. What runs again comes on top.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import compress, pairwise
-from operator import and_
+from itertools import pairwise
 from typing import NamedTuple
 
-from autopar.search.block_floor import Again, BlockFloor
+from autopar.search.block_floor import BlockFloor, RunAgain
 from autopar.search.frontier import Line, Reached, lines_below
 from autopar.search.units import Unit
 
@@ -33,71 +32,73 @@ MIXED = 0.75
 """How much of a mixture of both passes' arithmetic and whole backwards is arithmetic."""
 
 MOST_PRICES = 4
-"""The prices that a block problem is solved at: more bring its lines closer to the frontier."""
+"""The prices that a block problem is solved at for each mixture: more bring its lines closer to the
+frontier."""
 
 
-class Trade(NamedTuple):
+class FloorLines(NamedTuple):
     """What a unit takes at least that trades memory for time: `seconds` with all kept, and else the `lines`
-    below its frontier; and how much `arithmetic` counts in the seconds, where something hides what is
-    communicated."""
+    below its frontier."""
 
     seconds: float
     lines: tuple[Line, ...]
-    arithmetic: float | None
 
 
 @dataclass(frozen=True, eq=False)
 class UnitFloor:
     """What a unit takes at least in the problem of an axis, of which it is the `ops`; `unit` is what one
-    device does of the same microbatch, which `degree` ranks share. It `trades` memory for time, unless it is
-    too small to be worth the linear programs."""
+    device does of the same microbatch, with ops of these `names`, which `degree` ranks share. It `trades`
+    memory for time, unless it is too small to be worth the linear programs."""
 
     ops: BlockFloor
     unit: Unit
+    names: tuple[str, ...]
     degree: int
     trades: bool = True
+    _lines_by_mixture: dict[float | None, FloorLines] = field(default_factory=dict)
 
-    @cached_property
-    def exposed(self) -> Trade:
-        """The trade where nothing hides what is communicated."""
-        seconds = self.ops.least_s()
-        return Trade(seconds, self._lines(seconds, None), None)
-
-    @cached_property
-    def hidden(self) -> Trade:
-        """The same where arithmetic does."""
-        computed_s, mixed_s = self.ops.computed_s, self.ops.least_s(MIXED)
-        if mixed_s <= computed_s:
-            return Trade(computed_s, self._lines(computed_s, 1.0), 1.0)
-        return Trade(mixed_s, (*self._lines(mixed_s, 1.0), *self._lines(mixed_s, MIXED)), MIXED)
+    def lines(self, arithmetic: float | None) -> FloorLines:
+        """The lines of a mixture with so much arithmetic, or where nothing hides what is communicated."""
+        known = self._lines_by_mixture
+        if arithmetic not in known:
+            seconds = self.ops.computed_s() if arithmetic == 1.0 else self.ops.least_s(arithmetic)
+            known[arithmetic] = FloorLines(seconds, self._lines(seconds, arithmetic))
+        return known[arithmetic]
 
     def _lines(self, seconds: float, arithmetic: float | None) -> tuple[Line, ...]:
         """Lines below what it takes and keeps: so long with all kept, or with a part computed again."""
         most_bytes = self.unit.saved["none"].num_bytes / self.degree
+        highest_price = max((price for price, _ in bends(self.unit)), default=0.0)
+        if not highest_price:
+            return ()
 
         def reached(price: float) -> Reached:
             all_kept = Reached(Line(price, seconds + price * most_bytes), most_bytes)
-            traded = self._reached(price, arithmetic)
+            traded = self.reached(price, arithmetic)
             return traded if traded.line.seconds < all_kept.line.seconds else all_kept
 
-        highest_price = max((price for price, _ in bends(self.unit)), default=0.0)
         keeps_most = Reached(Line(0.0, seconds), most_bytes)
         return tuple(lines_below(keeps_most, reached, highest_price, MOST_PRICES))
 
-    def _reached(self, price: float, arithmetic: float | None) -> Reached:
+    def reached(self, price: float, arithmetic: float | None) -> Reached:
         """h(λ) of the module, and what is kept there, if it computes again."""
         entering_bytes = self.unit.saved["full"].num_bytes / self.degree
-        seconds, num_bytes = self.ops.traded(price, self._again, arithmetic)
+        seconds, num_bytes = self.ops.traded(price, self.again, arithmetic)
         return Reached(Line(price, seconds + price * entering_bytes), entering_bytes + num_bytes)
 
     @cached_property
-    def _again(self) -> Again:
-        """What of the module runs again."""
-        unit, representative = self.unit, self.ops.problem.graph.representative
-        ops, full = representative[self.ops.start : self.ops.stop], unit.again["full"]
-        both = map(and_, full, unit.again["selective"])
-        made = (result.op for result in unit.results)
-        return Again(frozenset(compress(ops, both)), frozenset(ops[op] for op in made if full[op]))
+    def again(self) -> RunAgain:
+        """What of the module runs again; on a context axis other ops stand between these."""
+        graph, unit = self.ops.problem.graph, self.unit
+        members = range(self.ops.start, self.ops.stop)
+        at = {graph.ops[index].name: graph.representative[index] for index in members}
+        results = {result.op for result in unit.results}
+        flags = zip(self.names, unit.again["full"], unit.again["selective"], strict=True)
+        found: tuple[set[int], set[int]] = set(), set()
+        for number, (name, whole, selective) in enumerate(flags):
+            if whole and name in at and (number in results or selective):
+                found[number in results].add(at[name])
+        return RunAgain(*map(frozenset, found))
 
 
 def bends(unit: Unit) -> Iterator[tuple[float, float]]:

@@ -15,6 +15,7 @@ from autopar.localize import localize
 from autopar.plan import Parallelism, ScheduleName
 from autopar.request import training_policy
 from autopar.search.local_programs import Program
+from autopar.search.other_programs import looks_at
 from autopar.search.pins import Pins
 from autopar.search.planner import Planner
 from autopar.search.solver import solve
@@ -123,7 +124,8 @@ def claims_s(planner: Planner, way: Priced) -> dict[str, float]:
     chains = {"program": program}
     if p.tp > 1:
         least = planner.programs.least
-        chains |= {f"any program, {trades=}": least.relaxed(p, trades=trades) for trades in (False, True)}
+        for look in looks_at(p):
+            chains[f"any program, {look}"] = least.relaxed(p, trades=look.trades, mixed=look.is_mixed)
     for name, each in chains.items():
         draft = layer.draft(each, p)
         assert draft is not None, f"{name} of {p} fits"
