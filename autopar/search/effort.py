@@ -20,7 +20,7 @@ Layer = Literal["operators", "operator floors", "local programs", "stages", "rec
 
 - operators: integer programs of `block_ilp`, for each axis, degree, microbatch size and price of memory; most
   of their time goes into prices and rows, not into solving
-- operator floors: their relaxations for single blocks (`relaxed`)
+- operator floors: their relaxations for single blocks (`block_floor`, `unit_floor`)
 - local programs: what one rank runs, made and priced (`programs`); nothing is solved
 - stages: dynamic programs over cuts (`stages`), the arcs of their paths as variables and their states as rows
 - recomputation: the knapsacks of `variants`

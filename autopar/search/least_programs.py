@@ -44,7 +44,7 @@ class LeastPrograms:
     def divided(self, p: Parallelism, multiple: int) -> Program:
         """What one device does, divided over the ranks of a candidate's layout, with the least that these
         communicate in a microbatch of so many times its size: no program of it takes, or keeps, less. Quicker
-        to make than any of those, as the problem of the axis is that of all sizes."""
+        to make than any of those, as the problem of the axis, and what it trades, is that of all sizes."""
         if p.tp * p.cp == 1:
             return self.programs.program(p)
         key, arithmetic = self.programs.key(p, 0), _arithmetic(p, mixed=False)

@@ -90,9 +90,11 @@ class StageLayer:
         return self._tables[key][1:]
 
     def schedule_floor_s(self, p: Parallelism, program: Program | None = None) -> float:
-        """No step takes less, whatever the data axes do; 0 where cuts are still open. Without the fastest
-        program, or where others that compute less could hide what they communicate, that of one device is
-        divided over the ranks of all stages."""
+        """No step takes less, whatever the data axes do; 0 where cuts are still open.
+
+        Without the fastest program, that of one device is divided over the ranks of all stages; also where
+        the schedule hides communication, so that others may take less which compute less.
+        """
         if p.num_virtual_stages == 1:
             return 0.0
         cuts = self._even(p)

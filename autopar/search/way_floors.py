@@ -60,8 +60,9 @@ class WayFloors:
         return self.bounds.layout_s(p, microbatch_s, rank.device)
 
     def scheduled_s(self, scheduled: Scheduled, program: Program | None = None) -> float:
-        """No way to run a layout with a schedule takes less, whatever the program, or with this one: nothing
-        moves on the data axes. Infinite where memory allows none."""
+        """No way to run a layout with a schedule takes less, whatever the program, as far as is known without
+        one or, better, from the fastest; nothing moves on the data axes. Infinite where memory allows
+        none."""
         p = self.freest(scheduled)
         if not self.way_may_fit(p):
             return float("inf")
@@ -70,7 +71,8 @@ class WayFloors:
         return max(step_s, self.layer.schedule_floor_s(p, program))
 
     def way_s(self, p: Parallelism, program: Program | None = None) -> float:
-        """No step takes less, whatever the program, or with this one."""
+        """No step takes less, whatever the program, as far as is known without one or, better, from the
+        fastest."""
         rank = self._rank(p, program)
         step_s = self.bounds.step_s(p, self._rank_s(p, rank), rank.device)
         return max(step_s, self.layer.schedule_floor_s(p, program))

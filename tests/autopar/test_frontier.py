@@ -61,6 +61,20 @@ def test_with_prices_enough_the_lines_meet_at_the_hull_s_corners(seed) -> None:
         assert seconds == pytest.approx(hull_s, rel=3e-3)
 
 
+def test_no_price_is_asked_for_where_nothing_is_between() -> None:
+    """Where the dearest memory changes nothing, or where what computes again seems no slower."""
+    for other in ((10.0, 1.0), (12.0, 1.0), (12.0, 3.0), (4.0, 0.9), (10.0, 0.5)):
+        asked = []
+
+        def reached(price: float, point: Point = other, asked: list[float] = asked) -> Reached:
+            asked.append(price)
+            return Reached(Line(price, point[1] + price * point[0]), point[0])
+
+        lines = lines_below(Reached(Line(0.0, 1.0), 10.0), reached, HIGHEST_PRICE, 8)
+        assert asked == [HIGHEST_PRICE]
+        assert all(line.seconds_at(other[0]) <= max(other[1], 1.0) for line in lines)
+
+
 def test_corners_go_from_what_keeps_most_to_what_keeps_least() -> None:
     lines = [Line(0.0, 1.0), Line(1.0, 4.0), Line(3.0, 6.0), Line(2.0, 4.9)]
     assert corners(lines, 0.0, 10.0) == [(3.0, 1.0), (1.0, 3.0), (0.0, 6.0)]
