@@ -64,7 +64,7 @@ def test_with_prices_enough_the_lines_meet_at_the_hull_s_corners(seed) -> None:
 def test_no_price_is_asked_for_where_nothing_is_between() -> None:
     """Where the dearest memory changes nothing, or where what computes again seems no slower."""
     for other in ((10.0, 1.0), (12.0, 1.0), (12.0, 3.0), (4.0, 0.9), (10.0, 0.5)):
-        asked = []
+        asked: list[float] = []
 
         def reached(price: float, point: Point = other, asked: list[float] = asked) -> Reached:
             asked.append(price)
