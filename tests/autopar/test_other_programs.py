@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -27,7 +26,8 @@ class FakePlanner:
         draft = None if bound_s is None else Draft((0,), bound_s)
         self.layer = SimpleNamespace(draft=lambda program, p: draft)
         self.programs = SimpleNamespace(
-            least=SimpleNamespace(relaxed=lambda p, trades, mixed: None), program=lambda p, price: f"at {price}"
+            least=SimpleNamespace(relaxed=lambda p, trades, mixed: None),
+            program=lambda p, price: f"at {price}",
         )
         self.mixer = SimpleNamespace(blends=lambda p: ())
 
@@ -48,8 +48,8 @@ def test_relaxations_raise_the_floor_first() -> None:
 
 def test_ways_are_bounded_as_their_stages_are_cut_and_as_their_schedule_hides() -> None:
     """Quickly first; by chains of work only where stages are several on a rank."""
-    interleaved = replace(P, pp=2, num_virtual_stages=2, schedule="Interleaved1F1B")
-    hiding = replace(interleaved, schedule="DualPipeV")
+    interleaved = Parallelism(tp=2, pp=2, num_virtual_stages=2, schedule="Interleaved1F1B")
+    hiding = Parallelism(tp=2, pp=2, num_virtual_stages=2, schedule="DualPipeV")
     assert looks_at(interleaved) == LOOKS
     for p in (P, interleaved, hiding):
         looks = looks_at(p)
