@@ -61,6 +61,7 @@ class UnitFloor:
         """The lines of a mixture with so much arithmetic, or where nothing hides what is communicated."""
         known = self._lines_by_mixture
         if arithmetic not in known:
+            # Arithmetic alone is least for each op by itself: no linear program says more.
             seconds = self.ops.computed_s() if arithmetic == 1.0 else self.ops.least_s(arithmetic)
             known[arithmetic] = FloorLines(seconds, self._lines(seconds, arithmetic))
         return known[arithmetic]

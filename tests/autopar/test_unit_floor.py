@@ -6,12 +6,13 @@ import random
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pytest
 
 import graphs
 from autopar.pricing import OpCost
+from autopar.search.block_floor import BlockFloor
 from autopar.search.programs import MEMORY_PRICES, Programs
 from autopar.search.relaxed import relaxed
 from autopar.search.saved import Saved
@@ -148,7 +149,7 @@ def test_a_pair_of_passes_is_no_longer_than_that_of_the_only_strategy(seed: int,
         cost = OpCost(forward_s, backward_s, there_s, back_s, weight_s=backward_s / 2)
         saved = {mode: Saved({}, 0) for mode in ("none", "full")}
         unit = Unit("", (), True, saved, (), 0, recompute_s={"none": 0.0})
-        floor = UnitFloor(OneStrategy(cost), unit, (), 1)  # type: ignore[arg-type]
+        floor = UnitFloor(cast(BlockFloor, OneStrategy(cost)), unit, (), 1)
         chain = relaxed(Chain((unit,), {}, era), 1, 1, [floor], arithmetic=arithmetic)
         costs.append(cost)
         floors.append(chain.units[0].cost)
