@@ -14,7 +14,8 @@ from typing import get_args
 
 from autopar.report.table import table
 from autopar.search.block_ilp import BlockIlp, MemoryPrice
-from autopar.search.solver import Backend, Size, solve
+from autopar.search.linear_model import Size
+from autopar.search.solver import Backend, solve
 from benchmarks.iopddl.instances import DIRECTORY, axis_problem
 from benchmarks.iopddl.problem import read
 from benchmarks.iopddl.program import solve_problem

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 
 from autopar.search.evaluate import Evaluated
 from autopar.search.even_stages import EvenStages, moments, own_stages
+from autopar.search.linear_model import LinearModel, Row, Term
 from autopar.search.runs import Array
-from autopar.search.solver import LinearModel, Row, Term, solve
+from autopar.search.solver import solve
 from costmodel import Overlap, StageWork, simulate
 from costmodel.orders import OVERLAPPING_SCHEDULES, rank_stages, stage_ranks
 from costmodel.phases import BACKWARD, FORWARD, INPUT, OVERLAPPING, PHASES, WEIGHT

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autopar.pricing import OpCost, Pricer, total
+from autopar.search.needs import Needs, needs_of
 from autopar.strategies import Conversion
 from autopar.traffic import Traffic
 from graphs.ir import OpGraph
@@ -16,6 +17,10 @@ class Prices(Protocol):
 
     def traffic(self, graph: OpGraph) -> Traffic:
         """Which values of a graph stay in registers."""
+        ...
+
+    def needs(self, graph: OpGraph) -> Needs:
+        """What the backwards of its ops read."""
         ...
 
     def op(self, local: OpGraph, traffic: Traffic) -> OpCost:
@@ -45,6 +50,9 @@ class ClusterPrices:
 
     def traffic(self, graph: OpGraph) -> Traffic:
         return self.pricer.traffic(graph)
+
+    def needs(self, graph: OpGraph) -> Needs:
+        return needs_of(graph, self.pricer.kernels)
 
     def op(self, local: OpGraph, traffic: Traffic) -> OpCost:
         if len(local.ops) > 1:  # one alone shares no kernel

@@ -6,6 +6,7 @@ strategy and priced. `block_ilp` chooses among them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -216,31 +217,31 @@ class AxisProblem:
 
     @cached_property
     def saved_bytes(self) -> Mapping[int, tuple[float, ...]]:
-        """Per representative op, the bytes that all its instances save for backward under each strategy.
+        """Per representative op, the bytes that all its instances keep for backward under each strategy, by
+        what the software keeps (`autopar.search.needs`).
 
-        A storage that several ops save is shared among them.
+        A storage that several ops read then is shared among them. Whether an operand is gathered, and so kept
+        as a part, or converted, and so perhaps kept twice, is not the op's to choose: it is counted once, in
+        the state that the op asks.
         """
-        savers: dict[str, int] = {}
-        for op in self.graph.ops:
-            for storage in op.saved:
-                savers[storage] = savers.get(storage, 0) + 1
-        free = {*self.graph.parameter_tensors, *self.graph.inputs, *(b.tensor for b in self.graph.buffers)}
+        needs = self.prices.needs(self.graph)
+        need_of = {index: needs.need(op) for index, op in enumerate(self.graph.ops)}
+        savers = Counter(storage for need in need_of.values() for storage in need.storages)
 
-        def saved(op: Op, strategy: Strategy) -> float:
-            states = dict(
-                zip((*op.inputs, *op.outputs), (*strategy.operands, *strategy.results), strict=True)
+        def saved(index: int, strategy: Strategy) -> float:
+            op, need = self.graph.ops[index], need_of[index]
+            states = zip((*op.inputs, *op.outputs), (*strategy.operands, *strategy.results), strict=True)
+            parts = {needs.kept_form(name): self.parts(state) for name, state in states}
+            internal_parts = self.size if strategy.factor else 1
+            if need.quantised is not None:
+                internal_parts = self.parts(strategy.operands[op.inputs.index(need.quantised)])
+            return need.internal_bytes / internal_parts + sum(
+                self.graph.tensors[storage].num_bytes / parts[storage] / savers[storage]
+                for storage in need.storages
             )
-            num_bytes = op.saved_internal_bytes / (self.size if strategy.factor else 1)
-            for name, state in states.items():
-                tensor = self.graph.tensors[name]
-                if tensor.storage in op.saved and tensor.storage not in free:
-                    num_bytes += tensor.num_bytes / self.parts(state) / savers[tensor.storage]
-            return num_bytes
 
         return {
-            index: tuple(
-                self.instances[index] * saved(self.graph.ops[index], strategy) for strategy in offered
-            )
+            index: tuple([self.instances[index] * saved(index, strategy) for strategy in offered])
             for index, offered in self.offered.items()
         }
 

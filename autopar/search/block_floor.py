@@ -8,7 +8,7 @@ where they begin and end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from autopar.pricing import OpCost, total
 from autopar.search.block_ilp import BlockIlp, Part
-from autopar.search.block_rows import Rows
+from autopar.search.block_rows import Around
 from autopar.search.effort import clocked
 from autopar.search.runs import Array
 from autopar.search.solver import Relaxation
@@ -45,12 +45,19 @@ class Traded(NamedTuple):
     num_bytes: float
 
 
-RelaxationOf = Callable[[Rows, frozenset[int]], Relaxation]
+class Fastest(NamedTuple):
+    """What ops take at least, and what it is made of under the strategies that reach it."""
+
+    seconds: float
+    cost: OpCost
 
 
-def relaxation(rows: Rows, variables: frozenset[int]) -> Relaxation:
-    """The relaxation of the rows in which some of these variables are."""
-    return Relaxation(rows.around(variables).model)
+RelaxationOf = Callable[[Around], Relaxation]
+
+
+def relaxation(around: Around) -> Relaxation:
+    """The relaxation of some rows of a program."""
+    return Relaxation(around.model)
 
 
 def kept_relaxations() -> RelaxationOf:
@@ -75,7 +82,6 @@ class BlockFloor:
         self.stop = stop
         graph = ilp.problem.graph
         self._ops = frozenset(graph.representative[index] for index in range(start, stop))
-        self._known: dict[bytes, tuple[float, Array]] = {}
 
     def computed_s(self, forward_part: float = 1.0) -> float:
         """What the ops compute at least, whatever that communicates, if so much of the forward counts."""
@@ -92,23 +98,25 @@ class BlockFloor:
         A forward and a backward that run side by side hide communication, but together take at least what
         they compute, and what the backward takes: so much `arithmetic` and the rest whole backwards.
         """
-        return self._least(self._paid_s(arithmetic))[0]
+        return self.fastest.seconds if arithmetic is None else self._least(self._paid_s(arithmetic))[0]
 
     @cached_property
-    def cheapest(self) -> OpCost:
-        """What the strategies cost that take the least."""
+    def fastest(self) -> Fastest:
+        """What they take at least where nothing hides communication, and what it is made of."""
         least_s, values = self._least(self._time_s)
-        ops = OpCost(*(values @ self._op_costs).tolist())
-        chosen = zip(values.tolist(), self._parts.values(), strict=True)
-        there_s = sum(value * self._conversion_again_s(part) for value, part in chosen if value)
+        pairs = zip(self._variables, values.tolist(), strict=True)
+        taken = [(variable, value) for variable, value in pairs if value]
+        ops = total(self._op_cost(variable).times(value) for variable, value in taken)
+        there_s = sum(value * self._conversion_again_s(variable) for variable, value in taken)
         back_s = max(0.0, least_s - ops.total_s - there_s)
-        return total((ops, OpCost(forward_communication_s=there_s, backward_communication_s=back_s)))
+        beside = OpCost(forward_communication_s=there_s, backward_communication_s=back_s)
+        return Fastest(least_s, total((ops, beside)))
 
     def traded(self, price: float, again: RunAgain, arithmetic: float | None = None) -> Traded:
         """What the ops take at least, as `least_s`, if the backward runs these `again`, which nothing hides;
         or their results are kept at this price of a byte, whichever costs less. So it is with conversions for
         them; those for others, as of what the last of them makes, may not run again."""
-        parts = self._parts.values()
+        parts = self._parts
         chosen = np.array([part.op in (again.all if part.tensors else again.results) for part in parts])
         always = np.array([part.tensors is None and part.op in again.always for part in parts])
         kept_s, again_s = price * self._result_bytes, np.where(chosen, self._forward_s, 0.0)
@@ -124,72 +132,72 @@ class BlockFloor:
     @clocked("operator floors")
     def _least(self, paid_s: Array) -> tuple[float, Array]:
         """What the ops take at least where the variables that have a cost have this one, and their values."""
-        key = paid_s.tobytes()
-        if key not in self._known:
-            relaxed = self.relaxation_of(self.ilp.rows, self._class)
-            costs = np.zeros(relaxed.size.variables)
-            costs[self._numbers] = paid_s
-            least_s, values = relaxed.least(costs.tolist())
-            self._known[key] = least_s, np.array(values)[self._numbers]
-            self.effort.solved("operator floors", relaxed.size)
-        return self._known[key]
+        relaxed = self.relaxation_of(self._around)
+        costs = np.zeros(relaxed.size.variables)
+        costs[self._numbers] = paid_s
+        least_s, values = relaxed.least(costs.tolist())
+        self.effort.solved("operator floors", relaxed.size)
+        return least_s, np.array(values)[self._numbers]
 
     @cached_property
-    def _parts(self) -> Mapping[int, Part]:
-        """What the variables that have a cost stand for."""
+    def _variables(self) -> tuple[int, ...]:
+        """The variables that have a cost."""
         graph = self.problem.graph
         read = {name for op in graph.ops[self.start : self.stop] for name in op.inputs}
         made = {name for op in graph.ops[self.start : self.stop] for name in op.outputs}
-        return {
-            variable: part
+        return tuple(
+            variable
             for variable, part in self.ilp.parts.items()
             if part.op in self._ops
             and not (part.tensors and (made if part.is_made else read).isdisjoint(part.tensors.members))
-        }
+        )
 
     @cached_property
-    def _class(self) -> frozenset[int]:
-        """The variables that have a cost for any block of the class."""
-        return frozenset(variable for variable, part in self.ilp.parts.items() if part.op in self._ops)
+    def _parts(self) -> tuple[Part, ...]:
+        """What they stand for."""
+        return tuple([self.ilp.parts[variable] for variable in self._variables])
+
+    @cached_property
+    def _around(self) -> Around:
+        """The rows in which a variable has a cost for any block of the class."""
+        parts = self.ilp.parts.items()
+        return self.ilp.rows.around(frozenset(variable for variable, part in parts if part.op in self._ops))
 
     @cached_property
     def _numbers(self) -> NDArray[np.intp]:
-        """Those that have one here, as the relaxation numbers them."""
-        numbers = self.ilp.rows.around(self._class).numbers
-        return np.array([numbers[variable] for variable in self._parts], dtype=np.intp)
+        """These variables, as the relaxation numbers them."""
+        return self._around.numbers(self._variables)
 
     @cached_property
     def _time_s(self) -> Array:
-        costs = self.ilp.model.costs
-        return np.array([costs[variable] / part.num_instances for variable, part in self._parts.items()])
-
-    @cached_property
-    def _op_costs(self) -> Array:
-        """What they cost, one instance each, 0 for conversions: [variable, field of its cost]."""
-        costs = [self.ilp.op_costs.get(variable, OpCost()) for variable in self._parts]
-        numbers = np.array([part.num_instances for part in self._parts.values()])
-        found: Array = np.array(costs).reshape(-1, len(OpCost._fields)) / numbers[:, None]
-        return found
+        costs, parts = self.ilp.model.costs, self.ilp.parts
+        return np.array([costs[variable] / parts[variable].num_instances for variable in self._variables])
 
     @cached_property
     def _computed_s(self) -> Array:
-        return self._of_ops("forward_s", "backward_s")
+        return np.array([self._op_cost(variable).computed_s for variable in self._variables])
 
     @cached_property
     def _forward_s(self) -> Array:
-        conversions_s = [self._conversion_again_s(part) for part in self._parts.values()]
-        found: Array = self._of_ops("forward_s", "forward_communication_s") + np.array(conversions_s)
-        return found
-
-    def _of_ops(self, *fields: str) -> Array:
-        found: Array = self._op_costs[:, [OpCost._fields.index(field) for field in fields]].sum(axis=1)
-        return found
-
-    def _conversion_again_s(self, part: Part) -> float:
-        """The forward of a conversion, 0 for an op."""
-        tensors = part.tensors
-        return 0.0 if tensors is None else self.problem.conversion_again_s(tensors.name, *part.states)
+        return np.array(
+            [
+                self._op_cost(variable).forward_total_s + self._conversion_again_s(variable)
+                for variable in self._variables
+            ]
+        )
 
     @cached_property
     def _result_bytes(self) -> Array:
-        return np.array([part.result_bytes for part in self._parts.values()])
+        return np.array([part.result_bytes for part in self._parts])
+
+    def _op_cost(self, variable: int) -> OpCost:
+        """What a variable costs in one instance, nothing for conversions."""
+        cost = self.ilp.op_costs.get(variable)
+        return OpCost() if cost is None else cost.times(1 / self.ilp.parts[variable].num_instances)
+
+    def _conversion_again_s(self, variable: int) -> float:
+        """The forward of a conversion, 0 for an op."""
+        part = self.ilp.parts[variable]
+        if part.tensors is None:
+            return 0.0
+        return self.problem.conversion_again_s(part.tensors.name, *part.states)

@@ -20,7 +20,7 @@ microbatch.
 
 On the right stands what makes the rows in `autopar.search.block_rows`.
 
-a is the time of the op and m the bytes that autograd saves for it, in all its instances; c is the time of a
+a is the time of the op and m the bytes kept for its backward, in all its instances; c is the time of a
 conversion, r that of summing a partial parameter gradient over the axis, once in M microbatches; b are a
 parameter's bytes; λ and λ' say what a byte costs. With λ = λ' = 0 the objective is time; raising them walks
 the frontier of time and memory. The flow rows are those of a transport problem, so the relaxation is integral
@@ -42,7 +42,8 @@ from autopar.search.axis_form import FormedProblem
 from autopar.search.axis_problem import AxisProblem, Reader, TensorClass
 from autopar.search.block_rows import rows_of
 from autopar.search.effort import Effort, clocked
-from autopar.search.solver import LinearModel, Size, solve
+from autopar.search.linear_model import LinearModel, Size
+from autopar.search.solver import solve
 from autopar.strategies import stored_state
 
 _T = TypeVar("_T")

@@ -9,6 +9,9 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autopar.search.axis_form import (
     FREE,
     NO_MOVE,
@@ -19,7 +22,7 @@ from autopar.search.axis_form import (
     Carried,
     Slot,
 )
-from autopar.search.solver import LinearModel, Term
+from autopar.search.linear_model import LinearModel, Term
 
 
 class Move(NamedTuple):
@@ -32,11 +35,18 @@ class Move(NamedTuple):
     number: int
 
 
-class Around(NamedTuple):
-    """Some rows of a program, and their variables' numbers by those in the whole."""
+@dataclass(frozen=True, eq=False)
+class Around:
+    """Some rows of a program, and their `variables`, in order, by their numbers in the whole."""
 
     model: LinearModel
-    numbers: Mapping[int, int]
+    variables: NDArray[np.intp]
+
+    def numbers(self, variables: Sequence[int]) -> NDArray[np.intp]:
+        """The numbers that variables of the whole have here, where all of them are."""
+        found = np.searchsorted(self.variables, variables)
+        assert np.array_equal(self.variables.take(found, mode="clip"), variables)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +63,16 @@ class Rows:
     def around(self, variables: frozenset[int]) -> Around:
         """The rows in which some of these variables are: made once, as blocks of a model are few."""
         if variables not in self._around:
-            rows = [row for row in self.model.rows if any(variable in variables for variable, _ in row[2])]
+            constraints = self.model.constraints
+            rows = [row for row in constraints.rows() if any(variable in variables for variable, _ in row[2])]
             touched = sorted({variable for _, _, terms in rows for variable, _ in terms})
             numbers = {variable: number for number, variable in enumerate(touched)}
             model = LinearModel()
             for variable in touched:
-                model.variable(0.0, *self.model.bounds[variable])
+                model.variable(0.0, constraints.lower[variable], constraints.upper[variable])
             for lower, upper, terms in rows:
                 model.row(lower, upper, [(numbers[variable], factor) for variable, factor in terms])
-            self._around[variables] = Around(model, numbers)
+            self._around[variables] = Around(model, np.array(touched, dtype=np.intp))
         return self._around[variables]
 
 

@@ -31,6 +31,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from autopar.kernels import KernelMaker
 from autopar.plan import Parallelism, Recompute
 from autopar.pricing import DEFAULT_SOFTWARE, Pricer
 from autopar.search.data_axes import (
@@ -41,9 +42,10 @@ from autopar.search.data_axes import (
     updated_elements,
 )
 from autopar.search.experts import expert_parameters
+from autopar.search.needs import Needs, needs_of
 from autopar.search.pieces import Elements
 from autopar.search.runs import Array
-from autopar.search.saved import MODES, Saved, SavedActivations
+from autopar.search.saved import MODES, Saved, saved_by_unit
 from autopar.search.units import unit_starts
 from costmodel import OptimizerPolicy, Software, peak_in_flight, software
 from costmodel.orders import SPLIT_BACKWARD_SCHEDULES
@@ -88,11 +90,17 @@ class Bounds:
     """Floors for one model on one cluster."""
 
     def __init__(
-        self, capture: Capture, cluster: Cluster, policy: OptimizerPolicy, era: Software | None = None
+        self,
+        capture: Capture,
+        cluster: Cluster,
+        policy: OptimizerPolicy,
+        era: Software | None = None,
+        low_precision: str | None = None,
     ) -> None:
         self.software = era or software(DEFAULT_SOFTWARE)
         self.cluster = cluster
         self.policy = policy
+        self.low_precision = low_precision
         self.graph: OpGraph = capture.graph
         self.batch = 2  # the reference batch of a capture
         self._known: dict[tuple[object, ...], DataAxes] = {}
@@ -123,7 +131,7 @@ class Bounds:
             block = blocks.get(start)
             count = 1 if block is None else counts.pop(block.block_class, 0)
             if count:
-                _, saved = self._activations.unit(start, stop, is_block=block is not None)
+                _, saved = saved_by_unit(self._needs, start, stop, is_block=block is not None)
                 found.append((count, block is not None, saved))
         return found
 
@@ -132,14 +140,15 @@ class Bounds:
         return unit_starts(self.graph)
 
     @cached_property
-    def _activations(self) -> SavedActivations:
-        return SavedActivations(self.graph, self.software)
+    def _needs(self) -> Needs:
+        blocks = tuple(block.path for block in self.graph.blocks)
+        return needs_of(self.graph, KernelMaker(self.software, {}, self.low_precision, blocks))
 
     def _own(self, saved: Saved) -> float:
         """What a unit keeps of one sample that no other unit does: made by it, or passed to it alone."""
 
         def num_units(name: str) -> int:
-            readers = self._activations.needs.readers.get(name, ())
+            readers = self._needs.readers.get(name, ())
             return len({bisect_right(self._starts, index) for index in readers})
 
         alone = (

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Concatenate, Literal, ParamSpec, Protocol, TypeVar, get_args
 
 from autopar.plan import LayerEffort
-from autopar.search.solver import Size
+from autopar.search.linear_model import Size
 
 Layer = Literal["operators", "operator floors", "local programs", "stages", "recomputation", "candidates"]
 """From the innermost to the outermost:

@@ -8,6 +8,7 @@ summed over the dp/ep ranks that hold it. Load is thought to be balanced.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from autopar.kernels import KernelMaker, Kernels, Move
@@ -82,14 +83,19 @@ def deal_out_experts(chain: Chain, graph: OpGraph, size: int) -> Chain:
         }
         if names
     }
-    dealt: dict[int, tuple[Kernels, ...]] = {}  # copies of a unit go on sharing their kernels
+    # Copies of a unit go on sharing these.
+    dealt: dict[int, tuple[tuple[Kernels, ...], Mapping[str, tuple[bool, ...]]]] = {}
 
     def exchanging(unit: Unit) -> Unit:
         names = frozenset(name.partition("#")[0] for name in unit.parameters if name in own)
         if not names:
             return unit
-        kernels = dealt.setdefault(id(unit.kernels), (*unit.kernels, exchanges[names]))
-        again = {mode: (*flags, mode == "full") for mode, flags in unit.again.items()}
+        if id(unit.kernels) not in dealt:
+            dealt[id(unit.kernels)] = (
+                (*unit.kernels, exchanges[names]),
+                {mode: (*flags, mode == "full") for mode, flags in unit.again.items()},
+            )
+        kernels, again = dealt[id(unit.kernels)]
         return unit._replace(kernels=kernels, again=again)
 
     return replace(chain, units=tuple(exchanging(unit) for unit in chain.units), parameters=parameters)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
+from autopar.kernels import KernelMaker
 from autopar.op_kinds import Kind, has_dropout, is_conversion, kind_of, short_name
 from autopar.plan import RecomputeMode
 from costmodel import Software
@@ -28,16 +29,22 @@ _QUANTISED_BYTES = 1
 
 
 class Need(NamedTuple):
-    """What the backward of an op reads: storages, and bytes that are no tensor of the graph."""
+    """What the backward of an op reads: storages, and bytes that are no tensor of the graph; where they are
+    an operand in another format, that is `quantised`."""
 
     storages: tuple[str, ...]
     internal_bytes: int
+    quantised: str | None = None
+
+
+def _never(_: Op) -> bool:
+    return False
 
 
 class Needs:
-    """The needs of one local graph's ops under one software."""
+    """The needs of one graph's ops under one software; products that `is_low` names run on 8 bits or less."""
 
-    def __init__(self, graph: OpGraph, software: Software, is_low: Callable[[Op], bool]) -> None:
+    def __init__(self, graph: OpGraph, software: Software, is_low: Callable[[Op], bool] = _never) -> None:
         self.graph = graph
         self.is_low = is_low
         self.tensors = graph.tensors
@@ -103,17 +110,24 @@ class Needs:
     def _low_need(self, op: Op) -> Need:
         """A product on 8 bits keeps its operand as it was quantised, once for all products that read it."""
         operand = op.inputs[0]
-        (kept,) = self._kept_forms([operand]) or (None,)
+        kept = self.kept_form(operand)
         others = tuple(name for name in self._kept_forms(op.saved) if name != kept)
         readers = (self.graph.ops[index] for index in sorted(self.readers[self.homes[operand]]))
         first = next(reader for reader in readers if reader.saved and self.is_low(reader))
         is_first = kept is not None and first.name == op.name
-        return Need(others, self.tensors[kept].num_elements * _QUANTISED_BYTES if kept and is_first else 0)
+        if kept is None or not is_first:
+            return Need(others, 0)
+        return Need(others, self.tensors[kept].num_elements * _QUANTISED_BYTES, operand)
+
+    def kept_form(self, name: str) -> str | None:
+        """The storage that holds a tensor until the backward, None for one that is there anyway."""
+        home = self.homes[name]
+        return None if home in self.fixed else self.shards.get(home, home)
 
     def _kept_forms(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The storages that hold these tensors until the backward, those apart that are there anyway."""
-        homes = dict.fromkeys(self.homes[name] for name in names)
-        return tuple(self.shards.get(home, home) for home in homes if home not in self.fixed)
+        """The storages that hold these tensors until the backward."""
+        forms = dict.fromkeys(map(self.kept_form, names))
+        return tuple(form for form in forms if form is not None)
 
     def _attention_need(self, op: Op) -> Need:
         """What the accelerator's kernels keep, which those that measured the graph need not be."""
@@ -145,6 +159,12 @@ class Needs:
                     return short_name(op) in _FREE_CONVERSIONS
                 is_second = recompute == "alternate" and kind == "matmul" and index % 2 == 1
                 return kind not in ("matmul", "attention") or is_second
+
+
+def needs_of(graph: OpGraph, maker: KernelMaker) -> Needs:
+    """The needs of a graph whose kernels `maker` makes."""
+    parameters = frozenset(graph.parameter_tensors)
+    return Needs(graph, maker.software, lambda op: maker.is_low(op, parameters))
 
 
 def _stays_in_place(op: Op) -> bool:

@@ -18,13 +18,15 @@ from autopar.data_parallel import data_parallel
 from autopar.localize import Assignment
 from autopar.op_kinds import kind_of
 from autopar.placements import Shard
-from autopar.pricing import OpCost
+from autopar.pricing import DEFAULT_SOFTWARE, OpCost
 from autopar.search.axis_problem import AxisProblem
 from autopar.search.block_ilp import MANY_MICROBATCHES, AxisSolution, BlockIlp
+from autopar.search.needs import Needs
 from autopar.search.replicas import SEQUENCE, context_parallel
 from autopar.search.shallow import local_counts
 from autopar.strategies import Conversion, Strategy
 from autopar.traffic import EVERYTHING_TOUCHES_MEMORY, Traffic
+from costmodel import software
 from graphs.ir import Op, OpGraph
 
 BATCH = 0
@@ -105,6 +107,9 @@ class BytesMoved:
 
     def traffic(self, graph: OpGraph) -> Traffic:
         return EVERYTHING_TOUCHES_MEMORY
+
+    def needs(self, graph: OpGraph) -> Needs:
+        return Needs(graph, software(DEFAULT_SOFTWARE))  # of which nothing depends where bytes have no price
 
     def op(self, local: OpGraph, traffic: Traffic) -> OpCost:
         touched = sum(

@@ -18,6 +18,7 @@ from autopar.search.evaluate import Evaluator
 from autopar.search.experts import num_experts
 from autopar.search.floors import Floors
 from autopar.search.given import even_cuts
+from autopar.search.linear_model import Size
 from autopar.search.mixed import Mixer
 from autopar.search.outcome import Solved, better, rank
 from autopar.search.pin_conflicts import minimal_conflict
@@ -27,7 +28,6 @@ from autopar.search.pins import Pins
 from autopar.search.placement import placed, placed_chain
 from autopar.search.programs import MEMORY_PRICES, PINNED, Programs
 from autopar.search.replicas import SEQUENCE
-from autopar.search.solver import Size
 from autopar.search.space import (
     SHORTEST_CONTEXT,
     Degrees,
@@ -107,7 +107,7 @@ class Planner:
         self.pins = pins or Pins()
         self.capture = capture = told_apart(capture, self.pins)
         self.pin_space = PinSpace(self.pins, capture.graph)
-        self.bounds = Bounds(capture, cluster, policy, era)
+        self.bounds = Bounds(capture, cluster, policy, era, low_precision)
         self.evaluator = Evaluator(cluster, policy, era)
         self.programs = Programs(
             capture, cluster, era, rules=self.pins, shorten=shorten, low_precision=low_precision,

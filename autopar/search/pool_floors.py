@@ -30,7 +30,7 @@ class RouteFloors:
         self.legs = legs
         self.common = common
         self._tables: dict[tuple[int, int, int], StageTable] = {}
-        self._leg_times: dict[tuple[int, float, int], LegTimes] = {}
+        self._leg_times: dict[tuple[int, float, StageTable], LegTimes] = {}
         self._seams_floors_s: dict[tuple[int, ...], float] = {}
         self._capacity: dict[Leg, float] = {}
 
@@ -98,7 +98,7 @@ class RouteFloors:
 
     def _scaled(self, leg: Leg, table: StageTable, share: float) -> LegTimes:
         """A share of a table's times; the same for all legs with as many stages."""
-        key = leg.layout.pp, share, id(table)
+        key = leg.layout.pp, share, table
         if key not in self._leg_times:
             times = LegTimes.of(share * table.unit_forward_s, share * table.unit_backward_s, leg.layout.pp)
             self._leg_times[key] = times

@@ -24,6 +24,7 @@ from math import lcm
 from typing import NamedTuple
 
 from autopar.errors import PinConflictError, SearchTimeoutError
+from autopar.search.linear_model import Size
 from autopar.search.outcome import Solved
 from autopar.search.planner import SearchResult
 from autopar.search.pool_bounds import RouteCuts
@@ -34,7 +35,6 @@ from autopar.search.pool_outcome import PoolsResult, best_by_mesh
 from autopar.search.pool_prices import PricedRoute, Prices
 from autopar.search.pool_routes import SCHEDULE, Route, routes
 from autopar.search.programs import MEMORY_PRICES
-from autopar.search.solver import Size
 from autopar.search.wording import duration
 
 TOLERANCE = 1e-2

@@ -67,15 +67,10 @@ def _kept(unit: Unit, least: Unit, degree: int, name: str) -> Saved:
     """What a unit keeps on one of `degree` ranks under a name, its own or one that only `least` has, the
     relaxed unit with the same kernels."""
     if name in unit.saved:
-        return _scaled(unit.saved[name], degree)
-    entering = _scaled(unit.saved["full"], degree).storages
+        return unit.saved[name].divided(degree)
+    entering = unit.saved["full"].divided(degree).storages
     beside = least.saved[name].num_bytes - sum(entering.values())
     return Saved(entering, beside, unit.saved["none"].peak_bytes // degree)
-
-
-def _scaled(saved: Saved, degree: int) -> Saved:
-    storages = {name: size // degree for name, size in saved.storages.items()}
-    return Saved(storages, saved.internal_bytes // degree, saved.peak_bytes // degree, saved.phase)
 
 
 def _shard(shard: ParameterShard, tp: int) -> ParameterShard:
@@ -147,7 +142,7 @@ class _Least:
     def _cost(self) -> OpCost:
         if self.part is not None:
             return self._least_passes()
-        like, part = self.cost if self.floor is None else self.floor.ops.cheapest, self._forward_part
+        like, part = self.cost if self.floor is None else self.floor.ops.fastest.cost, self._forward_part
         if self.arithmetic is None:
             forward_s = self.time_s * _share(like.forward_total_s, like.total_s)
             return _passes(forward_s, self.time_s - forward_s, like.weight_s)

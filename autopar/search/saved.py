@@ -11,15 +11,13 @@ whatever is kept, and every gradient lives from one op to another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
 
 from autopar.plan import RecomputeMode
 from autopar.search.cut import cheapest_cut
 from autopar.search.needs import Needs, is_loss
-from costmodel import Software
-from graphs.ir import Op, OpGraph
 
 MODES: tuple[RecomputeMode, ...] = get_args(RecomputeMode)
 
@@ -40,6 +38,7 @@ class Saved:
     internal_bytes: int = 0
     peak_bytes: int = 0
     phase: Phase = "backward"
+    _divided: dict[int, Saved] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -55,6 +54,14 @@ class Saved:
         """The same with storages under other names."""
         storages = {rename(name): size for name, size in self.storages.items()}
         return Saved(storages, self.internal_bytes, self.peak_bytes, self.phase)
+
+    def divided(self, degree: int) -> Saved:
+        """What is left of it on one of so many ranks that share it: made once, as many bounds ask for it."""
+        if degree not in self._divided:
+            storages = {name: size // degree for name, size in self.storages.items()}
+            others = self.internal_bytes // degree, self.peak_bytes // degree
+            self._divided[degree] = Saved(storages, *others, self.phase)
+        return self._divided[degree]
 
 
 class SavedByName(Mapping[str, Saved]):
@@ -80,25 +87,16 @@ class SavedByName(Mapping[str, Saved]):
         return len(self._names)
 
 
-def _never(_: Op) -> bool:
-    return False
-
-
-class SavedActivations:
-    """What runs of a local graph's ops keep under one software; products that `is_low` names run on 8 bits or
-    fewer."""
-
-    def __init__(self, graph: OpGraph, software: Software, is_low: Callable[[Op], bool] = _never) -> None:
-        self.needs = Needs(graph, software, is_low)
-
-    def unit(self, start: int, stop: int, *, is_block: bool) -> tuple[Again, Mapping[str, Saved]]:
-        """What ops `[start, stop)` run again and what they keep under each mode; only blocks recompute."""
-        run = _Run(self.needs, start, stop)
-        if not is_block:
-            modes: Sequence[str] = MODES
-            return dict.fromkeys(modes, (False,) * (stop - start)), dict.fromkeys(modes, run.everything())
-        again: Again = {mode: run.again(mode) for mode in MODES}
-        return again, run.by_mode(again)
+def saved_by_unit(
+    needs: Needs, start: int, stop: int, *, is_block: bool
+) -> tuple[Again, Mapping[str, Saved]]:
+    """What ops `[start, stop)` run again and what they keep under each mode; only blocks recompute."""
+    run = _Run(needs, start, stop)
+    if not is_block:
+        modes: Sequence[str] = MODES
+        return dict.fromkeys(modes, (False,) * (stop - start)), dict.fromkeys(modes, run.everything())
+    again: Again = {mode: run.again(mode) for mode in MODES}
+    return again, run.by_mode(again)
 
 
 def _parent(module: str) -> str:

@@ -11,11 +11,12 @@ compares the solvers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal, get_args
 
+import numpy as np
 from ortools.math_opt import (
     callback_pb2,
     model_parameters_pb2,
@@ -27,10 +28,7 @@ from ortools.math_opt import (
 )
 from ortools.math_opt.core.python import solver as mathopt
 
-Term = tuple[int, float]
-
-Row = tuple[float, float, tuple[Term, ...]]
-"""Limits, and the terms whose sum they are for."""
+from autopar.search.linear_model import Constraints, LinearModel, Size
 
 Rounding = Callable[[Sequence[float]], Sequence[float] | None]
 """Makes an answer from the values of the relaxation, or gives up with None."""
@@ -39,86 +37,6 @@ Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
 Backend = Literal["glop+scip", "highs", "scip", "cp-sat"]
 """Who solves. CP-SAT knows whole numbers alone: ask it only where some best answer has no others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """How big a model is: its variables, its rows, and how many of the variables are integer."""
-
-    variables: int
-    rows: int
-    integer: int
-
-
-@dataclass
-class LinearModel:
-    """Minimise a linear cost over bounded variables under linear rows, built up by `variable` and `row` until
-    it is solved or shares what it has."""
-
-    costs: list[float] = field(default_factory=list)
-    bounds: list[tuple[float, float]] = field(default_factory=list)
-    integer: list[bool] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    _constraints: list[model_pb2.ModelProto] = field(default_factory=list, repr=False, compare=False)
-
-    def priced(self, costs: Sequence[float], *, relaxed: bool = False) -> LinearModel:
-        """The same rows at other costs; no variable need be whole where `relaxed`. Bounds and rows are
-        shared, so neither model can be added to any more."""
-        self.constraints()
-        integer = [False] * len(costs) if relaxed else self.integer
-        return replace(self, costs=list(costs), integer=integer)
-
-    def with_rows(self, rows: Sequence[Row]) -> LinearModel:
-        """The same with more rows."""
-        constraints = model_pb2.ModelProto()
-        constraints.CopyFrom(self.constraints())
-        _add_rows(constraints, rows, len(self.rows))
-        return replace(self, rows=[*self.rows, *rows], _constraints=[constraints])
-
-    def constraints(self) -> model_pb2.ModelProto:
-        """Bounds and rows as the solver takes them, made once for all models that share them."""
-        if not self._constraints:
-            constraints = model_pb2.ModelProto()
-            constraints.variables.ids.extend(range(len(self.bounds)))
-            constraints.variables.lower_bounds.extend([lower for lower, _ in self.bounds])
-            constraints.variables.upper_bounds.extend([upper for _, upper in self.bounds])
-            _add_rows(constraints, self.rows)
-            self._constraints.append(constraints)
-        return self._constraints[0]
-
-    def variable(
-        self, cost: float = 0.0, lower: float = 0.0, upper: float = 1.0, *, integer: bool = False
-    ) -> int:
-        """Adds a variable and returns its index."""
-        assert not self._constraints, "bounds are shared"
-        self.costs.append(cost)
-        self.bounds.append((lower, upper))
-        self.integer.append(integer)
-        return len(self.costs) - 1
-
-    def row(self, lower: float, upper: float, terms: Iterable[Term]) -> None:
-        """Requires `lower <= sum of coefficient * variable <= upper`; terms of one variable add up."""
-        assert not self._constraints, "rows are shared"
-        self.rows.append((lower, upper, tuple(terms)))
-
-    @property
-    def size(self) -> Size:
-        return Size(len(self.costs), len(self.rows), sum(self.integer))
-
-    def cost_of(self, values: Sequence[float]) -> float:
-        return sum(cost * value for cost, value in zip(self.costs, values, strict=True))
-
-    def is_met_by(self, values: Sequence[float]) -> bool:
-        """Whether the values keep to all bounds and rows, and are whole where they must be."""
-        kept = all(
-            lower - _TOLERANCE <= value <= upper + _TOLERANCE
-            for value, (lower, upper) in zip(values, self.bounds, strict=True)
-        )
-        return kept and self._is_whole(values) and all(_is_within(row, values) for row in self.rows)
-
-    def _is_whole(self, values: Sequence[float]) -> bool:
-        pairs = zip(values, self.integer, strict=True)
-        return all(abs(value - round(value)) <= _TOLERANCE for value, integer in pairs if integer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +62,6 @@ class Solution:
 _LARGEST_COST = 1e4
 """The largest cost as the solver sees it, so that its absolute tolerances mean something to costs in
 microseconds."""
-
-_TOLERANCE = 1e-6
-"""How far a value may be from whole, and, in units of its largest term, a row from its limits."""
 
 
 def solve(
@@ -194,7 +109,7 @@ class Relaxation:
 
     def __init__(self, model: LinearModel) -> None:
         self._model = model
-        self.size = Size(len(model.costs), len(model.rows), 0)
+        self.size = replace(model.size, integer=0)
         self._solver: mathopt.Solver | None = None
 
     def least(self, costs: Sequence[float]) -> tuple[float, list[float]]:
@@ -269,7 +184,7 @@ def _relax_then_branch(
     if relaxed.status == "infeasible":
         return relaxed
     if relaxed.status == "optimal":
-        if model._is_whole(relaxed.values):
+        if model.is_whole(relaxed.values):
             return relaxed
         rounded = rounding(relaxed.values) if rounding else None
         answers = [answer for answer in (hint, rounded) if answer is not None and model.is_met_by(answer)]
@@ -313,11 +228,31 @@ def _values(result: result_pb2.SolveResultProto, number: int) -> list[float]:
     return values
 
 
+def _constraints_proto(constraints: Constraints) -> model_pb2.ModelProto:
+    """Bounds and rows as the solver takes them, made once for all models that share them."""
+    if isinstance(constraints.compiled, model_pb2.ModelProto):
+        return constraints.compiled
+    proto = model_pb2.ModelProto()
+    proto.variables.ids.extend(range(len(constraints.lower)))
+    proto.variables.lower_bounds.extend(constraints.lower)
+    proto.variables.upper_bounds.extend(constraints.upper)
+    numbers = range(len(constraints.row_lower))
+    proto.linear_constraints.ids.extend(numbers)
+    proto.linear_constraints.lower_bounds.extend(constraints.row_lower)
+    proto.linear_constraints.upper_bounds.extend(constraints.row_upper)
+    matrix = proto.linear_constraint_matrix
+    matrix.row_ids.extend(np.repeat(numbers, constraints.lengths).tolist())
+    matrix.column_ids.extend(constraints.variables)
+    matrix.coefficients.extend(constraints.coefficients)
+    constraints.is_closed, constraints.compiled = True, proto
+    return proto
+
+
 def _model_proto(
     model: LinearModel, scale: float, *, is_relaxed: bool, is_whole: bool
 ) -> model_pb2.ModelProto:
     proto = model_pb2.ModelProto()
-    proto.CopyFrom(model.constraints())
+    proto.CopyFrom(_constraints_proto(model.constraints))
     integer = [False] * len(model.costs) if is_relaxed else [is_whole or each for each in model.integer]
     proto.variables.integers.extend(integer)
     priced = [index for index, cost in enumerate(model.costs) if cost]
@@ -340,36 +275,6 @@ def _add_costs(
     """Add the costs of these variables, as the solver sees them."""
     costs.ids.extend(variables)
     costs.values.extend([scale * model.costs[variable] for variable in variables])
-
-
-def _add_rows(proto: model_pb2.ModelProto, given: Sequence[Row], first: int = 0) -> None:
-    """Add rows, numbered from `first` on."""
-    rows = proto.linear_constraints
-    rows.ids.extend(range(first, first + len(given)))
-    rows.lower_bounds.extend([lower for lower, _, _ in given])
-    rows.upper_bounds.extend([upper for _, upper, _ in given])
-    terms = [_in_order(terms) for _, _, terms in given]
-    matrix = proto.linear_constraint_matrix
-    matrix.row_ids.extend([row for row, ordered in enumerate(terms, first) for _ in ordered])
-    matrix.column_ids.extend([column for ordered in terms for column, _ in ordered])
-    matrix.coefficients.extend([coefficient for ordered in terms for _, coefficient in ordered])
-
-
-def _in_order(terms: Sequence[Term]) -> list[Term]:
-    """The terms of a row by variable, each once."""
-    if len({index for index, _ in terms}) == len(terms):
-        return sorted(terms)
-    sums: dict[int, float] = {}
-    for index, coefficient in terms:
-        sums[index] = sums.get(index, 0.0) + coefficient
-    return sorted(sums.items())
-
-
-def _is_within(row: Row, values: Sequence[float]) -> bool:
-    lower, upper, terms = row
-    parts = [coefficient * values[index] for index, coefficient in terms]
-    slack = _TOLERANCE * max((1.0, *map(abs, parts)))
-    return lower - slack <= sum(parts) <= upper + slack
 
 
 def _parameters(solver: int, limits: _Limits) -> parameters_pb2.SolveParametersProto:

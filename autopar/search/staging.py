@@ -35,6 +35,10 @@ from autopar.search.units import Chain, Unit
 from autopar.search.variants import RankUnits, Variants
 from costmodel.orders import OVERLAPPING_SCHEDULES, alone_parts
 
+MOST_TABLES = 320
+"""The programs, and bounds over programs, whose stages are known at a time: of a large model hundreds are
+asked for, and each takes a megabyte. What is forgotten and made again counts twice in what was solved."""
+
 NUM_REPAIRS = 16
 """How often what does not fit yet is taken off again; the second time it mostly fits."""
 
@@ -84,10 +88,14 @@ class StageLayer:
 
     def _of(self, program: Program) -> tuple[EvenStages, Variants]:
         key = id(program)
-        if key not in self._tables:
+        found = self._tables.pop(key, None)
+        if found is None:
             table = StageTable(program.chain, self.options(program.chain.units))
-            self._tables[key] = program, EvenStages(table), Variants(table, self.effort)
-        return self._tables[key][1:]
+            found = program, EvenStages(table), Variants(table, self.effort)
+        if len(self._tables) == MOST_TABLES:
+            del self._tables[next(iter(self._tables))]
+        self._tables[key] = found  # behind all others: what was asked for longest ago goes first
+        return found[1:]
 
     def schedule_floor_s(self, p: Parallelism, program: Program | None = None) -> float:
         """No step takes less, whatever the data axes do; 0 where cuts are still open.

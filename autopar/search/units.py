@@ -21,7 +21,8 @@ from autopar.placements import RP
 from autopar.plan import RecomputeMode
 from autopar.pricing import OpCost, Pricer, total
 from autopar.search.keep_sets import Choice, Result, frontier, keep_sets, results, saved_with
-from autopar.search.saved import Saved, SavedActivations, SavedByName
+from autopar.search.needs import needs_of
+from autopar.search.saved import Saved, SavedByName, saved_by_unit
 from costmodel import Software
 from graphs.ir import Block, Op, OpGraph
 
@@ -345,15 +346,14 @@ class _Builder:
         self.graph = graph
         self.turns = turns
         self.kernels = maker.graph(graph)
-        parameters = frozenset(graph.parameter_tensors)
-        self.activations = SavedActivations(graph, maker.software, lambda op: maker.is_low(op, parameters))
+        self.needs = needs_of(graph, maker)
         self.made_in_blocks: set[str] = set()
 
     def unit(self, start: int, stop: int, block: str | None, received_bytes: int) -> Unit:
         ops = self.graph.ops[start:stop]
         if block is not None:
             self.made_in_blocks.update(name for op in ops for name in op.outputs)
-        again, saved = self.activations.unit(start, stop, is_block=block is not None)
+        again, saved = saved_by_unit(self.needs, start, stop, is_block=block is not None)
         return Unit(
             first_op=next((op.name for op in ops if not is_conversion(op)), ops[0].name),
             modules=(block,) if block is not None else tuple(dict.fromkeys(op.module for op in ops)),
@@ -361,7 +361,7 @@ class _Builder:
             kernels=self.kernels[start:stop],
             again=again,
             saved=saved,
-            results=results(self.activations.needs, start, stop) if block is not None else (),
+            results=results(self.needs, start, stop) if block is not None else (),
             parameters=tuple(
                 dict.fromkeys(
                     name for op in ops for name in op.inputs if name in self.graph.parameter_tensors

@@ -19,7 +19,8 @@ from math import ceil
 from typing import NamedTuple
 
 from autopar.search.effort import Effort, clocked
-from autopar.search.solver import LinearModel, solve
+from autopar.search.linear_model import LinearModel
+from autopar.search.solver import solve
 from autopar.search.stage_table import StageTable
 
 MOST_NODES = 32

@@ -23,7 +23,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from autopar.search.solver import Backend, LinearModel, Size, Term, solve
+from autopar.search.linear_model import LinearModel, Size, Term
+from autopar.search.solver import Backend, solve
 from benchmarks.iopddl.local_search import Chosen, local_search
 from benchmarks.iopddl.network import Indices, Network, Vector
 from benchmarks.iopddl.problem import Problem, is_within_limit, score

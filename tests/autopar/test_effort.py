@@ -11,7 +11,7 @@ from autopar.plan import LayerEffort, Plan
 from autopar.report import view
 from autopar.search import effort
 from autopar.search.effort import Effort, Layer, clocked, cut_size
-from autopar.search.solver import Size
+from autopar.search.linear_model import Size
 from hardware_db.pools import join_pools
 from tests.autopar.small_models import cluster, tower
 

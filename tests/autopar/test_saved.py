@@ -12,12 +12,21 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import graphs
 from autopar.kernels import KernelMaker
-from autopar.localize import localize
+from autopar.localize import Localized, localize
 from autopar.plan import Parallelism, Recompute
+from autopar.pricing import Pricer
+from autopar.request import training_policy
+from autopar.search.axis_prices import ClusterPrices
+from autopar.search.axis_problem import AxisProblem
+from autopar.search.block_ilp import BlockIlp
+from autopar.search.bounds import Bounds
 from autopar.search.cut import cheapest_cut
+from autopar.search.needs import needs_of
+from autopar.search.pinned import RegionRule
 from autopar.search.programs import Programs
+from autopar.search.saved import Saved
 from autopar.search.units import Unit, build_chain
-from costmodel import software
+from costmodel import Group, software
 from graphs import Capture
 from hardware_db import cluster
 
@@ -161,3 +170,50 @@ def test_the_cut_is_the_cheapest(seed: int) -> None:
     found = cheapest_cut(costs, made_from, wanted)
     assert is_enough(found)
     assert sum(costs[name] for name in found) == best
+
+
+@pytest.mark.parametrize(
+    ("era", "precision"),
+    [
+        ("torch-eager", None),
+        ("unfused-2020", None),
+        ("fused-2022", None),
+        ("te-2026", None),
+        ("te-2026", "fp8"),
+    ],
+)
+def test_strategies_are_priced_by_what_backwards_then_read(era: str, precision: str | None) -> None:
+    graph = gpt().at(B)
+    blocks = tuple(block.path for block in graph.blocks)
+    groups = {"tp": Group(4, 1)}
+    pricer = Pricer(cluster("dgx-a100"), groups, software(era), low_precision=precision, blocks=blocks)
+    prices = ClusterPrices(pricer, "tp", frozenset(graph.parameter_tensors))
+    rule = RegionRule(graph, sequence_parallel=False)  # nothing is gathered, of which less would be kept
+    problem = AxisProblem(graph, "tp", 4, prices, custom=rule)
+    assignment = BlockIlp(problem).solve().assignment
+    chosen = dict(zip(graph.representative, assignment.choice, strict=True))
+    priced = sum(
+        problem.saved_bytes[like][problem.offered[like].index(strategy)] for like, strategy in chosen.items()
+    )
+    local = localize(Localized.of(graph), assignment).graph
+    needs = [needs_of(local, pricer.kernels).need(op) for op in local.ops]
+    read = {storage for need in needs for storage in need.storages}
+    internal_bytes = sum(need.internal_bytes for need in needs)
+    assert priced == sum(local.tensors[storage].num_bytes for storage in read) + internal_bytes
+
+
+@pytest.mark.parametrize("precision", [None, "fp8"])
+def test_no_program_of_one_device_keeps_less_than_is_known_to_be_kept(precision: str | None) -> None:
+    era = software("te-2026")
+    machine, policy = cluster("dgx-h100"), training_policy(llama().graph)
+    bounds = Bounds(llama(), machine, policy, era, precision)
+    programs = Programs(llama(), machine, era, low_precision=precision)
+    for mode in ("none", "selective", "full"):
+        kept = sum(unit.saved[mode].num_bytes for unit in programs.device(B).chain.units)
+        assert 0 < bounds.saved_bytes[mode] <= kept / B
+
+
+def test_what_is_divided_is_made_once() -> None:
+    saved = Saved({"hidden": 10, "probabilities": 7}, 5, 30, "forward")
+    assert saved.divided(2) == Saved({"hidden": 5, "probabilities": 3}, 2, 15, "forward")
+    assert saved.divided(2) is saved.divided(2)

@@ -10,8 +10,10 @@ import pytest
 from torch import Tensor, nn
 
 import graphs
+from autopar import api
 from autopar.localize import localize
 from autopar.placements import Placement
+from autopar.search import least_programs, programs, staging
 from autopar.search.axis_prices import ClusterPrices
 from autopar.search.axis_problem import AxisProblem
 from autopar.search.context import ContextProblem
@@ -23,7 +25,8 @@ from autopar.search.space import parallelism
 from autopar.search.units import Chain, build_chain
 from costmodel import software
 from graphs import Capture
-from tests.autopar.small_models import cluster
+from hardware_db.pools import join_pools
+from tests.autopar.small_models import cluster, tower
 from tests.autopar.tiny_models import tiny
 from tests.models import case, images
 
@@ -143,3 +146,32 @@ def test_software_that_hides_all_is_given_no_more_to_hide(cp: int) -> None:
         communicated_s.append(sum(c.forward_communication_s + c.backward_communication_s for c in costs))
     hidden_in_part_s, hidden_s = communicated_s
     assert 0 < hidden_s <= 2 * hidden_in_part_s
+
+
+@pytest.mark.parametrize("pools", [False, True])
+def test_what_is_forgotten_and_made_again_changes_no_plan(
+    pools: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for how often a layer was asked to solve something."""
+    model, few = tower(width=1024, depth=6), cluster(4, 300e6)
+    machine = (
+        join_pools([few, few], link_bytes_per_s=5e9, link_latency_s=1e-5) if pools else cluster(8, 300e6)
+    )
+
+    def planned() -> dict[str, object]:
+        plan = api.plan(model, machine, global_batch=16, space="whole")
+        certificate = plan.certificate.model_copy(update={"layers": ()})
+        return plan.model_copy(update={"certificate": certificate}).model_dump()
+
+    expected = planned()
+    monkeypatch.setattr(staging, "MOST_TABLES", 1)
+    monkeypatch.setattr(programs, "MOST_PROBLEMS", 1)
+    monkeypatch.setattr(least_programs, "MOST_PROBLEMS", 1)
+    assert planned() == expected
+
+
+def test_copies_of_a_unit_whose_experts_are_dealt_out_share_what_runs_again() -> None:
+    machine = cluster(8)
+    made = Programs(captured("mixtral"), machine).device(2, ep=2).chain
+    shared = {id(unit.again) for unit in made.units if unit.is_block}
+    assert len(shared) == len({id(unit.kernels) for unit in made.units if unit.is_block})

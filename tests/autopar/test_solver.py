@@ -9,7 +9,8 @@ from math import inf, isclose
 import pytest
 from ortools.math_opt import result_pb2
 
-from autopar.search.solver import LinearModel, Relaxation, Size, Solution, solve
+from autopar.search.linear_model import LinearModel, Size
+from autopar.search.solver import Relaxation, Solution, solve
 
 BACKENDS = ("glop+scip", "highs", "scip", "cp-sat")
 

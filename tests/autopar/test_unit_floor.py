@@ -12,7 +12,7 @@ import pytest
 
 import graphs
 from autopar.pricing import OpCost
-from autopar.search.block_floor import BlockFloor
+from autopar.search.block_floor import BlockFloor, Fastest
 from autopar.search.programs import MEMORY_PRICES, Programs
 from autopar.search.relaxed import relaxed
 from autopar.search.saved import Saved
@@ -118,13 +118,13 @@ def test_what_runs_again_is_told_by_name(name: str, era: str, tp: int, cp: int) 
 class OneStrategy(NamedTuple):
     """The ops of a unit that has no choice."""
 
-    cheapest: OpCost
+    fastest: Fastest
 
     def computed_s(self, forward_part: float = 1.0) -> float:
-        return forward_part * self.cheapest.forward_s + self.cheapest.backward_s
+        return forward_part * self.fastest.cost.forward_s + self.fastest.cost.backward_s
 
     def least_s(self, arithmetic: float | None = None) -> float:
-        cost = self.cheapest
+        cost = self.fastest.cost
         if arithmetic is None:
             return cost.total_s
         backward_s = cost.total_s - cost.forward_total_s
@@ -149,7 +149,7 @@ def test_a_pair_of_passes_is_no_longer_than_that_of_the_only_strategy(seed: int,
         cost = OpCost(forward_s, backward_s, there_s, back_s, weight_s=backward_s / 2)
         saved = {mode: Saved({}, 0) for mode in ("none", "full")}
         unit = Unit("", (), True, saved, (), 0, recompute_s={"none": 0.0})
-        floor = UnitFloor(cast(BlockFloor, OneStrategy(cost)), unit, (), 1)
+        floor = UnitFloor(cast(BlockFloor, OneStrategy(Fastest(cost.total_s, cost))), unit, (), 1)
         chain = relaxed(Chain((unit,), {}, era), 1, 1, [floor], arithmetic=arithmetic)
         costs.append(cost)
         floors.append(chain.units[0].cost)
