@@ -69,6 +69,9 @@ MOST_DIVES = 3
 MORE_WORK = 1.1
 """The work that runners-up may take with the search itself, in times of that."""
 
+MORE_PROBLEMS = 64
+"""The problems that may be solved for them: seconds at most, also where each look costs much."""
+
 MOST_RESCUES = 32
 """How many ways are tried where a search was stopped before it had a plan."""
 
@@ -239,8 +242,11 @@ class BranchAndBound:
     def _price_more(self, number: int) -> None:
         """Price more meshes until there are so many beside the best: as they come out of the queue, while
         that is little more work, and then the likeliest."""
-        most_work = MORE_WORK * self.work
-        while self._queue and self.outcome.num_meshes <= number and self.work < most_work:
+        effort, most_work = self.planner.effort, MORE_WORK * self.work
+        most_problems = effort.num_problems + MORE_PROBLEMS
+        while self._queue and self.outcome.num_meshes <= number:
+            if self.work >= most_work or effort.num_problems >= most_problems:
+                break
             self._step()
         for _ in range(MOST_DIVES * number):
             if self.outcome.num_meshes > number or self.likely.price() is None:

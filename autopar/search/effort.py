@@ -60,6 +60,11 @@ class Effort:
         if size is not None:
             self._largest[layer] = max(size, self._largest.get(layer, size), key=_by_variables)
 
+    @property
+    def num_problems(self) -> int:
+        """The problems of all layers so far."""
+        return sum(self._num_problems.values())
+
     def layers(self) -> tuple[LayerEffort, ...]:
         """So far, of every layer."""
         self._charge()
