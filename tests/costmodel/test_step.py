@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import fields
 from math import isclose
 from typing import Any
@@ -246,14 +245,6 @@ def test_the_total_is_the_simulated_step() -> None:
     stages = [StageWork(1 + i / 3, 2, forward_communication_s=0.1, recompute_s=0.2) for i in range(4)]
     timeline = simulate("1F1B", 4, 30, [s.forward_s + 0.1 for s in stages], [2.2] * 4, 0.05)
     assert step_cost(stages, 30, send_s=0.05).total_s == pytest.approx(timeline.step_s)
-
-
-def test_a_planner_can_price_a_thousand_plans_a_second() -> None:
-    step_cost([StageWork(1, 2), *[StageWork(1, 2.1)] * 7], 64, send_s=0.01)
-    start_s = time.process_time()
-    for i in range(100):
-        step_cost([StageWork(1, 2), *[StageWork(1 + i, 2.1)] * 7], 64, send_s=0.01)
-    assert time.process_time() - start_s < 0.5  # measured 0.06: room for a busy machine
 
 
 @pytest.mark.parametrize(
