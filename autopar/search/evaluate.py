@@ -22,11 +22,15 @@ from autopar.search.data_axes import (
 )
 from autopar.search.ledger import rank_ledgers
 from autopar.search.pieces import Choices, Piece, Pieces
+from autopar.search.recent import Recent
 from autopar.search.saved import MODES
 from autopar.search.units import Chain, Unit
 from costmodel import Ledger, OptimizerPolicy, Overlap, Software, StageWork, StepCost, step_cost
 from costmodel.orders import rank_stages
 from hardware_db import Cluster
+
+MOST_CHAINS = 64
+"""The chains whose pieces are known at a time, each with what these cost: a megabyte of a large model."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,9 @@ class Evaluator:
         self.overlap = Overlap(
             self.era.gradient_sync_overlap, self.era.parameter_gather_overlap, self.era.contention
         )
-        # By the identity of chains and pieces, which are kept alive with what was made of them.
+        # By the identity of chains, which are kept alive with what was made of them.
         self._priced: dict[tuple[object, ...], tuple[Chain, Chain]] = {}
-        self._pieces: dict[int, Pieces] = {}
-        self._works: dict[tuple[object, ...], tuple[Piece, StageWork]] = {}
+        self._pieces = Recent(Pieces, MOST_CHAINS)
 
     def placed(self, p: Parallelism) -> Pricer:
         """The pricer for the mesh of a parallelism."""
@@ -110,9 +113,7 @@ class Evaluator:
         """
         cuts = tuple(cuts)
         pricer = self.placed(p)
-        pieces = self._pieces.get(id(chain))
-        if pieces is None:
-            pieces = self._pieces[id(chain)] = Pieces(chain)
+        pieces = self._pieces.of(chain)
         p, chosen = _chosen(pieces, p, choices)
         cut = pieces.cut(cuts)
         parts = tuple(zip(cut, pieces.choices(cuts, chosen), strict=True))
@@ -131,7 +132,7 @@ class Evaluator:
 
     def fits_with(self, evaluated: Evaluated, choices: Sequence[str]) -> bool:
         """Whether a candidate that fits does so with other choices, which are not priced."""
-        pieces, p = self._pieces[id(evaluated.chain)], evaluated.parallelism
+        pieces, p = self._pieces.of(evaluated.chain), evaluated.parallelism
         chosen = pieces.shortest(tuple(choices))
         ledgers = rank_ledgers(pieces, evaluated.cuts, p, self.policy, self.cluster.device, chosen)
         return all(ledger.total_bytes <= evaluated.memory_bytes for ledger in ledgers)
@@ -169,10 +170,10 @@ class Evaluator:
     def _work(self, piece: Piece, choices: Choices, p: Parallelism, pricer: Pricer) -> StageWork:
         own_microbatches = p.num_microbatches if p.zero_stage >= 2 else p.num_microbatches > 1
         mesh = (pricer.groups["tp"], data_groups(p), data_groups(p, experts=True))
-        key = (id(piece), choices, own_microbatches, mesh, p.zero_stage, p.offload)
-        if key not in self._works:
-            self._works[key] = piece, self._priced_work(piece, choices, p, pricer)
-        return self._works[key][1]
+        key = (choices, own_microbatches, mesh, p.zero_stage, p.offload)
+        if key not in piece.works:
+            piece.works[key] = self._priced_work(piece, choices, p, pricer)
+        return piece.works[key]
 
     def _priced_work(self, piece: Piece, choices: Choices, p: Parallelism, pricer: Pricer) -> StageWork:
         traffic = data_traffic(piece.buckets, p, pricer, self.policy)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from autopar.pricing import OpCost, total
 from autopar.search.saved import MODES, Phase
 from autopar.search.units import Chain, ParameterShard, Unit
+from costmodel import StageWork
 
 Choices = str | tuple[str, ...]
 """What the units of a stage keep: a recompute mode, or a name for every unit (`Unit.frontier`)."""
@@ -42,10 +43,12 @@ class Held(NamedTuple):
 
 
 class Piece:
-    """A run of units that makes a stage, for one microbatch."""
+    """A run of units that makes a stage, for one microbatch; whoever prices it keeps in `works` what it takes
+    under data axes."""
 
     def __init__(self, units: Sequence[Unit], shards: Mapping[str, ParameterShard]) -> None:
         self.units = tuple(units)
+        self.works: dict[tuple[object, ...], StageWork] = {}
         self.parameters = {name: shards[name] for unit in units for name in unit.parameters}
         self._held: dict[Choices, Held] = {}
         self._recompute_s: dict[Choices, float] = {}

@@ -17,7 +17,6 @@ from autopar.plan import Parallelism
 from autopar.search.evaluate import Evaluator
 from autopar.search.ledger import rank_ledgers
 from autopar.search.local_programs import Program
-from autopar.search.pieces import Pieces
 from autopar.search.planner import Planner
 from autopar.search.pool_routes import Leg, Route, leg_ways
 from autopar.search.runs import Array
@@ -40,7 +39,7 @@ class LegEvaluator(Evaluator):
     ) -> tuple[tuple[StageWork, ...], tuple[Ledger, ...], list[float]]:
         """Work and ledgers of the `p.pp` stages from `first_stage` on, and seconds of the messages between
         them. `cuts` are those of the whole pipeline, and `names` say what each unit of the chain keeps."""
-        pieces = self._pieces.setdefault(id(chain), Pieces(chain))
+        pieces = self._pieces.of(chain)
         choices = pieces.shortest(names)
         own = slice(first_stage, first_stage + p.pp)
         pricer = self.placed(p)

@@ -98,11 +98,15 @@ class Programs:
         self._has_experts = num_experts(capture.graph) > 1
         self._graphs: dict[int, OpGraph] = {}
         self._replicas: dict[tuple[int, int, int, int | None], Replica] = {}
-        self._ilp_of = lru_cache(MOST_PROBLEMS)(self._ilp)
-        self._made: dict[ProgramKey, Unpriced] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._propagated: Assignment | None = None
         self._samples: defaultdict[int, dict[int, Mapping[str, Placement]]] = defaultdict(dict)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Without anything yet that depends on the rules."""
+        self._ilp_of = lru_cache(MOST_PROBLEMS)(self._ilp)
+        self._unpriced_of = lru_cache(MOST_PROBLEMS if self._has_experts else 0)(self._unpriced)
         self.least = LeastPrograms(self)
         self.depths = OtherDepths(self)
 
@@ -115,9 +119,8 @@ class Programs:
                 low_precision=self.low_precision, effort=self.effort,
             )  # fmt: skip
         other = copy(self)
-        other.rules, other._made = rules, {}
-        other._ilp_of = lru_cache(MOST_PROBLEMS)(other._ilp)
-        other.least, other.depths = LeastPrograms(other), OtherDepths(other)
+        other.rules = rules
+        other._begin()
         other._programs = {key: made for key, made in self._programs.items() if key.tp == 1}
         return other
 
@@ -210,25 +213,20 @@ class Programs:
     @clocked("local programs")
     def _make(self, key: ProgramKey) -> Program:
         self.effort.solved("local programs")
-        graph, chain, solution, keys = self._unpriced(key._replace(ep=1))
+        graph, chain, solution, keys = self._unpriced_of(key._replace(ep=1))
         return Program(key, self._priced(chain, graph, key), solution, keys)
 
     def _unpriced(self, key: ProgramKey) -> Unpriced:
         """The same for any number of ranks that experts are dealt out over."""
-        if key not in self._made:
-            replica = self.replica_of(key)
-            keys = dict(replica.keys)
-            local, solution = replica.local, None
-            if key.tp > 1:
-                solution = self._solution(key)
-                keys["tp"] = strategy_keys(local.graph, solution.assignment)
-                local = localize(local, solution.assignment)
-            chain = build_chain(replica.whole, local, self._pricer(key).kernels, self.shallow.repeats)
-            made = Unpriced(local.graph, chain, solution, keys)
-            if not self._has_experts:
-                return made
-            self._made[key] = made
-        return self._made[key]
+        replica = self.replica_of(key)
+        keys = dict(replica.keys)
+        local, solution = replica.local, None
+        if key.tp > 1:
+            solution = self._solution(key)
+            keys["tp"] = strategy_keys(local.graph, solution.assignment)
+            local = localize(local, solution.assignment)
+        chain = build_chain(replica.whole, local, self._pricer(key).kernels, self.shallow.repeats)
+        return Unpriced(local.graph, chain, solution, keys)
 
     def chain(self, whole: OpGraph, local: Localized, key: ProgramKey, repeats: Mapping[str, int]) -> Chain:
         """The chain of a local graph at this cluster's prices."""

@@ -27,6 +27,7 @@ from autopar.search.local_programs import Program
 from autopar.search.outcome import Solved, better
 from autopar.search.polish import handed_on, takers, with_faster_units
 from autopar.search.programs import Programs
+from autopar.search.recent import Recent
 from autopar.search.runs import Array
 from autopar.search.stage_costs import Machine
 from autopar.search.stage_table import Options, StageTable
@@ -35,7 +36,7 @@ from autopar.search.units import Chain, Unit
 from autopar.search.variants import RankUnits, Variants
 from costmodel.orders import OVERLAPPING_SCHEDULES, alone_parts
 
-MOST_TABLES = 320
+MOST_TABLES = 200
 """The programs, and bounds over programs, whose stages are known at a time: of a large model hundreds are
 asked for, and each takes a megabyte. What is forgotten and made again counts twice in what was solved."""
 
@@ -69,7 +70,7 @@ class StageLayer:
         self.evaluator = evaluator
         self.options = options
         self.where = where
-        self._tables: dict[int, tuple[Program, EvenStages, Variants]] = {}
+        self._known = Recent(self._made, MOST_TABLES)
         self._devices: dict[tuple[int, int], EvenStages] = {}
         self._alone: dict[tuple[object, ...], float] = {}
         self._paths: dict[tuple[str, int, int, int], list[Path]] = {}
@@ -80,22 +81,15 @@ class StageLayer:
 
     def even(self, program: Program) -> EvenStages:
         """The stages of a program where memory has no say in them."""
-        return self._of(program)[0]
+        return self._known.of(program)[0]
 
     def variants(self, program: Program) -> Variants:
         """What its units may compute again."""
-        return self._of(program)[1]
+        return self._known.of(program)[1]
 
-    def _of(self, program: Program) -> tuple[EvenStages, Variants]:
-        key = id(program)
-        found = self._tables.pop(key, None)
-        if found is None:
-            table = StageTable(program.chain, self.options(program.chain.units))
-            found = program, EvenStages(table), Variants(table, self.effort)
-        if len(self._tables) == MOST_TABLES:
-            del self._tables[next(iter(self._tables))]
-        self._tables[key] = found  # behind all others: what was asked for longest ago goes first
-        return found[1:]
+    def _made(self, program: Program) -> tuple[EvenStages, Variants]:
+        table = StageTable(program.chain, self.options(program.chain.units))
+        return EvenStages(table), Variants(table, self.effort)
 
     def schedule_floor_s(self, p: Parallelism, program: Program | None = None) -> float:
         """No step takes less, whatever the data axes do; 0 where cuts are still open.

@@ -13,7 +13,7 @@ import graphs
 from autopar import api
 from autopar.localize import localize
 from autopar.placements import Placement
-from autopar.search import least_programs, programs, staging
+from autopar.search import evaluate, least_programs, programs, staging
 from autopar.search.axis_prices import ClusterPrices
 from autopar.search.axis_problem import AxisProblem
 from autopar.search.context import ContextProblem
@@ -25,6 +25,7 @@ from autopar.search.space import parallelism
 from autopar.search.units import Chain, build_chain
 from costmodel import software
 from graphs import Capture
+from hardware_db import Cluster, Pools
 from hardware_db.pools import join_pools
 from tests.autopar.small_models import cluster, tower
 from tests.autopar.tiny_models import tiny
@@ -148,15 +149,14 @@ def test_software_that_hides_all_is_given_no_more_to_hide(cp: int) -> None:
     assert 0 < hidden_s <= 2 * hidden_in_part_s
 
 
-@pytest.mark.parametrize("pools", [False, True])
-def test_what_is_forgotten_and_made_again_changes_no_plan(
-    pools: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("case", ["one cluster", "pools", "experts"])
+def test_what_is_forgotten_and_made_again_changes_no_plan(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for how often a layer was asked to solve something."""
-    model, few = tower(width=1024, depth=6), cluster(4, 300e6)
-    machine = (
-        join_pools([few, few], link_bytes_per_s=5e9, link_latency_s=1e-5) if pools else cluster(8, 300e6)
-    )
+    model = captured("mixtral") if case == "experts" else tower(width=1024, depth=6)
+    machine: Cluster | Pools = cluster(8, 300e6)
+    if case == "pools":
+        few = cluster(4, 300e6)
+        machine = join_pools([few, few], link_bytes_per_s=5e9, link_latency_s=1e-5)
 
     def planned() -> dict[str, object]:
         plan = api.plan(model, machine, global_batch=16, space="whole")
@@ -165,6 +165,7 @@ def test_what_is_forgotten_and_made_again_changes_no_plan(
 
     expected = planned()
     monkeypatch.setattr(staging, "MOST_TABLES", 1)
+    monkeypatch.setattr(evaluate, "MOST_CHAINS", 1)
     monkeypatch.setattr(programs, "MOST_PROBLEMS", 1)
     monkeypatch.setattr(least_programs, "MOST_PROBLEMS", 1)
     assert planned() == expected
