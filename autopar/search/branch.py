@@ -69,8 +69,9 @@ MOST_DIVES = 3
 MORE_WORK = 1.1
 """The work that runners-up may take with the search itself, in times of that."""
 
-MORE_PROBLEMS = 64
-"""The problems that may be solved for them: seconds at most, also where each look costs much."""
+MORE_CUTS = 64
+"""The programs that are made, and the times that one is cut into stages, after which no further node is
+looked at for them: what looks at large models cost, and the same whatever is forgotten and made again."""
 
 MOST_RESCUES = 32
 """How many ways are tried where a search was stopped before it had a plan."""
@@ -133,6 +134,11 @@ class BranchAndBound:
     def floor_s(self) -> float:
         """Nothing that was not solved takes less."""
         return self._queue[0][0] if self._queue else float("inf")
+
+    @property
+    def _num_cuts(self) -> int:
+        """The programs that were made, and the times that one was cut into stages."""
+        return self.planner.effort.num_problems("local programs", "stages")
 
     @property
     def _enough_s(self) -> float:
@@ -242,10 +248,9 @@ class BranchAndBound:
     def _price_more(self, number: int) -> None:
         """Price more meshes until there are so many beside the best: as they come out of the queue, while
         that is little more work, and then the likeliest."""
-        effort, most_work = self.planner.effort, MORE_WORK * self.work
-        most_problems = effort.num_problems + MORE_PROBLEMS
+        most_work, most_cuts = MORE_WORK * self.work, self._num_cuts + MORE_CUTS
         while self._queue and self.outcome.num_meshes <= number:
-            if self.work >= most_work or effort.num_problems >= most_problems:
+            if self.work >= most_work or self._num_cuts >= most_cuts:
                 break
             self._step()
         for _ in range(MOST_DIVES * number):

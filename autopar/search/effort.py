@@ -60,10 +60,9 @@ class Effort:
         if size is not None:
             self._largest[layer] = max(size, self._largest.get(layer, size), key=_by_variables)
 
-    @property
-    def num_problems(self) -> int:
-        """The problems of all layers so far."""
-        return sum(self._num_problems.values())
+    def num_problems(self, *layers: Layer) -> int:
+        """The problems of these layers so far."""
+        return sum(self._num_problems[layer] for layer in layers)
 
     def layers(self) -> tuple[LayerEffort, ...]:
         """So far, of every layer."""

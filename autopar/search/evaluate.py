@@ -30,7 +30,8 @@ from costmodel.orders import rank_stages
 from hardware_db import Cluster
 
 MOST_CHAINS = 64
-"""The chains whose pieces are known at a time, each with what these cost: a megabyte of a large model."""
+"""The chains whose pieces are known at a time, with what these cost: each takes about a megabyte of a large
+model."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ class Evaluated:
 class Evaluator:
     """Prices candidates on one cluster for one optimizer policy and one era of software.
 
-    Whatever candidates have in common is worked out once: prices of a chain's kernels, the stages that it is
-    cut into (`autopar.search.pieces`), and what stages cost under equal data axes.
+    Whatever candidates have in common is worked out once: prices of a chain's kernels and, as long as it is
+    one of the last `MOST_CHAINS`, the stages that it is cut into (`autopar.search.pieces`), and what these
+    cost under equal data axes.
     """
 
     def __init__(self, cluster: Cluster, policy: OptimizerPolicy, era: Software | None = None) -> None:

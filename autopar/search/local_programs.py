@@ -10,8 +10,8 @@ from autopar.search.block_ilp import AxisSolution
 from autopar.search.units import Chain
 
 MOST_PROBLEMS = 48
-"""The operator programs that are kept at a time, and beside these the layouts with floors in one: they take
-much room, and what is asked for again is so soon."""
+"""The operator programs that are kept at a time, and beside these the layouts with floors in one, and the
+programs whose experts are not dealt out yet: they take much room, and what is asked for again is so soon."""
 
 
 class ProgramKey(NamedTuple):

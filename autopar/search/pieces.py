@@ -43,8 +43,8 @@ class Held(NamedTuple):
 
 
 class Piece:
-    """A run of units that makes a stage, for one microbatch; whoever prices it keeps in `works` what it takes
-    under data axes."""
+    """A run of units that makes a stage, for one microbatch; in `works` its one evaluator keeps what it
+    takes, by the data axes."""
 
     def __init__(self, units: Sequence[Unit], shards: Mapping[str, ParameterShard]) -> None:
         self.units = tuple(units)

@@ -101,11 +101,12 @@ class Programs:
         self._programs: dict[ProgramKey, Program] = {}
         self._propagated: Assignment | None = None
         self._samples: defaultdict[int, dict[int, Mapping[str, Placement]]] = defaultdict(dict)
-        self._begin()
+        self._forget_rules()
 
-    def _begin(self) -> None:
-        """Without anything yet that depends on the rules."""
+    def _forget_rules(self) -> None:
+        """Begin anew with all that depends on the rules."""
         self._ilp_of = lru_cache(MOST_PROBLEMS)(self._ilp)
+        # Without experts no two programs share one.
         self._unpriced_of = lru_cache(MOST_PROBLEMS if self._has_experts else 0)(self._unpriced)
         self.least = LeastPrograms(self)
         self.depths = OtherDepths(self)
@@ -120,7 +121,7 @@ class Programs:
             )  # fmt: skip
         other = copy(self)
         other.rules = rules
-        other._begin()
+        other._forget_rules()
         other._programs = {key: made for key, made in self._programs.items() if key.tp == 1}
         return other
 

@@ -20,7 +20,7 @@ import numpy as np
 from autopar.plan import Parallelism
 from autopar.search.again_bound import MOST_ROUNDS, AgainBound, Path
 from autopar.search.data_axes import least_accumulation_s
-from autopar.search.effort import clocked, cut_size
+from autopar.search.effort import Effort, clocked, cut_size
 from autopar.search.evaluate import Evaluated, Evaluator
 from autopar.search.even_stages import EvenStages, Staged, moments, own_stages
 from autopar.search.local_programs import Program
@@ -70,7 +70,8 @@ class StageLayer:
         self.evaluator = evaluator
         self.options = options
         self.where = where
-        self._known = Recent(self._made, MOST_TABLES)
+        # Without a reference to the layer: with it the tables would outlive it.
+        self._known = Recent(partial(_stages_of, options, self.effort), MOST_TABLES)
         self._devices: dict[tuple[int, int], EvenStages] = {}
         self._alone: dict[tuple[object, ...], float] = {}
         self._paths: dict[tuple[str, int, int, int], list[Path]] = {}
@@ -86,10 +87,6 @@ class StageLayer:
     def variants(self, program: Program) -> Variants:
         """What its units may compute again."""
         return self._known.of(program)[1]
-
-    def _made(self, program: Program) -> tuple[EvenStages, Variants]:
-        table = StageTable(program.chain, self.options(program.chain.units))
-        return EvenStages(table), Variants(table, self.effort)
 
     def schedule_floor_s(self, p: Parallelism, program: Program | None = None) -> float:
         """No step takes less, whatever the data axes do; 0 where cuts are still open.
@@ -366,3 +363,9 @@ class StageLayer:
             }
             found.append(RankUnits(units, tuple(kept)))
         return found
+
+
+def _stages_of(options: OptionsOf, effort: Effort, program: Program) -> tuple[EvenStages, Variants]:
+    """The stages of a program, and what its units may compute again."""
+    table = StageTable(program.chain, options(program.chain.units))
+    return EvenStages(table), Variants(table, effort)

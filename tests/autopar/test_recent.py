@@ -31,8 +31,8 @@ def test_what_was_asked_for_longest_ago_is_forgotten() -> None:
 
 
 def test_nothing_takes_the_identity_of_what_is_kept() -> None:
-    counted = Counted(1000)
-    assert [counted.recent.of([number]) for number in range(1000)] == [*range(1000)]
+    recent = Recent[list[int], int](sum, 1000)
+    assert [recent.of([number]) for number in range(1000)] == [*range(1000)]
 
 
 def test_nothing_stays_nothing() -> None:

@@ -11,6 +11,7 @@ from autopar.errors import InvalidParallelismError, PinConflictError
 from autopar.module_paths import module_ranges
 from autopar.plan import Parallelism, Plan
 from autopar.request import training_policy
+from autopar.search import branch
 from autopar.search.pins import Pins
 from autopar.search.planner import TOLERANCE, Planner
 from autopar.search.space import Degrees, layouts, ways
@@ -107,6 +108,23 @@ def test_fsdp_is_shown_at_its_best(memory_bytes: float) -> None:
     assert fsdp is not None
     assert fsdp.evaluated.fits
     assert fsdp.evaluated.step_s == pytest.approx(exhaustive(plain), rel=1e-9)
+
+
+@pytest.mark.parametrize("most_cuts", [0, 64])
+def test_runners_up_are_other_meshes_however_little_is_looked_at_for_them(
+    most_cuts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(branch, "MORE_CUTS", most_cuts)
+    found = planner_of(cluster(8, 200e6)).search()
+    assert found.best is not None
+    assert found.runners_up
+    best_s = found.best.evaluated.step_s
+    assert found.bound_s <= best_s <= min(each.evaluated.step_s for each in found.runners_up)
+    meshes = {
+        (p.pp, p.tp, p.cp, p.ep, p.dp_shard, p.dp_replicate)
+        for p in (each.parallelism for each in (found.best, *found.runners_up))
+    }
+    assert len(meshes) == 1 + len(found.runners_up)
 
 
 def test_the_same_search_gives_the_same_bytes() -> None:
