@@ -9,7 +9,7 @@ from typing import NamedTuple
 from autopar.search.block_ilp import AxisSolution
 from autopar.search.units import Chain
 
-MOST_PROBLEMS = 48
+MOST_PROBLEMS = 56
 """The operator programs that are kept at a time, and beside these the layouts with floors in one, and the
 programs whose experts are not dealt out yet: they take much room, and what is asked for again is so soon."""
 

@@ -36,7 +36,7 @@ from autopar.search.units import Chain, Unit
 from autopar.search.variants import RankUnits, Variants
 from costmodel.orders import OVERLAPPING_SCHEDULES, alone_parts
 
-MOST_TABLES = 200
+MOST_TABLES = 300
 """The programs, and bounds over programs, whose stages are known at a time: of a large model hundreds are
 asked for, and each takes a megabyte. What is forgotten and made again counts twice in what was solved."""
 
