@@ -65,8 +65,12 @@ def row(name: str, backend: Backend, found: Measured) -> tuple[str, ...]:
 
 
 def main() -> None:
+    paths = sys.argv[1:]
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        sys.exit(f"no such instance: {', '.join(missing)}; our own are in {DIRECTORY}")
     backends: tuple[Backend, ...] = get_args(Backend)
-    rows = [row(name, backend, run(backend)) for name, run in cases(sys.argv[1:]) for backend in backends]
+    rows = [row(name, backend, run(backend)) for name, run in cases(paths) for backend in backends]
     print("\n".join(table([HEAD, *rows], right=(2, 3, 4, 5, 6, 7), indent="")))
 
 
