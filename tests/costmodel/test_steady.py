@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
 
 from costmodel import SCHEDULES, latest_finish_s, rank_finish_s, simulate
+from tests.costmodel.counting import num_calls
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -94,23 +92,8 @@ def test_partial_rounds_of_the_interleaved_schedule() -> None:
 def test_a_long_step_costs_no_more_to_ask_than_a_short_one(name: str, v: int) -> None:
     def asked(num_microbatches: int) -> int:
         forward_s = [1.0, 1.1, 1.2, 1.0] * v
-        return num_calls(lambda: rank_finish_s(name, 4, num_microbatches, forward_s, forward_s, 0.01, v))
+        arguments = (name, 4, num_microbatches, forward_s, forward_s, 0.01, v)
+        rank_finish_s(*arguments)
+        return num_calls(lambda: rank_finish_s(*arguments))
 
     assert asked(40_000) < 2 * asked(80)
-
-
-def num_calls(work: Callable[[], object]) -> int:
-    """How many functions are called, caches being warm: unlike seconds, as many on a busy machine."""
-    number, before = 0, sys.getprofile()
-
-    def count(_: FrameType, event: str, __: object) -> None:
-        nonlocal number
-        number += event in ("call", "c_call")
-
-    work()
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(before)
-    return number

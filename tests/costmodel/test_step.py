@@ -18,6 +18,7 @@ from costmodel import (
     step_cost,
 )
 from costmodel.orders import SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES, rank_stages
+from tests.costmodel.counting import num_calls
 
 
 def test_one_rank_does_its_work_one_microbatch_after_the_other() -> None:
@@ -245,6 +246,17 @@ def test_the_total_is_the_simulated_step() -> None:
     stages = [StageWork(1 + i / 3, 2, forward_communication_s=0.1, recompute_s=0.2) for i in range(4)]
     timeline = simulate("1F1B", 4, 30, [s.forward_s + 0.1 for s in stages], [2.2] * 4, 0.05)
     assert step_cost(stages, 30, send_s=0.05).total_s == pytest.approx(timeline.step_s)
+
+
+def test_a_long_step_is_priced_in_as_little_as_a_short_one() -> None:
+    stages = [StageWork(1, 2), *[StageWork(1, 2.1)] * 7]
+
+    def priced(num_microbatches: int) -> int:
+        step_cost(stages, num_microbatches, send_s=0.01)
+        return num_calls(lambda: step_cost(stages, num_microbatches, send_s=0.01))
+
+    assert priced(64) < 200  # a simulation of it makes thousands
+    assert priced(6400) < 2 * priced(64)
 
 
 @pytest.mark.parametrize(
